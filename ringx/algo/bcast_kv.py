@@ -1,0 +1,72 @@
+"""ringX4: every rank's keys and values are broadcast in turn; their gradients are reduced to their owner.
+
+Paper: Yin et al., RingX (SC25), X4 and, with overlap, X4o; also the backward of X1 and X2.
+
+Forward   for each owner: broadcast kv; attend own queries to it; merge.
+Backward  for each owner: broadcast kv; differentiate own tile; reduce dkv (fp32) to the owner.
+
+Messages  forward N broadcasts; backward N broadcasts + N reduces.
+Bytes     with T = B S 2Hkv D elements of kv in all, each sent by N-1 of N ranks: forward T (N-1)/N e, backward
+          T (N-1)/N (e + a), e bytes an input element and a (4, or 8 for fp64) an accumulated one.
+Memory    2 remote blocks of kv with overlap, 1 without; backward also 2 blocks of fp32 dkv on their way home.
+Masks     causal and bidirectional, any layout.
+
+Differs from the paper: the own block is computed first, while the first broadcast is on its way; in a causal call the tokens
+that no other rank sees are not sent (contiguous 1/N of all, zigzag 1/2N); the backward's reduce overlaps too; all of the
+message that is reduced is written (the original reduces a half-filled buffer).
+"""
+
+import torch
+
+from .. import comm
+from ..layout import clip
+from ..merge import Partial, acc_dtype
+
+
+def forward(q, k, v, plan):
+    acc, me = Partial(q), plan.group.rank
+    stream = _stream(k, v, plan)
+    plan.attend(acc, q, k, v, plan.mine, plan.mine)
+    for src, kv in stream:
+        if src != me:
+            plan.attend(acc, q, *kv, plan.mine, clip(plan.runs(src), plan.keys_sent(src)))
+    return acc.out, acc.lse
+
+
+def backward(dout, q, k, v, out, lse, plan):
+    acc, me = acc_dtype(q.dtype), plan.group.rank
+    dq = torch.zeros(q.shape, dtype=acc, device=q.device)
+    stream = _stream(k, v, plan)
+    own = plan.attend_backward(dq, dout, q, k, v, out, lse, plan.mine, plan.mine)
+    own = torch.stack([g.to(acc) for g in own])
+    home, flying = None, None
+    for src, kv in stream:
+        rows = plan.keys_sent(src)
+        if src == me:
+            dkv = own[:, :, rows].contiguous()
+        else:
+            dkv = torch.stack(plan.attend_backward(dq, dout, q, *kv, out, lse, plan.mine, clip(plan.runs(src), rows)))
+        if flying:
+            flying.wait()
+        flying = comm.reduce(dkv.to(acc), src, plan.group)
+        if src == me:
+            home = flying
+        if not plan.overlap:
+            flying.wait()
+    if home is not None:
+        own[:, :, plan.keys_sent(me)] = home.wait()
+    if flying:
+        flying.wait()
+    return dq, own[0], own[1]
+
+
+def _stream(k, v, plan):
+    rows = [plan.keys_sent(src) for src in range(plan.group.world)]
+    mine = rows[plan.group.rank]
+    shapes = [(2, k.shape[0], r.stop - r.start, *k.shape[2:]) for r in rows]
+    return comm.broadcasts(torch.stack([k[:, mine], v[:, mine]]), shapes, plan.group, plan.overlap)
+
+
+def bytes_sent(s):
+    sent = s.others * (s.N - 1) / s.N * s.kv_elements
+    return sent * s.itemsize, sent * (s.itemsize + s.acc)

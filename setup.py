@@ -1,0 +1,32 @@
+"""ringx: attention over sequences too long for one GPU."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = next(
+    line.split('"')[1] for line in (here / "ringx/__init__.py").read_text().splitlines() if line.startswith("__version__")
+)
+
+extras = {
+    "plot": ["matplotlib>=3.7"],
+    "apps": ["safetensors>=0.4"],
+    "hpc": ["mpi4py>=4"],  # NVIDIA/ROCm apex is built from source and detected at run time: PyPI's apex is another project
+    "dev": ["pytest>=8", "ruff>=0.8", "mypy>=1.11", "pre-commit>=3"],
+}
+
+setup(
+    name="ringx",
+    version=version,
+    description="Exact attention over sequences too long for one GPU: algorithms, measurement, training",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["ringx", "ringx.*"]),
+    python_requires=">=3.10",
+    install_requires=["torch>=2.8", "numpy", "rich>=13"],
+    extras_require=extras,
+    entry_points={"console_scripts": ["ringx=ringx.cli:main"]},
+    classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering"],
+)

@@ -1,0 +1,62 @@
+"""Many ranks in one process: real gloo collectives between threads.  Fast where processes are not what is tested."""
+
+import contextlib
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
+import torch.testing._internal.distributed.multi_threaded_pg as threaded
+
+
+def run(world: int, call: Callable[..., Any], *args: Any, timeout: float = 30) -> list[Any]:
+    """[call(rank, *args) of every rank], each on its own thread as rank of a gloo group; raises the first rank's error.
+
+    Make random inputs before: the threads share the global generator."""
+    results = attempt(world, call, *args, timeout=timeout)
+    for r in results:
+        if isinstance(r, BaseException):
+            raise r
+    return results
+
+
+def attempt(world: int, call: Callable[..., Any], *args: Any, timeout: float = 30) -> list[Any]:
+    """As ``run``, with each rank's exception in place of its result."""
+    with _thread_isolation():
+        store = dist.HashStore()
+        results: list[Any] = [None] * world
+        group_timeout = timedelta(seconds=timeout)
+
+        def main(rank: int) -> None:
+            try:
+                torch.set_num_threads(1)
+                dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=group_timeout)
+                try:
+                    results[rank] = call(rank, *args)
+                finally:
+                    dist.destroy_process_group()
+            except BaseException as e:  # noqa: BLE001 - handed to the caller
+                results[rank] = e
+
+        threads = [threading.Thread(target=main, args=(r,), daemon=True) for r in range(world)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join(timeout + 60)
+            assert not t.is_alive(), "a rank hangs"
+        return results
+
+
+@contextlib.contextmanager
+def _thread_isolation():
+    torch._C._distributed_c10d._set_thread_isolation_mode(True)
+    old = c10d._world
+    c10d._world = threaded.ThreadLocalWorld()
+    try:
+        yield
+    finally:
+        c10d._world = old
+        torch._C._distributed_c10d._set_thread_isolation_mode(False)
