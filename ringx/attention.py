@@ -175,24 +175,19 @@ class Plan:
     def attend_backward(self, dq, dout, q, k, v, out, lse, q_runs: list[Run], k_runs: list[Run]):
         """Adds to dq (accumulator dtype); returns dk, dv like k, v (in the accumulator dtype where several pieces add up)."""
         pieces = self._pieces(q_runs, k_runs, by_keys=True)
-        grads = [None, None]
-        for n, t in enumerate(pieces):
-            part_q, *part_kv = self._kernel.bwd(
+        once = all(a.k.stop <= b.k.start for a, b in itertools.pairwise(pieces))  # no key's gradient is a sum of pieces
+        dk, dv = (torch.zeros(k.shape, dtype=k.dtype if once else acc_dtype(k.dtype), device=k.device) for _ in range(2))
+        for t in pieces:
+            part_q, part_k, part_v = self._kernel.bwd(
                 dout[:, t.q], q[:, t.q], k[:, t.k], v[:, t.k], out[:, t.q], lse[:, :, t.q],
                 band=(t.lo, t.hi), scale=self.scale, deterministic=self.deterministic,
             )  # fmt: skip
             dq[:, t.q] += part_q
-            if n == 0 and len(pieces) == 1 and t.k == slice(0, k.shape[1]):
-                return tuple(part_kv)
-            if n == 0:
-                disjoint = all(a.k.stop <= b.k.start for a, b in itertools.pairwise(pieces))
-                dtype = k.dtype if disjoint else acc_dtype(k.dtype)
-                grads = [torch.zeros(k.shape, dtype=dtype, device=k.device) for _ in range(2)]
-            for grad, part in zip(grads, part_kv, strict=True):
-                grad[:, t.k] += part
-        if not pieces:
-            grads = [torch.zeros(k.shape, dtype=k.dtype, device=k.device) for _ in range(2)]
-        return tuple(grads)
+            if len(pieces) == 1 and part_k.shape == k.shape:
+                return part_k, part_v
+            dk[:, t.k] += part_k
+            dv[:, t.k] += part_v
+        return dk, dv
 
 
 class _Attention(torch.autograd.Function):

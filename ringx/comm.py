@@ -154,13 +154,15 @@ class Done(Pending):
         self._work, self._result, self._keep = None, result, ()
 
 
-# ---- collectives; each starts at once and returns a Pending
+# ---- collectives; each starts at once and returns a Pending.  A backend sends memory as it lies, so what is not contiguous is
+# copied first (torch.stack and torch.cat keep an input's channels_last strides)
 
 
 def broadcast(x: torch.Tensor, src: int, group: Group) -> Pending:
-    """x of group rank `src` into x of every rank (contiguous; on other ranks overwritten)."""
+    """x of group rank `src`, on every rank (received in the memory of x where that is contiguous)."""
     if group.world == 1:
         return Done(x)
+    x = x.contiguous()
     _count(group, "broadcast", _bytes(x) * (group.world - 1) / group.world)
     return Pending(
         group,
@@ -171,9 +173,10 @@ def broadcast(x: torch.Tensor, src: int, group: Group) -> Pending:
 
 
 def reduce(x: torch.Tensor, dst: int, group: Group) -> Pending:
-    """Sum of every rank's x, in x of group rank `dst`.  x must be contiguous and is lost on all other ranks (gloo writes to it)."""
+    """Sum of every rank's x, on group rank `dst`.  What the others get is of no use, and their x is lost (gloo writes to it)."""
     if group.world == 1:
         return Done(x)
+    x = x.contiguous()
     _count(group, "reduce", _bytes(x) * (group.world - 1) / group.world)
     return Pending(
         group,
@@ -184,9 +187,10 @@ def reduce(x: torch.Tensor, dst: int, group: Group) -> Pending:
 
 
 def all_reduce_max(x: torch.Tensor, group: Group) -> Pending:
-    """The elementwise maximum over all ranks, in x (contiguous)."""
+    """The elementwise maximum over all ranks; x is lost."""
     if group.world == 1:
         return Done(x)
+    x = x.contiguous()
     _count(group, "all_reduce", 2 * _bytes(x) * (group.world - 1) / group.world)
     return Pending(
         group,

@@ -14,14 +14,16 @@ Bytes     with T = B S H elements, each sent by N-1 of N ranks: forward (N-1)/N 
 Memory    2 remote blocks of q with overlap, 1 without; 2 partial outputs in fp32.
 Masks     causal and bidirectional, any layout.
 
-What ringX2 reduces.  Compute: a rank skips the tiles that the mask empties, (N-1)/2N of the pairs; with the contiguous layout the
-last rank still has work for all N owners, with zigzag all ranks have (N+1)/2N of it, hence that recommendation.  Bytes: only what no
-rank needs stays home, 1/N of the queries and of the kv (zigzag 1/2N), because a broadcast reaches all ranks or none.  The same
-holds for ringX1 called with causal=True: the two names are one pattern here.
+What ringX2 reduces.  Compute: a rank skips the tiles that the mask empties, about half of all pairs; with the contiguous layout
+the first rank is left with the keys that all N owners see, the last with its own, while zigzag gives every rank the same work,
+hence that recommendation.  Bytes: only what no other rank needs stays at home, 1/N of the queries and of the kv (zigzag 1/2N),
+because a broadcast reaches all ranks or none.  ringX1 called with causal=True does the same: the two names are one pattern here.
 
 Differs from the paper: numerator and denominator travel in one message; the maximum and the reduce of one owner fly while the
 next one's block is computed; ringX2 does not reduce dq, which never leaves its rank.
 """
+
+from itertools import chain, repeat
 
 import torch
 
@@ -41,50 +43,42 @@ def forward(q, k, v, plan):
     stream = comm.broadcasts(q[:, sent[me]].contiguous(), shapes, group, plan.overlap)
     own = plan.attend(Partial(q), q, k, v, plan.mine, plan.mine)
 
-    def send_home(dst, part_out, part_lse, peak):
-        peak = peak.wait()
-        weight = (part_lse - peak).exp()
-        message = torch.cat([part_out * rows(weight), rows(weight)], -1)
-        return peak, comm.reduce(message.to(peak.dtype), dst, group)
-
-    home, before, flying = None, None, None
-    for dst, q_dst in stream:
+    travelling, home = [], None
+    last_rounds = repeat((None, q), 2 if plan.overlap else 0)  # bring home what the last two blocks left on its way
+    for dst, q_dst in chain(stream, last_rounds):
         if dst == me:
-            out, lse = own.out[:, sent[me]], own.lse[:, :, sent[me]]
-        else:
+            travelling.append(_go_home(own.out[:, sent[me]], own.lse[:, :, sent[me]], dst, group))
+        elif dst is not None:
             part = plan.attend(Partial(q_dst), q_dst, k, v, clip(plan.runs(dst), sent[dst]), plan.mine)
-            out, lse = part.out, part.lse
-        peak = comm.all_reduce_max(lse.to(acc_dtype(q.dtype), copy=True).contiguous(), group)
-        before, now = (dst, out, lse, peak), before
-        if not plan.overlap:
-            before, now = None, before
-        if now:
-            home, flying = _post(now, send_home, home, flying, me)
-            if not plan.overlap:
-                flying.wait()
-    if before:
-        home, flying = _post(before, send_home, home, flying, me)
-    if flying:
-        flying.wait()
+            travelling.append(_go_home(part.out, part.lse, dst, group))
+        for _ in range(1 if plan.overlap else 3):
+            for job in travelling:
+                home = next(job, None) or home
+        travelling = travelling[-2:]
     if home is None:
         return own.out, own.lse
-    peak, message = home[0], home[1].wait()
-    num, den = message[..., :-1], message[..., -1:]
     if sent[me].start == 0:
-        return num / den, peak + den.squeeze(-1).transpose(1, 2).log()
-    out, lse = own.out.to(num.dtype), own.lse.clone()
-    out[:, sent[me]] = num / den
-    lse[:, :, sent[me]] = peak + den.squeeze(-1).transpose(1, 2).log()
+        return home
+    out, lse = own.out.to(home[0].dtype, copy=True), own.lse.clone()
+    out[:, sent[me]], lse[:, :, sent[me]] = home
     return out, lse
 
 
-def _post(job, send_home, home, flying, me):
-    """Reduce one owner's partial result, at most one other on its way at that time."""
-    dst, *rest = job
-    message = send_home(dst, *rest)
-    if flying:
-        flying.wait()
-    return (message if dst == me else home), message[1]
+def _go_home(out, lse, dst, group):
+    """The way of one owner's partial result in three steps, one at each ``next``, so that the collectives of one owner fly while
+    others are computed: start the all-reduce; start the reduce; wait for it and yield (out, lse) on the owner."""
+    lse = lse.to(acc_dtype(out.dtype))
+    maximum = comm.all_reduce_max(lse.clone(), group)
+    yield
+    peak = maximum.wait()
+    weight = rows((lse - peak).exp())
+    message = torch.cat([out * weight, weight], -1)
+    del out, lse, weight
+    sum_ = comm.reduce(message, dst, group)
+    yield
+    total = sum_.wait()
+    num, den = total[..., :-1], total[..., -1:]
+    yield (num / den, peak + den.squeeze(-1).transpose(1, 2).log()) if dst == group.rank else None
 
 
 def bytes_sent(s):

@@ -89,7 +89,7 @@ def _sorted(gathered, others):
 
 def _by_owner(grads, others, k, world):
     """The inverse of _sorted: one message for each rank, [2, B, keys of it that are seen here, Hkv, D] in k's dtype."""
-    parts = [([], []) for _ in range(world)]
+    parts: list[tuple[list, list]] = [([], []) for _ in range(world)]
     at = 0
     for src, run in others:
         for part, grad in zip(parts[src], grads, strict=True):

@@ -65,8 +65,8 @@ KERNELS = {
     "sdpa_flash": "PyTorch's own flash attention (CUDA and ROCm)",
     "sdpa_cudnn": "cuDNN attention through PyTorch (NVIDIA)",
     "sdpa_efficient": "PyTorch's memory-efficient attention (CUDA and ROCm; also fp32)",
-    "flex": "PyTorch's flex_attention (CUDA and ROCm; forward only on CPU)",
     "cpu": "PyTorch's flash attention for CPUs",
+    "flex": "PyTorch's flex_attention (CUDA and ROCm; forward only on CPU)",
     "reference": "plain einsum on any device; holds the score matrix",
 }  # in the order in which "auto" prefers them
 

@@ -1,0 +1,41 @@
+"""Argument types that the command lines share: comma-separated lists whose errors name the value and the remedy."""
+
+import argparse
+from collections.abc import Callable, Iterable
+
+import torch
+
+from .layout import name_of
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MASKS = {"causal": "a token sees itself and those before", "full": "every token sees all"}
+
+
+def integers(text: str) -> list[int]:
+    """ "1,2,4" -> [1, 2, 4], each at least 1, none twice."""
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no comma-separated list of integers, such as 1,2,4") from None
+    if min(values) < 1:
+        raise argparse.ArgumentTypeError(f"{min(values)} is less than 1")
+    return list(dict.fromkeys(values))
+
+
+def choices(known: Iterable[str]) -> Callable[[str], list[str]]:
+    """A type for comma-separated names out of `known`; "all" is all of them."""
+
+    def parse(text: str) -> list[str]:
+        if text == "all":
+            return list(known)
+        try:
+            return list(dict.fromkeys(name_of(part.strip(), known, "name") for part in text.split(",")))
+        except ValueError as e:
+            raise argparse.ArgumentTypeError(str(e)) from None
+
+    return parse
+
+
+def switches(text: str) -> list[bool]:
+    """ "on,off" -> [True, False]."""
+    return [name == "on" for name in choices(("on", "off"))(text)]

@@ -1,0 +1,17 @@
+"""ringx3 equals full attention.  By itself, on any number of ranks:
+
+    torchrun --nproc_per_node 4 test/test_ringx3.py
+    srun -n4 python test/test_ringx3.py
+"""
+
+import exact
+import pytest
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_equals_full_attention(world, poison):
+    exact.under_pytest("ringx3", world)
+
+
+if __name__ == "__main__":
+    exact.main("ringx3")
