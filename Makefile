@@ -1,0 +1,49 @@
+# Two commands: `make demo` and `make test`.  Each makes a virtual environment and installs what it needs.
+#   make demo PYTHON=python3.12        another Python (3.10 to 3.13)
+#   make test TORCH=torch==2.8.0       another torch (2.8 or newer)
+# Where torch should be a CPU build, name PyTorch's CPU wheel index in PIP_EXTRA_INDEX_URL and TORCH=torch==2.13.0+cpu.
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+RUN    := $(VENV)/bin/python
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint grid speed clean
+
+demo: $(VENV)/installed
+	$(RUN) -m ringx demo --out demo_out
+
+test: $(VENV)/installed-dev
+	$(RUN) -m pytest
+
+lint: $(VENV)/installed-dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+# The whole exactness grid: 1, 2, 3, 4 and 8 ranks, every layout, mask, dtype, head count and size (about an hour on 2 cores).
+grid: $(VENV)/installed
+	$(RUN) -m ringx verify --nproc 1,2,3,4,8 --grid --json demo_out/grid.json
+
+# The README's speed table (about 15 minutes; needs 2 idle cores).
+speed: $(VENV)/installed
+	$(RUN) -m ringx bench --nproc 2 --seqlens 8192 --masks causal,full --dtypes bf16 --heads 8 --kv-heads 8 --head-dim 64 \
+	    --reps 7 --out demo_out/speed --resume
+
+# torch first: everything else must then accept the torch that is there.
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip setuptools wheel
+	$(RUN) -m pip install --quiet "$(TORCH)" numpy
+	touch $@
+
+$(VENV)/installed: $(VENV)/torch setup.py
+	$(RUN) -m pip install --quiet -e ".[plot,apps]"
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/torch setup.py
+	$(RUN) -m pip install --quiet -e ".[plot,apps,dev]"
+	touch $@ $(VENV)/installed
+
+clean:
+	rm -rf $(VENV) demo_out build *.egg-info
