@@ -7,6 +7,7 @@ import torch
 
 from ..merge import acc_dtype
 from . import Band, Need
+from .heads import fold_heads, repeat_heads
 
 causal = "any"
 
@@ -20,19 +21,19 @@ def fwd(q, k, v, *, band: Band, scale: float):
     s = _scores(q_, k_, band, scale)
     lse = s.logsumexp(-1)
     p = (s - _finite(lse).unsqueeze(-1)).exp()  # rows without keys: all exp(-inf) = 0
-    return torch.einsum("bhqk,bkhd->bqhd", p, _repeat(v_, q)).to(q.dtype), lse
+    return torch.einsum("bhqk,bkhd->bqhd", p, repeat_heads(v_, q.shape[2])).to(q.dtype), lse
 
 
 def bwd(dout, q, k, v, out, lse, *, band: Band, scale: float, deterministic: bool = True):
     dout_, q_, k_, v_, out_ = (_wide(x) for x in (dout, q, k, v, out))
     p = (_scores(q_, k_, band, scale) - _finite(lse).unsqueeze(-1)).exp()
-    dp = torch.einsum("bqhd,bkhd->bhqk", dout_, _repeat(v_, q))
+    dp = torch.einsum("bqhd,bkhd->bhqk", dout_, repeat_heads(v_, q.shape[2]))
     delta = (dout_ * out_).sum(-1).transpose(1, 2).unsqueeze(-1)
     ds = p * (dp - delta) * scale
-    dq = torch.einsum("bhqk,bkhd->bqhd", ds, _repeat(k_, q))
+    dq = torch.einsum("bhqk,bkhd->bqhd", ds, repeat_heads(k_, q.shape[2]))
     dk = torch.einsum("bhqk,bqhd->bkhd", ds, q_)
     dv = torch.einsum("bhqk,bqhd->bkhd", p, dout_)
-    return dq.to(q.dtype), _fold(dk, k).to(k.dtype), _fold(dv, v).to(v.dtype)
+    return dq.to(q.dtype), fold_heads(dk, k), fold_heads(dv, v)
 
 
 def _wide(x):
@@ -45,7 +46,7 @@ def _finite(lse):
 
 
 def _scores(q, k, band: Band, scale: float):
-    s = torch.einsum("bqhd,bkhd->bhqk", q, _repeat(k, q)) * scale
+    s = torch.einsum("bqhd,bkhd->bhqk", q, repeat_heads(k, q.shape[2])) * scale
     lo, hi = band
     if lo is not None or hi is not None:
         m, n = s.shape[-2:]
@@ -57,13 +58,3 @@ def _scores(q, k, band: Band, scale: float):
             hidden |= ahead > hi
         s = s.masked_fill(hidden, -torch.inf)
     return s
-
-
-def _repeat(x, q):
-    """[B, S, Hkv, D] -> [B, S, H, D]: query head h uses key/value head h // (H / Hkv)."""
-    return x.repeat_interleave(q.shape[2] // x.shape[2], dim=2)
-
-
-def _fold(dx, x):
-    """The adjoint of _repeat."""
-    return dx.unflatten(2, (x.shape[2], -1)).sum(3)
