@@ -1,0 +1,419 @@
+"""ringx plot: scaling, efficiency, time and bytes, drawn from the records that `ringx bench` wrote.
+
+    ringx plot results/here                    # PNG, SVG and CSV beside the records
+    ringx plot results/here --out figures
+
+Each figure comes as PNG and SVG, with the numbers it shows as CSV.  Records that differ in machine, dtype, kernel or sizes of
+heads go to separate files.  Broken records are named and left out; a figure that lacks data is skipped with the reason.
+Needs matplotlib: pip install 'ringx[plot]'
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from . import records
+from .algorithms import ALGORITHMS
+from .options import DTYPES, MASKS
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")  # Okabe-Ito, yellow darkened
+MARKERS = "os^DvPX*"
+STYLES = ("-", "--", "-.", ":")
+PANELS = 4  # rows or columns of panels in a figure: the largest sizes are shown, the CSV holds all
+SETTING = ("machine", "device", "dtype", "kernel", "batch", "heads", "kv_heads", "head_dim", "threads")
+Row = dict[str, Any]
+
+
+class Lacking(Exception):
+    """There are no records for this figure; says which are needed."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("records", type=Path, metavar="DIR", help="folder with records of ringx bench")
+    parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="folder for the figures (default: the records')")
+
+
+def main(args: argparse.Namespace) -> int:
+    good, broken = records.read_all(args.records)
+    for fault in broken:
+        print(f"left out: {fault}", file=sys.stderr)
+    if not good:
+        raise ValueError(f"{args.records} holds no valid record; `ringx bench --out {args.records}` writes some.")
+    for line in draw(good, args.out or args.records):
+        print(line)
+    return 0
+
+
+def draw(good: Sequence[dict[str, Any]], out: Path) -> Iterable[str]:
+    """Draws every figure that the records allow; yields a line about each."""
+    plt = _matplotlib()
+    out.mkdir(parents=True, exist_ok=True)
+    rows = sorted((tidy(r) for r in good), key=lambda r: (_index(r["algorithm"]), r["layout"], not r["overlap"], r["world"]))
+    settings = list(dict.fromkeys(_setting(r) for r in rows))
+    differ = [i for i in range(len(SETTING)) if len({s[i] for s in settings}) > 1]
+    for setting in settings:
+        same = [r for r in rows if _setting(r) == setting]
+        suffix = "".join(f"_{_slug(SETTING[i], setting[i])}" for i in differ)
+        for name, figure in FIGURES.items():
+            try:
+                with plt.rc_context(RC):
+                    fig, shown = figure(plt, same)
+            except Lacking as reason:
+                yield f"skipped {name}{suffix}: {reason}"
+                continue
+            for ending in ("png", "svg"):
+                fig.savefig(out / f"{name}{suffix}.{ending}", dpi=150, metadata={"Date": None} if ending == "svg" else None)
+            plt.close(fig)
+            with open(out / f"{name}{suffix}.csv", "w", newline="", encoding="utf-8") as f:
+                table = csv.DictWriter(f, fieldnames=list(shown[0]))
+                table.writeheader()
+                table.writerows(shown)
+            yield f"{out / (name + suffix)}.png, .svg, .csv"
+
+
+def tidy(r: dict[str, Any]) -> Row:
+    """What the figures use of a record, in one flat row."""
+    case, seconds, baseline = r["case"], r["seconds"], r["baseline"]
+    machine = r["machine"]
+    row = {k: case[k] for k in ("algorithm", "layout", "overlap", "mask", "world", "seqlen")}
+    row |= {"seqlen_per_rank": case["seqlen"] // case["world"], "oversubscribed": r["oversubscribed"]}
+    row |= {"machine": machine["cpu"], "device": machine["device"], "dtype": case["dtype"], "kernel": r["kernel"]}
+    row |= {k: case[k] for k in ("batch", "heads", "kv_heads", "head_dim", "threads")}
+    for phase in records.PHASES:
+        row |= {f"{phase}_s": seconds[phase]["median"]} | {f"{phase}_{q}_s": seconds[phase][q] for q in ("q1", "q3")}
+        flash = baseline["seconds"][phase]["median"] * baseline["workers"] / r["workers"] if baseline else None
+        row |= {f"{phase}_ideal_s": flash}
+        row |= {f"{phase}_efficiency_percent": r["efficiency_percent"][phase] if r["efficiency_percent"] else None}
+        row |= {f"{phase}_tflops_per_rank": r["tflops_per_rank"][phase]}
+    for direction in ("forward", "backward"):
+        row |= {f"{direction}_bytes": r["bytes"][direction]["counted"]}
+        row |= {f"{direction}_bytes_closed_form": r["bytes"][direction]["closed_form"]}
+    return row
+
+
+# ---- figures: each returns (figure, the rows of its CSV) or raises Lacking
+
+
+def strong(plt, rows: Sequence[Row]):
+    """Time against N at a fixed length."""
+    panels = _with_several_ranks(rows, "seqlen", "one sequence length on at least two numbers of ranks")
+    return _scaling(plt, panels, "Strong scaling: the same sequence on more ranks", "seqlen", "S = {:,}")
+
+
+def weak(plt, rows: Sequence[Row]):
+    """Time against N at a fixed length per rank."""
+    panels = _with_several_ranks(rows, "seqlen_per_rank", "the same tokens per rank on at least two numbers of ranks")
+    title = "Weak scaling: the sequence grows with the ranks, and a rank's work with it"
+    return _scaling(plt, panels, title, "seqlen_per_rank", "S / N = {:,}")
+
+
+def _scaling(plt, rows, title, by, text):
+    fig, axes = _panels(plt, rows, by, title)
+    for (value, mask), ax in axes.items():
+        here = [r for r in rows if r[by] == value and r["mask"] == mask]
+        ideal = {n: median(t) for n in _values(here, "world") if (t := _ideals(r for r in here if r["world"] == n))}
+        if ideal:
+            ax.plot(*zip(*sorted(ideal.items()), strict=True), color="0.55", ls=(0, (2, 2)), lw=1.2, zorder=1, label=IDEAL)
+        _lines(ax, here, rows, lambda r: r["total_s"], spread=("total_q1_s", "total_q3_s"))
+        ax.set(yscale="log", title=f"{mask}, {text.format(value)}")
+        _plain_log(ax)
+    return _finish(fig, axes, _values(rows, "world"), "forward + backward (s)"), _pick(
+        rows, "total_s", "total_q1_s", "total_q3_s", "total_ideal_s"
+    )
+
+
+def efficiency(plt, rows: Sequence[Row]):
+    """Percent of flash against N."""
+    rows = [r for r in rows if r["total_efficiency_percent"] is not None]
+    if not rows:
+        raise Lacking("it needs records with a baseline (bench without --no-baseline)")
+    fig, axes = _panels(plt, rows, "seqlen", "Parallel efficiency, forward + backward")
+    top = max(105, *(1.05 * r["total_efficiency_percent"] for r in rows))
+    for (seqlen, mask), ax in axes.items():
+        here = [r for r in rows if r["seqlen"] == seqlen and r["mask"] == mask]
+        ax.axhline(100, color="0.55", ls=(0, (2, 2)), lw=1.2, zorder=1, label=IDEAL)
+        _lines(ax, here, rows, lambda r: r["total_efficiency_percent"])
+        ax.set(ylim=(0, top), title=f"{mask}, S = {seqlen:,}")
+    columns = [f"{p}_efficiency_percent" for p in records.PHASES]
+    return _finish(fig, axes, _values(rows, "world"), "% of one-process flash / N"), _pick(rows, *columns)
+
+
+def times(plt, rows: Sequence[Row]):
+    """Time by algorithm and length, for one N."""
+    fitting = [r for r in rows if not r["oversubscribed"]] or rows
+    world = max(r["world"] for r in fitting)
+    shown = [r for r in fitting if r["world"] == world]
+    masks, lengths = _masks(shown), _values(shown, "seqlen")[-PANELS:]
+    names = list(dict.fromkeys(_series(r) for r in shown))
+    size = (1.6 + 2.9 * len(lengths), 1.5 + len(masks) * (0.55 + 0.34 * len(names)))
+    fig, grid = plt.subplots(len(masks), len(lengths), squeeze=False, sharey=True, figsize=size)
+    _title(fig, shown, f"Time by algorithm and sequence length, N = {world}")
+    for (i, mask), (j, seqlen) in ((m, s) for m in enumerate(masks) for s in enumerate(lengths)):
+        ax, here = grid[i][j], [r for r in shown if r["mask"] == mask and r["seqlen"] == seqlen]
+        for r in here:
+            y, colour = names.index(_series(r)), COLOURS[_index(r["algorithm"])]
+            forward, total = 1e3 * r["forward_s"], 1e3 * r["total_s"]
+            whisker = [[total - 1e3 * r["total_q1_s"]], [1e3 * r["total_q3_s"] - total]]
+            ax.barh(y, forward, color=colour, edgecolor="black", lw=0.6)
+            ax.barh(y, total - forward, left=forward, color=colour, alpha=0.45, edgecolor="black", lw=0.6, hatch="///")
+            ax.errorbar(total, y, xerr=_not_negative(whisker), color="black", capsize=2, lw=1)
+            ax.annotate(
+                f"{total:.3g}", (max(total, 1e3 * r["total_q3_s"]), y), (4, 0), textcoords="offset points", va="center", size=8
+            )
+        end = 1.22 * max((1e3 * r["total_q3_s"] for r in here), default=1)
+        if ideal := _ideals(here):
+            ax.axvline(1e3 * median(ideal), color="0.35", ls=(0, (2, 2)), lw=1.2)
+            end = max(end, 1.05e3 * median(ideal))
+        ax.set(title=f"{mask}, S = {seqlen:,}", yticks=range(len(names)), yticklabels=names)
+        ax.set_xlim(0, end)
+        ax.grid(axis="y", visible=False)
+        if i == len(masks) - 1:
+            ax.set_xlabel("time (ms)")
+    grid[0][0].invert_yaxis()
+    patch, line = plt.matplotlib.patches.Patch, plt.matplotlib.lines.Line2D
+    handles = [
+        patch(facecolor="0.6", edgecolor="black", lw=0.6, label="forward"),
+        patch(facecolor="0.85", edgecolor="black", lw=0.6, hatch="///", label="backward"),
+        line([], [], color="0.35", ls=(0, (2, 2)), lw=1.2, label=IDEAL),
+    ]
+    fig.legend(handles=handles, loc="outside lower center", ncols=3)
+    return fig, _pick(shown, *(f"{p}_{q}" for p in records.PHASES for q in ("s", "q1_s", "q3_s", "ideal_s")))
+
+
+def traffic(plt, rows: Sequence[Row]):
+    """Bytes that a rank sends against N: counted points on closed-form lines."""
+    if max(r["world"] for r in rows) < 2:
+        raise Lacking("one rank sends nothing; it needs records of at least two ranks")
+    ranks_of = {s: len({r["world"] for r in rows if r["seqlen"] == s and r["world"] > 1}) for s in _values(rows, "seqlen")}
+    seqlen = max(ranks_of, key=lambda s: (ranks_of[s], s))
+    here = [r for r in rows if r["seqlen"] == seqlen]
+    shown = [q for r in here for q in _bytes_rows(r, "counted", r["world"], (r["forward_bytes"], r["backward_bytes"]))]
+    series = {_series(r, r["mask"]): r for r in here}.values()
+    lines = [q for r in series for n, sent in closed_form(r, here) for q in _bytes_rows(r, "closed form", n, sent)]
+    masks = _masks(here)
+    fig, grid = plt.subplots(len(masks), 2, squeeze=False, sharex=True, figsize=(9, 1.6 + 2.7 * len(masks)))
+    _title(fig, here, f"Bytes that a rank sends, S = {seqlen:,}: counted points on closed-form lines")
+    for i, mask in enumerate(masks):
+        for j, direction in enumerate(("forward", "backward")):
+            ax = grid[i][j]
+            for k, name in enumerate(dict.fromkeys(_series(r) for r in shown)):
+
+                def points(source, name=name, mask=mask, direction=direction):
+                    return [r for r in source if _series(r) == name and r["mask"] == mask and r["direction"] == direction]
+
+                if points(lines):
+                    xy = [(r["world"], r["bytes_per_rank"] / 1e6) for r in points(lines)]
+                    look = _look(points(lines)[0], k, shown) | {"marker": "", "label": None}
+                    ax.plot(*zip(*xy, strict=True), **look)
+                if points(shown):
+                    xy = [(r["world"], r["bytes_per_rank"] / 1e6) for r in points(shown)]
+                    look = _look(points(shown)[0], k, shown) | {"mfc": "none", "mew": 1.6}
+                    ax.plot(*zip(*xy, strict=True), **look | {"ls": "", "label": None, "clip_on": False})
+                    ax.plot([], [], **look)
+            ax.set_title(f"{mask}, {direction}")
+            ax.set_ylim(bottom=0)
+    axes = {(i, j): grid[i][j] for i in range(len(masks)) for j in range(2)}
+    return _finish(fig, axes, [r["world"] for r in (*shown, *lines)], "MB sent by a rank (mean)"), [*shown, *lines]
+
+
+def closed_form(r: Row, measured: Sequence[Row]) -> list[tuple[int, tuple[float, float]]]:
+    """[(N, (forward, backward) bytes)] of r's algorithm and sizes, for the measured N and powers of two up to 16."""
+    algorithm = ALGORITHMS.get(r["algorithm"])
+    counts = sorted({q["world"] for q in measured} | {1, 2, 4, 8, 16})
+    if algorithm is None:
+        return []
+    found = []
+    for n in counts:
+        try:
+            sizes = (r["batch"], r["seqlen"], r["heads"], r["kv_heads"], r["head_dim"], n, DTYPES[r["dtype"]].itemsize)
+            found.append((n, algorithm.bytes(*sizes, r["mask"] == "causal", r["layout"])))
+        except ValueError:  # this many ranks cannot hold the sequence in equal shards
+            continue
+    return found
+
+
+def _bytes_rows(r: Row, kind: str, world: int, sent: Sequence[float]) -> list[Row]:
+    keep = ("algorithm", "layout", "overlap", "mask", "seqlen", *SETTING)
+    return [
+        {**{k: r[k] for k in keep}, "world": world, "direction": d, "kind": kind, "bytes_per_rank": b}
+        for d, b in zip(("forward", "backward"), sent, strict=True)
+    ]
+
+
+FIGURES: dict[str, Callable[[Any, Sequence[Row]], tuple[Any, list[Row]]]] = {
+    "strong_scaling": strong,
+    "weak_scaling": weak,
+    "efficiency": efficiency,
+    "time_by_algorithm": times,
+    "bytes": traffic,
+}
+IDEAL = "ideal: one-process flash / N"
+RC = {
+    "font.size": 9.5,
+    "axes.titlesize": 10,
+    "axes.grid": True,
+    "grid.color": "0.9",
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.constrained_layout.use": True,
+    "legend.frameon": False,
+    "svg.hashsalt": "ringx",  # the same records give the same file
+}
+
+
+# ---- parts of figures
+
+
+def _panels(plt, rows, by, title):
+    """{(value of `by`, mask): axes}: rows of panels by size, columns by mask."""
+    values, masks = _values(rows, by)[-PANELS:], _masks(rows)
+    size = (1.2 + 3.9 * len(masks), 1.5 + 2.6 * len(values))
+    fig, grid = plt.subplots(len(values), len(masks), squeeze=False, sharex=True, sharey="row", figsize=size)
+    _title(fig, rows, title)
+    return fig, {(v, m): grid[i][j] for i, v in enumerate(values) for j, m in enumerate(masks)}
+
+
+def _lines(ax, here, rows, y, spread=None):
+    """One line for each algorithm, layout and overlap; hollow points where threads outnumber cores."""
+    for k, name in enumerate(dict.fromkeys(_series(r) for r in rows)):
+        mine = sorted((r for r in here if _series(r) == name), key=lambda r: r["world"])
+        if not mine:
+            continue
+        look = _look(mine[0], k, rows)
+        xs, ys = [r["world"] for r in mine], [y(r) for r in mine]
+        ax.plot(xs, ys, **look)
+        if spread:
+            ends = [
+                [v - r[spread[0]] for r, v in zip(mine, ys, strict=True)],
+                [r[spread[1]] - v for r, v in zip(mine, ys, strict=True)],
+            ]
+            ax.errorbar(xs, ys, yerr=_not_negative(ends), fmt="none", ecolor=look["color"], capsize=2, lw=1)
+        over = [(a, b) for a, b, r in zip(xs, ys, mine, strict=True) if r["oversubscribed"]]
+        if over:
+            hollow = look | {"ls": "", "mfc": "white", "label": None, "zorder": look["zorder"] + 0.1}
+            ax.plot(*zip(*over, strict=True), **hollow)
+    if any(r["oversubscribed"] for r in here):
+        ax.plot([], [], ls="", marker="o", mfc="white", mec="0.3", label="hollow: more threads than cores")
+
+
+def _look(r: Row, k: int, rows: Sequence[Row]) -> dict[str, Any]:
+    """Colour and marker by algorithm, the same in every figure; line style by its variants (layout, overlap).  Later series are
+    narrower, so that lines which coincide all show."""
+    variants = list(dict.fromkeys(_series(q) for q in rows if q["algorithm"] == r["algorithm"]))
+    i = _index(r["algorithm"])
+    shrink = min(k, 5)
+    return {
+        "color": COLOURS[i],
+        "marker": MARKERS[i],
+        "ls": STYLES[variants.index(_series(r)) % len(STYLES)],
+        "lw": 3.0 - 0.4 * shrink,
+        "ms": 9 - 0.9 * shrink,
+        "zorder": 3 + k,
+        "label": _series(r),
+    }
+
+
+def _finish(fig, axes, worlds, ylabel):
+    """Labels at the outer panels only, one legend below all of them."""
+    handles: dict[str, Any] = {}
+    last, first = list(axes)[-1][0], next(iter(axes))[1]
+    for (row, column), ax in axes.items():
+        _rank_axis(ax, sorted(set(worlds)))
+        if row == last:
+            ax.set_xlabel("ranks N")
+        if column == first:
+            ax.set_ylabel(ylabel)
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    ordered = sorted(handles, key=lambda label: (label == IDEAL, label.startswith("hollow")))
+    fig.legend([handles[n] for n in ordered], ordered, loc="outside lower center", ncols=len(ordered) if len(ordered) < 5 else 3)
+    return fig
+
+
+def _rank_axis(ax, worlds) -> None:
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(worlds, [str(w) for w in worlds])
+    ax.minorticks_off()
+    ax.set_xlim(worlds[0] / 1.25, worlds[-1] * 1.25)
+
+
+def _plain_log(ax) -> None:
+    """1, 2, 5 on a log axis as plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    ax.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _title(fig, rows, title) -> None:
+    r = rows[0]
+    where = r["machine"] if r["device"] == "cpu" else r["device"]
+    threads = f", {r['threads']} thread{'s' if r['threads'] > 1 else ''} a rank" if r["device"] == "cpu" else ""
+    sizes = f"B {r['batch']}, H {r['heads']}, Hkv {r['kv_heads']}, D {r['head_dim']}"
+    fig.suptitle(f"{title}\n{where}{threads}, {r['dtype']}, kernel {r['kernel']}, {sizes}", fontsize=10.5)
+
+
+# ---- rows
+
+
+def _with_several_ranks(rows: Sequence[Row], by: str, what: str) -> list[Row]:
+    found = [v for v in _values(rows, by) if len({r["world"] for r in rows if r[by] == v}) > 1]
+    if not found:
+        raise Lacking(f"it needs records of {what}")
+    return [r for r in rows if r[by] in found]
+
+
+def _pick(rows: Sequence[Row], *columns: str) -> list[Row]:
+    keep = ("algorithm", "layout", "overlap", "mask", "world", "seqlen", "seqlen_per_rank", "oversubscribed", *SETTING, *columns)
+    return [{k: r[k] for k in keep} for r in rows]
+
+
+def _setting(r: Row) -> tuple:
+    return tuple(r[k] for k in SETTING)
+
+
+def _slug(name: str, value: object) -> str:
+    short = {"heads": "h", "kv_heads": "kv", "head_dim": "d", "batch": "b", "threads": "t"}.get(name, "")
+    return short + "".join(c if c.isalnum() else "-" for c in str(value)).strip("-")
+
+
+def _series(r: Row, *more: str) -> str:
+    return " ".join([r["algorithm"], r["layout"], *([] if r["overlap"] else ["no overlap"]), *more])
+
+
+def _index(algorithm: str) -> int:
+    names = list(ALGORITHMS)
+    return (names.index(algorithm) if algorithm in names else len(names)) % len(COLOURS)
+
+
+def _ideals(rows: Iterable[Row]) -> list[float]:
+    return [r["total_ideal_s"] for r in rows if r["total_ideal_s"]]
+
+
+def _values(rows: Sequence[Row], name: str) -> list[Any]:
+    return sorted({r[name] for r in rows})
+
+
+def _masks(rows: Sequence[Row]) -> list[str]:
+    return [m for m in MASKS if any(r["mask"] == m for r in rows)]
+
+
+def _not_negative(ends):
+    return [[max(0.0, x) for x in side] for side in ends]
+
+
+def _matplotlib():
+    try:
+        import matplotlib
+    except ImportError:
+        raise ImportError("ringx plot needs matplotlib: pip install 'ringx[plot]'") from None
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    return plt

@@ -1,0 +1,274 @@
+"""The record of one measured case: its schema, and how it is written, checked and read.
+
+One JSON file per case, named after the case, holds the numbers and everything needed to repeat them.  FIELDS is the schema:
+``validate`` checks a record against it, and readers (``ringx plot``, later ``ringx collect``) take no other files.
+
+How a case is measured (``ringx bench``)
+    Warm-up passes, then repetitions.  In each repetition the baseline and then every algorithm of the same size run once, so
+    that a ratio compares what ran side by side.  Before each timed pass all ranks meet in a barrier; forward and backward then
+    run back to back, as in training.  The slowest rank counts: `forward` is the longest time from start to the end of the
+    forward pass, `total` the longest to the end of the backward pass, `backward` their difference.  On CUDA and ROCm times are
+    differences of events on the current stream.
+
+What the derived numbers mean
+    baseline    the same local kernel over the whole sequence in one process (rank 0), called directly; the others wait
+    workers     what computes: threads on a CPU (ranks x threads), devices on GPUs (one a rank)
+    efficiency  percent of the theoretical one-process flash / N, of medians:
+                100 x baseline seconds x baseline workers / (workers x seconds).  On GPUs: 100 x t_full / (N x t).  On CPUs with
+                one thread a rank and a baseline of T threads: 100 x t_full x T / (N x t).  Where more threads than cores run
+                (`oversubscribed`), 100 is out of reach.
+    TFLOP/s     "causal work counted as done": forward 4 B H D pairs, backward 2.5 times that, with pairs = S (S + 1) / 2
+                under the causal mask and S^2 without; divided by N and the seconds
+    tokens/s    B S / total seconds: all ranks together, forward and backward
+    bytes       that a rank sends, mean over ranks, as defined in ``ringx.comm``: counted during a warm-up pass, and in closed form
+    peak        most bytes a rank held at once above what it held before the pass (its inputs), forward and backward, largest of
+                all ranks, in a warm-up pass
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SCHEMA = 1
+PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4", "amd-aiter", "mpi4py")
+PHASES = ("forward", "backward", "total")
+
+_number = (int, float)
+_null = type(None)
+FIELDS: dict[str, tuple[Any, str]] = {  # dotted path -> (type or types, meaning)
+    "schema": (int, "version of this schema"),
+    "id": (str, "name of the case, and of its file"),
+    "date": (str, "when it was written, UTC, ISO 8601"),
+    "case.algorithm": (str, "name in ringx.algorithms()"),
+    "case.layout": (str, "zigzag, contiguous or striped"),
+    "case.mask": (str, "causal or full"),
+    "case.dtype": (str, "bf16, fp16, fp32 or fp64"),
+    "case.world": (int, "N, number of ranks"),
+    "case.seqlen": (int, "S, tokens of the whole sequence"),
+    "case.batch": (int, "B"),
+    "case.heads": (int, "H, query heads"),
+    "case.kv_heads": (int, "Hkv, key/value heads"),
+    "case.head_dim": (int, "D"),
+    "case.kernel": (str, "the kernel that was asked for"),
+    "case.overlap": (bool, "the next collective is posted before the current block is computed"),
+    "case.threads": (int, "CPU threads of a rank"),
+    "case.baseline_threads": (
+        (int, _null),
+        "CPU threads asked for the baseline; null: as many as all ranks have, at most the cores",
+    ),
+    "case.baseline": (bool, "whether the baseline was to be measured"),
+    "case.warmup": (int, "passes before the timed ones"),
+    "case.reps": (int, "timed repetitions"),
+    "kernel": (str, "the kernel that ran"),
+    "workers": (int, "threads (CPU) or devices (GPU) that computed"),
+    "oversubscribed": (bool, "more threads than cores"),
+    "seconds": (dict, "forward, backward, total: see STATS"),
+    "baseline": ((dict, _null), "kernel, workers, seconds {forward, backward, total}; null where it was not measured"),
+    "baseline_missing": ((str, _null), "why there is no baseline"),
+    "efficiency_percent": ((dict, _null), "forward, backward, total"),
+    "tokens_per_second": (_number, "B S / total"),
+    "tflops_per_rank": (dict, "forward, backward, total"),
+    "flops_rule": (str, "how floating-point operations are counted"),
+    "bytes.forward": (dict, "counted, closed_form, collectives {name: counted}; mean over ranks"),
+    "bytes.backward": (dict, "likewise"),
+    "memory.peak_bytes": ((int, _null), "see above"),
+    "memory.how": (str, "how the peak was found"),
+    "command.argv": (list, "the command line"),
+    "command.options": (dict, "all its options, defaults included"),
+    "versions.ringx": (str, ""),
+    "versions.torch": (str, ""),
+    "versions.python": (str, ""),
+    "versions.accelerator": ((str, _null), "CUDA or ROCm release that torch was built for"),
+    "versions.packages": (dict, "installed packages that can matter: kernels, MPI"),
+    "git": ((dict, _null), "commit, and dirty: uncommitted changes in the package; null outside a checkout"),
+    "machine.hosts": (list, "distinct host names of the ranks"),
+    "machine.platform": (str, "operating system"),
+    "machine.cpu": (str, "model"),
+    "machine.cores": (int, "cores that the ranks of rank 0's host may use"),
+    "machine.device": (str, "cpu, or the name of the GPU"),
+    "machine.load_average": ((list, _null), "1, 5 and 15 minutes on rank 0's host before the first repetition"),
+    "launch.launcher": (str, "what started the ranks"),
+    "launch.backend": (str, "of torch.distributed"),
+    "launch.local_world": (int, "ranks on rank 0's host"),
+    "launch.environment": (dict, "variables of rank 0 that tune threads and communication"),
+}
+STATS = ("median", "min", "q1", "q3", "raw")  # raw: one value per repetition, in order
+
+
+def stats(raw: Sequence[float]) -> dict[str, Any]:
+    """Median and spread of the repetitions, all values kept."""
+    q1, median, q3 = statistics.quantiles(raw, n=4, method="inclusive") if len(raw) > 1 else [*raw, *raw, *raw]
+    return {"median": median, "min": min(raw), "q1": q1, "q3": q3, "raw": list(raw)}
+
+
+def validate(record: Any) -> dict[str, Any]:
+    """The record itself if it follows the schema; otherwise a ValueError that names every fault."""
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        version = record.get("schema") if isinstance(record, dict) else None
+        raise ValueError(f"not a bench record of schema {SCHEMA} (schema: {version!r})")
+    faults = []
+    for path, (types, _) in FIELDS.items():
+        value = record
+        for key in path.split("."):
+            value = value.get(key, _missing) if isinstance(value, dict) else _missing
+        if value is _missing:
+            faults.append(f"{path} is missing")
+        elif not isinstance(value, types) or (isinstance(value, bool) and types is not bool):
+            faults.append(f"{path}={value!r} has the wrong type")
+    if not faults:
+        faults = list(_numbers(record))
+    if faults:
+        raise ValueError("; ".join(faults))
+    return record
+
+
+_missing: Any = object()
+
+
+def _numbers(record):
+    """Faults among the values that are computed from each other."""
+    for what, block in (("seconds", record["seconds"]), ("baseline.seconds", (record["baseline"] or {}).get("seconds"))):
+        if what != "seconds" and record["baseline"] is None:
+            continue
+        for phase in PHASES:
+            one = block.get(phase) if isinstance(block, dict) else None
+            if not isinstance(one, dict) or any(key not in one for key in STATS):
+                yield f"{what}.{phase} does not hold {', '.join(STATS)}"
+            elif not isinstance(one["raw"], list) or len(one["raw"]) != record["case"]["reps"]:
+                yield f"{what}.{phase}.raw does not hold {record['case']['reps']} repetitions"
+            elif not all(_positive(x) for x in one["raw"]):
+                yield f"{what}.{phase}.raw holds something other than positive numbers"
+            elif one != stats(one["raw"]):
+                yield f"{what}.{phase} is not the summary of its raw values"
+    groups = {"tflops_per_rank": PHASES, "efficiency_percent": PHASES if record["efficiency_percent"] is not None else ()}
+    for what, keys in groups.items():
+        for key in keys:
+            if not _positive(record[what].get(key)):
+                yield f"{what}.{key}={record[what].get(key)!r} is no positive number"
+    for direction in ("forward", "backward"):
+        for key in ("counted", "closed_form"):
+            value = record["bytes"][direction].get(key)
+            if not isinstance(value, _number) or isinstance(value, bool) or value < 0:
+                yield f"bytes.{direction}.{key}={value!r} is no number of bytes"
+
+
+def _positive(x: object) -> bool:
+    return isinstance(x, _number) and not isinstance(x, bool) and math.isfinite(x) and x > 0
+
+
+# ---- files
+
+
+def path_of(directory: Path, case_id: str) -> Path:
+    """The file of a case."""
+    return Path(directory) / f"{case_id}.json"
+
+
+def write(directory: Path, record: dict[str, Any]) -> Path:
+    """Checks the record and puts its file in place at once: a reader or a crash never sees half of it."""
+    validate(record)
+    path = path_of(directory, record["id"])
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(aside, "w", encoding="utf-8") as f:
+            json.dump(record, f, indent=1, allow_nan=False)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return path
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The record in a file.  ValueError, naming the file, if it is broken."""
+    try:
+        record = validate(json.loads(Path(path).read_text(encoding="utf-8")))
+    except ValueError as e:  # json's and unicode's errors are ValueErrors too
+        raise ValueError(f"{path}: {e}") from e
+    if path_of(Path(path).parent, record["id"]) != Path(path):
+        raise ValueError(f"{path}: holds the case {record['id']}")
+    return record
+
+
+def read_all(directory: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """(records of a directory, what is wrong with each file that is none)."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory} is no directory; `ringx bench --out {directory}` writes records there.")
+    good, broken = [], []
+    for path in sorted(directory.glob("*.json")):
+        try:
+            good.append(read(path))
+        except (ValueError, OSError) as e:
+            broken.append(str(e))
+    return good, broken
+
+
+# ---- provenance
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, Any]:
+    from . import __version__
+
+    packages = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            packages[name] = importlib.metadata.version(name)
+    accelerator = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}" if torch.version.hip else None
+    return {
+        "ringx": __version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "accelerator": accelerator,
+        "packages": packages,
+    }
+
+
+def git() -> dict[str, Any] | None:
+    """Commit of the checkout that this package runs from, and whether the package differs from it; None if it is installed."""
+    package = Path(__file__).resolve().parent
+    if not (package.parent / ".git").exists():
+        return None
+    try:
+        ask = ["git", "-C", str(package)]
+        commit = subprocess.run([*ask, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        changes = subprocess.run([*ask, "status", "--porcelain", "--", "."], capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit.stdout.strip(), "dirty": bool(changes.stdout.strip())}
+
+
+def cores() -> set[int]:
+    """Numbers of the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def load_average() -> list[float] | None:
+    return [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None
