@@ -1,0 +1,53 @@
+"""The command line: ringx verify | bench | plot | info | demo (also python -m ringx)."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "verify": "compare every algorithm with full attention in fp64",
+    "bench": "measure algorithms against each other and against one process",
+    "plot": "draw scaling, efficiency and bytes from bench's records",
+    "info": "show what this environment can do, and why not the rest",
+    "demo": "verify, measure, plot and train a small Llama, in minutes",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; user mistakes print one line and give exit status 2, interruptions 130."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="ringx", description="Exact attention over sequences too long for one GPU.")
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    wanted = next((a for a in argv if not a.startswith("-")), None)
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if name == wanted:  # only the command that runs is imported
+            module = importlib.import_module(f"ringx.{name}")
+            command.formatter_class = argparse.RawDescriptionHelpFormatter
+            command.description = module.__doc__
+            module.add_arguments(command)
+            command.set_defaults(main=module.main)
+    args = parser.parse_args(argv)
+    if args.version:
+        print(importlib.import_module("ringx").__version__)
+        return 0
+    if args.command is None:
+        parser.print_help()
+        return 2
+    try:
+        return args.main(args)
+    except (ValueError, TypeError, NotImplementedError, OSError, ImportError) as error:
+        print(f"ringx {args.command}: error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:  # a rank failed: its own traceback is part of the message
+        print(f"ringx {args.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"ringx {args.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
