@@ -1,0 +1,1 @@
+"""Trainers built on ringx.  Run them from the repository's root: ``python -m apps.gpt.train --help``."""
