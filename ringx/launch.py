@@ -111,7 +111,10 @@ def init(*, device: str = "auto", timeout: float = 600.0) -> World:
     Raises:
         ValueError: the environment is incomplete or contradicts itself, or the device cannot be had.
         RuntimeError: not all ranks came within the timeout; names address, port and the missing ranks."""
+    global _joined
     _check_timeout(timeout)
+    if _joined and _joined.store and not dist.is_initialized():  # the caller destroyed the group
+        _joined = None
     if not _joined and dist.is_initialized():  # by somebody else: theirs to destroy
         return _adopt(device)
     if not _joined:
@@ -120,8 +123,8 @@ def init(*, device: str = "auto", timeout: float = 600.0) -> World:
             facts = environ.ask_mpi4py(facts)
         if facts.world > 1 and "OMP_NUM_THREADS" not in os.environ and _kind(device) == "cpu":
             torch.set_num_threads(1)
-        serve = facts.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun keeps the store
-        return join(facts, device, timeout, serve)
+        kept = facts.launcher == "torchrun" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun keeps a store
+        return join(facts, device, timeout, serve=facts.rank == 0 and not kept)
     if device not in ("auto", _joined.world.device.type):
         raise ValueError(f"device={device!r}, but this rank is already bound to {_joined.world.device}.")
     return _joined.world
@@ -139,9 +142,10 @@ def shutdown() -> None:
         joined.store.set(f"bye/{joined.world.rank}", "")
         if not failed:
             joined.store.wait([f"bye/{r}" for r in range(joined.world.world)], timedelta(seconds=LEAVE))
-    if not failed:
-        dist.destroy_process_group()
+    if not dist.is_initialized():
         return
+    if not failed:
+        return dist.destroy_process_group()
     # gloo destroys a group only after its last collective ended, and a peer may never join that one: do not wait for it
     _abandoned = True
     with contextlib.suppress(RuntimeError):  # Python 3.12 starts no threads while it exits
@@ -167,15 +171,15 @@ def run(
         ValueError: nproc is not what the launcher started, or there are fewer GPUs than ranks.
         RuntimeError: a rank raised or died; carries its number and traceback.  The others have been ended."""
     _check_timeout(timeout)
-    nproc = world_size(nproc)
+    size = world_size(nproc)
     if launched():
         world = init(device=device, timeout=timeout)
-        world_size(nproc or None)  # again, where only now the launcher's number is known
+        world_size(nproc)  # again: an MPI may tell the number only now
         return [fn(world, *args)]
-    if nproc > 1:
+    if size > 1:
         from . import local
 
-        return local.start(fn, nproc, args, device, timeout, threads)
+        return local.start(fn, size, args, device, timeout, threads)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
