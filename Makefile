@@ -27,7 +27,7 @@ grid: $(VENV)/installed
 
 # The README's speed table (about 15 minutes; needs 2 idle cores).
 speed: $(VENV)/installed
-	$(RUN) -m ringx bench --nproc 2 --seqlens 8192 --masks causal,full --dtypes bf16 --heads 8 --kv-heads 8 --head-dim 64 \
+	$(RUN) -m ringx bench --nproc 2 --seqlens 8192 --masks causal,full --layouts zigzag --dtypes bf16 --heads 8 --kv-heads 8 --head-dim 64 \
 	    --reps 7 --out demo_out/speed --resume
 
 # torch first: everything else must then accept the torch that is there.

@@ -11,9 +11,10 @@ version = next(
 
 extras = {
     "plot": ["matplotlib>=3.7"],
-    "apps": ["safetensors>=0.4"],
+    "apps": [],  # what the trainers need beyond ringx: nothing yet
     "hpc": ["mpi4py>=4"],  # NVIDIA/ROCm apex is built from source and detected at run time: PyPI's apex is another project
-    "dev": ["pytest>=8", "ruff>=0.8", "mypy>=1.11", "pre-commit>=3"],
+    # transformers: an independent Llama to compare with; mpich: a real mpiexec for the launch tests
+    "dev": ["pytest>=8", "ruff>=0.17", "mypy>=1.11", "pre-commit>=3", "transformers>=5", "mpi4py>=4", "mpich"],
 }
 
 setup(

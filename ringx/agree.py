@@ -9,7 +9,7 @@ import json
 import torch
 import torch.distributed as dist
 
-from .comm import Group, Pending
+from .comm import Disagreement, Group, Pending
 
 SIZE = 1024  # bytes a rank sends
 _companions: dict[int, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
@@ -60,11 +60,11 @@ def _explain(group: Group, rows: list[bytes]) -> None:
         except ValueError:  # an error message cut at SIZE
             said.append({"error": row.decode(errors="replace").strip()})
         if "error" in said[-1]:
-            raise ValueError(f"rank {rank} of the group (global rank {group.ranks[rank]}) refused this call: {said[-1]['error']}")
+            raise Disagreement(f"rank {rank} of the group (global rank {group.ranks[rank]}) refused this call: {said[-1]['error']}")
     for what, value in said[group.rank].items():
         for rank, other in enumerate(said):
             if other.get(what) != value:
-                raise ValueError(
+                raise Disagreement(
                     f"ranks disagree on {what}: rank {group.rank} has {value!r}, rank {rank} has {other.get(what)!r}; "
                     "every rank of the group must make the same call."
                 )

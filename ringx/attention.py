@@ -59,7 +59,8 @@ def attention(
     Raises:
         TypeError, ValueError: an argument is wrong, named with its value and the remedy.
         NotImplementedError: the kernel cannot do this.
-        RuntimeError: a peer failed or timed out; the message names algorithm, direction and step.
+        ValueError (``comm.Disagreement``): another rank refused this call, or made a different one.
+        RuntimeError (``comm.PeerError``): a peer failed or timed out; the message names algorithm, direction and step.
     """
     peers = Group.of(group)
     plan: Plan | None = None
@@ -71,7 +72,8 @@ def attention(
     except (TypeError, ValueError, NotImplementedError) as e:
         error = e
     if check:
-        agree(peers, plan.signature(q, k, v) if plan else {}, error)
+        with phase(str(algorithm), "check"):
+            agree(peers, plan.signature(q, k, v) if plan else {}, error)
     if error or plan is None:
         raise error or AssertionError
     out, lse = _Attention.apply(q, k, v, plan)
@@ -176,18 +178,32 @@ class Plan:
         """Adds to dq (accumulator dtype); returns dk, dv like k, v (in the accumulator dtype where several pieces add up)."""
         pieces = self._pieces(q_runs, k_runs, by_keys=True)
         once = all(a.k.stop <= b.k.start for a, b in itertools.pairwise(pieces))  # no key's gradient is a sum of pieces
-        dk, dv = (torch.zeros(k.shape, dtype=k.dtype if once else acc_dtype(k.dtype), device=k.device) for _ in range(2))
+        dkv: list[torch.Tensor] = []
         for t in pieces:
-            part_q, part_k, part_v = self._kernel.bwd(
+            part_q, *part_kv = self._kernel.bwd(
                 dout[:, t.q], q[:, t.q], k[:, t.k], v[:, t.k], out[:, t.q], lse[:, :, t.q],
                 band=(t.lo, t.hi), scale=self.scale, deterministic=self.deterministic,
             )  # fmt: skip
             dq[:, t.q] += part_q
-            if len(pieces) == 1 and part_k.shape == k.shape:
-                return part_k, part_v
-            dk[:, t.k] += part_k
-            dv[:, t.k] += part_v
-        return dk, dv
+            if len(pieces) == 1 and part_kv[0].shape == k.shape:
+                return part_kv
+            dkv = dkv or [torch.zeros(k.shape, dtype=k.dtype if once else acc_dtype(k.dtype), device=k.device) for _ in range(2)]
+            for grad, part in zip(dkv, part_kv, strict=True):
+                grad[:, t.k] += part
+        return dkv or [torch.zeros(k.shape, dtype=k.dtype, device=k.device) for _ in range(2)]
+
+    def attend_own_backward(self, part: int, dq, dkv, dout, q, k, v, out, lse) -> None:
+        """The own block's share of dq and dkv [2, B, S, Hkv, D], for one half of the heads: part 0 is to hide the first block's
+        arrival, part 1 the last gradients' way home (without overlap, or with one kv head, part 0 is all)."""
+        heads, late = k.shape[2], k.shape[2] // 2 if self.overlap and self.group.world > 1 else 0
+        first, last = (0, heads - late) if part == 0 else (heads - late, heads)
+        if first == last:
+            return
+        group = q.shape[2] // heads
+        kh, qh = slice(first, last), slice(first * group, last * group)
+        dq, dout, q, out = (x[:, :, qh] for x in (dq, dout, q, out))
+        k, v, lse = k[:, :, kh], v[:, :, kh], lse[:, qh]
+        dkv[0, :, :, kh], dkv[1, :, :, kh] = self.attend_backward(dq, dout, q, k, v, out, lse, self.mine, self.mine)
 
 
 class _Attention(torch.autograd.Function):

@@ -64,6 +64,14 @@ class Group:
         return self.ranks[self.rank]
 
 
+class PeerError(RuntimeError):
+    """A collective failed: a peer died, raised, or did not make this call within the group's timeout."""
+
+
+class Disagreement(ValueError):
+    """Another rank refused this call, or made a different one (``check=True``)."""
+
+
 # ---- accounting and phases
 
 
@@ -140,7 +148,7 @@ class Pending:
             return call()
         except RuntimeError as error:
             where = " ".join(self._phase) if self._phase else "ringx"
-            raise RuntimeError(
+            raise PeerError(
                 f"{where}: {self._step} failed on rank {self._group.rank} of {self._group.world} (global rank {self._group.me}): "
                 f"{error}\nA peer has most likely died, raised, or not made this call within the group's timeout; look for the "
                 "first error among the other ranks' output."

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from . import launch
+from .comm import Disagreement, PeerError
 from .environ import Facts
 
 GRACE = 2.0  # seconds to wait, after a rank said that a peer died, for the peer's own story
@@ -140,9 +141,9 @@ def _end_with(conn: Connection) -> None:
 
 def _about_peer(error: BaseException | None) -> bool:
     """Is this error only the echo of another rank's?"""
-    signs = ("A peer has most likely died", "refused this call", "gloo/transport", "closed by peer", "not all of")
+    signs = ("gloo/transport", "closed by peer", "not all of")  # of torch's own collectives, and of ranks that did not meet
     while error is not None:
-        if isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs):
+        if isinstance(error, (PeerError, Disagreement, dist.DistError)) or any(sign in str(error) for sign in signs):
             return True
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return False

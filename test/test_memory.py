@@ -81,4 +81,4 @@ def test_all_memory(algorithm):
         assert peaks[8] - peaks[4] == pytest.approx(2 * (peaks[4] - peaks[2]), rel=0.25)
         assert peaks[8] > peaks[4] + 4
     else:
-        assert peaks[8] <= peaks[2] + 1.5
+        assert peaks[8] <= peaks[4] + 0.1  # of 2 ranks there are never two messages on their way at once

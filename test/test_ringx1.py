@@ -1,8 +1,5 @@
-"""ringx1 equals full attention.  By itself, on any number of ranks:
-
-torchrun --nproc_per_node 4 test/test_ringx1.py
-srun -n4 python test/test_ringx1.py
-"""
+"""ringx1 equals full attention; by itself on any number of ranks too: `torchrun --nproc_per_node 4 test/test_ringx1.py`, or
+`srun -n4 python test/test_ringx1.py`."""
 
 import exact
 import pytest

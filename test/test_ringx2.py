@@ -1,8 +1,5 @@
-"""ringx2 equals full attention.  By itself, on any number of ranks:
-
-    torchrun --nproc_per_node 4 test/test_ringx2.py
-    srun -n4 python test/test_ringx2.py
-"""
+"""ringx2 equals full attention; by itself on any number of ranks too: `torchrun --nproc_per_node 4 test/test_ringx2.py`, or
+`srun -n4 python test/test_ringx2.py`."""
 
 import exact
 import pytest

@@ -12,8 +12,9 @@ Memory    2 remote blocks of kv with overlap, 1 without; backward also 2 blocks 
 Masks     causal and bidirectional, any layout.
 
 Differs from the paper: the own block is computed first, while the first broadcast is on its way; in a causal call the tokens
-that no other rank sees are not sent (contiguous 1/N of all, zigzag 1/2N); the backward's reduce overlaps too; all of the
-message that is reduced is written (the original reduces a half-filled buffer).
+that no other rank sees are not sent (contiguous 1/N of all, zigzag 1/2N); the backward's reduces overlap too, and half of the
+own block's heads are kept for the last one's way home; all of the message that is reduced is written (the original reduces a
+half-filled buffer).
 """
 
 import torch
@@ -36,28 +37,28 @@ def forward(q, k, v, plan):
 def backward(dout, q, k, v, out, lse, plan):
     acc, me = acc_dtype(q.dtype), plan.group.rank
     dq = torch.zeros(q.shape, dtype=acc, device=q.device)
+    dkv = torch.zeros((2, *k.shape), dtype=acc, device=q.device)
     stream = _stream(k, v, plan)
-    own = plan.attend_backward(dq, dout, q, k, v, out, lse, plan.mine, plan.mine)
-    own = torch.stack([g.to(acc) for g in own])
+    plan.attend_own_backward(0, dq, dkv, dout, q, k, v, out, lse)
     home, flying = None, None
     for src, kv in stream:
-        rows = plan.keys_sent(src)
-        if src == me:
-            dkv = own[:, :, rows].contiguous()
-        else:
-            dkv = torch.stack(plan.attend_backward(dq, dout, q, *kv, out, lse, plan.mine, clip(plan.runs(src), rows)))
+        part = torch.zeros(kv.shape, dtype=acc, device=q.device)  # the owner sends none: what it has stays in its dkv
+        if src != me:
+            runs = clip(plan.runs(src), plan.keys_sent(src))
+            part[0], part[1] = plan.attend_backward(dq, dout, q, *kv, out, lse, plan.mine, runs)
         if flying:
             flying.wait()
-        flying = comm.reduce(dkv.to(acc), src, plan.group)
+        flying = comm.reduce(part, src, plan.group)
         if src == me:
             home = flying
         if not plan.overlap:
             flying.wait()
+    plan.attend_own_backward(1, dq, dkv, dout, q, k, v, out, lse)
     if home is not None:
-        own[:, :, plan.keys_sent(me)] = home.wait()
+        dkv[:, :, plan.keys_sent(me)] += home.wait()
     if flying:
         flying.wait()
-    return dq, own[0], own[1]
+    return dq, *dkv
 
 
 def _stream(k, v, plan):

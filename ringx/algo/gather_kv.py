@@ -5,8 +5,8 @@ parallelism (arXiv 2407.21783).
 
 Forward   all-gather kv, the own block meanwhile; sort what came by position; attend each run of own queries to the prefix of
           keys that it sees, one kernel call each.
-Backward  all-gather kv again, the own block meanwhile; differentiate the rest; each rank's dkv goes home in the input
-          dtype, only the keys this rank sees, and is summed there in fp32.
+Backward  all-gather kv again, half of the own block's heads meanwhile; differentiate the rest; each rank's dkv goes home in
+          the input dtype, only the keys this rank sees, the other half meanwhile; it is summed there in fp32.
 
 Messages  forward 1 all-gather; backward 1 all-gather + 1 all-to-all.
 Bytes     with f = B (S/N) 2Hkv D e bytes of one rank's kv: forward (N-1) f; backward (N-1) f + (N-1) f c, where c is the share
@@ -37,28 +37,27 @@ def forward(q, k, v, plan):
 def backward(dout, q, k, v, out, lse, plan):
     acc, group = acc_dtype(q.dtype), plan.group
     dq = torch.zeros(q.shape, dtype=acc, device=q.device)
+    dkv = torch.zeros((2, *k.shape), dtype=acc, device=q.device)
     arriving = _gather(k, v, plan)
-    own = plan.attend_backward(dq, dout, q, k, v, out, lse, plan.mine, plan.mine)
+    plan.attend_own_backward(0, dq, dkv, dout, q, k, v, out, lse)
     if group.world == 1:
-        return dq, *own
-    others = _others(plan)
+        return dq, *dkv
+    others, gathered = _others(plan), arriving.wait()
     grads = ()
     if others:
-        keys = _sorted(arriving.wait(), others)
-        grads = plan.attend_backward(dq, dout, q, *keys, out, lse, plan.mine, pack([run for _, run in others]))
-        del keys
-    else:
-        arriving.wait()
+        runs = pack([run for _, run in others])
+        grads = plan.attend_backward(dq, dout, q, *_sorted(gathered, others), out, lse, plan.mine, runs)
+    del gathered, arriving
     flying = comm.all_to_all(_by_owner(grads, others, k, group.world), _incoming(k, plan), group)
-    dk, dv = (g.to(acc, copy=True) for g in own)
-    came = flying.wait().split(_incoming(k, plan))
-    for src, part in enumerate(came):
+    del grads
+    if not plan.overlap:
+        flying.wait()
+    plan.attend_own_backward(1, dq, dkv, dout, q, k, v, out, lse)
+    for src, part in enumerate(flying.wait().split(_incoming(k, plan))):
         if part.numel():
             rows = plan.keys_seen(group.rank, src)
-            part_k, part_v = part.view(2, k.shape[0], rows.stop, *k.shape[2:])
-            dk[:, rows] += part_k
-            dv[:, rows] += part_v
-    return dq, dk, dv
+            dkv[:, :, rows] += part.view(2, k.shape[0], rows.stop, *k.shape[2:])
+    return dq, *dkv
 
 
 def _gather(k, v, plan):

@@ -1,0 +1,119 @@
+"""The command line: verify can fail, info explains, mistakes are one line, the demo says what it made."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ringx import cli, demo, kernel, verify
+from ringx.kernel import cpu
+
+
+def small(*more: str) -> list[str]:
+    return ["verify", "--nproc", "1", "--seqlens", "24,23", "--head-dims", "8", *more]
+
+
+def test_verify_on_two_processes(tmp_path, capfd):
+    file = tmp_path / "new" / "verify.json"
+    assert cli.main([*small("--json", str(file)), "--nproc", "1,2", "--dtypes", "fp64,bf16", "--layouts", "zigzag"]) == 0
+    said = capfd.readouterr().out
+    cases = json.loads(file.read_text())["cases"]
+    assert len(cases) == 2 * 4 * 2 * 2 * 2 * 2  # ranks, algorithms, masks, dtypes, lengths, overlap
+    assert f"{len(cases)} cases on 1, 2 ranks: none missed (ok)" in said
+    assert all(c["ok"] and c["repeatable"] for c in cases)
+    assert (
+        max(c["errors"]["dk"] for c in cases if c["dtype"] == "fp64")
+        < 1e-10
+        < min(c["errors"]["dk"] for c in cases if c["dtype"] == "bf16")
+    )
+    assert max(map(len, said.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("spoil", "missed"),
+    [
+        (lambda dq, dk, dv: (dq, dk * (1 + 1e-7), dv), "dk"),
+        (lambda dq, dk, dv: (dq + torch.rand(()) * 1e-14, dk, dv), "repeat"),
+        (lambda dq, dk, dv: (torch.empty_like(dq), dk, dv), "dq"),  # memory that nobody wrote
+    ],
+)
+def test_verify_finds_faults(spoil, missed, monkeypatch, capsys):
+    original = cpu.bwd
+    verify._expected.cache_clear()
+    monkeypatch.setattr(cpu, "bwd", lambda *args, **options: spoil(*original(*args, **options)))
+    assert cli.main(small("--dtypes", "fp64", "--algorithms", "ringx4", "--kernel", "cpu")) == 1
+    said = capsys.readouterr().out
+    assert f"MISS {missed}" in said
+    verify._expected.cache_clear()
+
+
+def test_errors_that_grow_with_the_ranks_are_missed():
+    """bf16 errors within the limit, but more than twice the kernel's own, are misses too."""
+    result = {"errors": dict.fromkeys(verify.NAMES, 0.005), "single": dict.fromkeys(verify.NAMES, 0.002)}
+    assert verify.missed(result["errors"], result["single"], "bf16") == list(verify.NAMES)
+    assert not verify.missed(dict.fromkeys(verify.NAMES, 0.0039), result["single"], "bf16")
+    assert verify.missed({n: float("nan") for n in verify.NAMES}, result["single"], "bf16") == list(verify.NAMES)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["verify", "--algorithms", "ringX3"], "Did you mean 'ringx3'"),
+        (["verify", "--nproc", "0"], "0 is less than 1"),
+        (["verify", "--nproc", "two"], "'two' is no comma-separated list of integers"),
+        (["verify", "--heads", "4", "--kv-heads", "3"], "--heads 4 is no multiple of --kv-heads 3"),
+        (["verify", "--seqlens", "3", "--nproc", "4"], "--seqlens 3 is shorter than --nproc 4"),
+        (["verify", "--kernel", "flush2", "--nproc", "1"], "kernel='flush2' is unknown. Did you mean 'flash2'"),
+        (["verify", "--kernel", "flash2", "--nproc", "1"], "kernel='flash2' cannot do this"),
+        (["bench", "--out", "x", "--masks", "causel"], "Did you mean 'causal'"),
+        (["plot", "/no/such/folder"], "/no/such/folder"),
+        (["info", "--dtype", "fp8"], "fp8"),
+        (["verfy"], "verfy"),
+    ],
+)
+def test_mistakes_are_explained_without_a_traceback(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = cli.main(argv)
+    except SystemExit as e:  # argparse
+        status = e.code
+    said = capsys.readouterr()
+    assert status == 2
+    assert message in said.err
+    assert "Traceback" not in said.err
+
+
+def test_info_says_why_not(capsys):
+    assert cli.main(["info", "--head-dim", "64,40"]) == 0
+    said = capsys.readouterr().out
+    assert torch.__version__ in said
+    for name in kernel.KERNELS:
+        assert said.count(f" {name} ") >= 2
+    if not torch.cuda.is_available():
+        assert "* cpu" in said
+        assert "no: it runs on GPUs, these tensors are on cpu" in said
+    assert max(map(len, said.splitlines())) <= 120
+
+
+def test_as_a_module_and_version():
+    done = subprocess.run([sys.executable, "-m", "ringx", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0.1.0"
+    assert subprocess.run([sys.executable, "-m", "ringx"], capture_output=True, check=False).returncode == 2
+
+
+def test_demo(tmp_path, capfd, monkeypatch):
+    """The demo's steps at a small size; `make demo` (in CI) runs them as they are."""
+    small = {"--seqlens 256,251": "--seqlens 16 --algorithms ringx3 --dtypes fp64", "--seqlens 1024,2048": "--seqlens 64"}
+    for old, new in small.items():
+        assert sum(old in command for _, command in demo.STEPS) == 1
+        monkeypatch.setattr(demo, "STEPS", tuple((title, command.replace(old, new)) for title, command in demo.STEPS))
+    monkeypatch.setattr(demo, "TRAIN", demo.TRAIN + " --seqlen 64")
+    out = tmp_path / "a folder"
+    assert cli.main(["demo", "--ranks", "1,2", "--out", str(out)]) == 0
+    said = capfd.readouterr().out
+    assert float(said.split("differs by at most ")[1].split()[0].rstrip(".")) < 1e-9
+    for name in ("verify.json", "gpt_cp1/log.jsonl", "gpt_cp2/log.jsonl", "plots/bytes.png"):
+        assert (out / name).exists()
+        assert name in said
