@@ -11,6 +11,7 @@ Needs matplotlib: pip install 'ringx[plot]'
 import argparse
 import csv
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
@@ -149,7 +150,7 @@ def times(plt, rows: Sequence[Row]):
     shown = [r for r in fitting if r["world"] == world]
     masks, lengths = _masks(shown), _values(shown, "seqlen")[-PANELS:]
     names = list(dict.fromkeys(_series(r) for r in shown))
-    size = (1.6 + 2.9 * len(lengths), 1.5 + len(masks) * (0.55 + 0.34 * len(names)))
+    size = (max(WIDTH, 1.6 + 2.9 * len(lengths)), 1.5 + len(masks) * (0.55 + 0.34 * len(names)))
     fig, grid = plt.subplots(len(masks), len(lengths), squeeze=False, sharey=True, figsize=size)
     _title(fig, shown, f"Time by algorithm and sequence length, N = {world}")
     for (i, mask), (j, seqlen) in ((m, s) for m in enumerate(masks) for s in enumerate(lengths)):
@@ -180,7 +181,7 @@ def times(plt, rows: Sequence[Row]):
         patch(facecolor="0.85", edgecolor="black", lw=0.6, hatch="///", label="backward"),
         line([], [], color="0.35", ls=(0, (2, 2)), lw=1.2, label=IDEAL),
     ]
-    fig.legend(handles=handles, loc="outside lower center", ncols=3)
+    fig.legend(handles=handles, loc="outside lower center", ncols=_columns(fig))
     return fig, _pick(shown, *(f"{p}_{q}" for p in records.PHASES for q in ("s", "q1_s", "q3_s", "ideal_s")))
 
 
@@ -252,6 +253,7 @@ FIGURES: dict[str, Callable[[Any, Sequence[Row]], tuple[Any, list[Row]]]] = {
     "bytes": traffic,
 }
 IDEAL = "ideal: one-process flash / N"
+WIDTH = 7.0  # inches, at least: title and legend must fit
 RC = {
     "font.size": 9.5,
     "axes.titlesize": 10,
@@ -272,7 +274,7 @@ RC = {
 def _panels(plt, rows, by, title):
     """{(value of `by`, mask): axes}: rows of panels by size, columns by mask."""
     values, masks = _values(rows, by)[-PANELS:], _masks(rows)
-    size = (1.2 + 3.9 * len(masks), 1.5 + 2.6 * len(values))
+    size = (max(WIDTH, 1.2 + 3.9 * len(masks)), 1.5 + 2.6 * len(values))
     fig, grid = plt.subplots(len(values), len(masks), squeeze=False, sharex=True, sharey="row", figsize=size)
     _title(fig, rows, title)
     return fig, {(v, m): grid[i][j] for i, v in enumerate(values) for j, m in enumerate(masks)}
@@ -331,8 +333,13 @@ def _finish(fig, axes, worlds, ylabel):
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     ordered = sorted(handles, key=lambda label: (label == IDEAL, label.startswith("hollow")))
-    fig.legend([handles[n] for n in ordered], ordered, loc="outside lower center", ncols=len(ordered) if len(ordered) < 5 else 3)
+    fig.legend([handles[n] for n in ordered], ordered, loc="outside lower center", ncols=_columns(fig))
     return fig
+
+
+def _columns(fig) -> int:
+    """How many legend entries fit side by side."""
+    return int(fig.get_figwidth() // 2.3)
 
 
 def _rank_axis(ax, worlds) -> None:
@@ -355,8 +362,10 @@ def _title(fig, rows, title) -> None:
     r = rows[0]
     where = r["machine"] if r["device"] == "cpu" else r["device"]
     threads = f", {r['threads']} thread{'s' if r['threads'] > 1 else ''} a rank" if r["device"] == "cpu" else ""
-    sizes = f"B {r['batch']}, H {r['heads']}, Hkv {r['kv_heads']}, D {r['head_dim']}"
-    fig.suptitle(f"{title}\n{where}{threads}, {r['dtype']}, kernel {r['kernel']}, {sizes}", fontsize=10.5)
+    named = (("B", "batch"), ("H", "heads"), ("Hkv", "kv_heads"), ("D", "head_dim"))
+    sizes = ", ".join(f"{name}\N{NO-BREAK SPACE}{r[field]}" for name, field in named)  # not to be broken in two
+    how = f"{where}{threads}, {r['dtype']}, kernel {r['kernel']}, {sizes}"
+    fig.suptitle("\n".join([title, *textwrap.wrap(how, int(12 * fig.get_figwidth()))]), fontsize=10.5)
 
 
 # ---- rows
