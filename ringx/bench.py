@@ -150,7 +150,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         for world, group in itertools.groupby(todo, key=lambda c: c.world):
             mine = list(group)
-            job = Job(args.out, sys.argv, options, passes_before, passes)
+            job = Job(args.out, ["ringx", *sys.argv[1:]], options, passes_before, passes)
             launch.run(measure, world, mine, job, device=args.device, threads=args.threads, timeout=args.timeout)
             passes_before += sum(_passes(c) for c in mine)
     except KeyboardInterrupt:

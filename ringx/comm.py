@@ -244,25 +244,26 @@ def broadcasts(
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Each rank's message in rank order, as (src, message); `shapes[src]` is its shape, and an empty one is not sent at all.
 
-    With overlap the first broadcast is posted by this call and each next one before the current message is handed out, in
-    two buffers that take turns: a message is valid until the one after it is asked for.
+    With overlap two broadcasts are always ahead, in two buffers that take turns: this call posts the first two, and a message
+    is valid until the next one is asked for, which gives its buffer to the one after that.  Without, one at a time.
     """
     order = [src for src, shape in enumerate(shapes) if prod(shape)]
+    ahead = min(2 if overlap else 1, len(order))
     largest = max((prod(shapes[src]) for src in order if src != group.rank), default=0)
-    buffers = [mine.new_empty(largest) for _ in range(min(2 if overlap else 1, len(order)))]
+    buffers = [mine.new_empty(largest) for _ in range(ahead)]
 
     def post(i: int) -> Pending:
         src = order[i]
         if src == group.rank:
             return broadcast(mine, src, group)
-        return broadcast(buffers[i % len(buffers)][: prod(shapes[src])].view(*shapes[src]), src, group)
+        return broadcast(buffers[i % ahead][: prod(shapes[src])].view(*shapes[src]), src, group)
 
-    ahead = post(0) if overlap and order else None
+    posted = [post(i) for i in range(ahead)] if overlap else []
 
-    def stream(ahead: Pending | None) -> Iterator[tuple[int, torch.Tensor]]:
+    def stream() -> Iterator[tuple[int, torch.Tensor]]:
         for i, src in enumerate(order):
-            message = (ahead or post(i)).wait()
-            ahead = post(i + 1) if overlap and i + 1 < len(order) else None
-            yield src, message
+            yield src, (posted.pop(0) if overlap else post(i)).wait()
+            if overlap and i + ahead < len(order):
+                posted.append(post(i + ahead))
 
-    return stream(ahead)
+    return stream()

@@ -34,23 +34,24 @@ def main(args: argparse.Namespace) -> int:
     root = Path(__file__).resolve().parent.parent
     if not (root / "apps/gpt/train.py").exists():
         raise FileNotFoundError("apps/gpt, which the demo trains, is not beside this installation; use a checkout (make demo).")
-    out = args.out.resolve()
+    out = args.out
     out.mkdir(parents=True, exist_ok=True)
     ranks = args.ranks.split(",")
     steps = [(title, _words(command, ranks=args.ranks, out=out)) for title, command in STEPS]
     steps += [(f"A small Llama on {n} rank(s)", _words(TRAIN, n=n, out=out)) for n in ranks]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    search = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": search}
     start = time.monotonic()
     for title, words in steps:
         print(f"\n== {title}\n$ python -m {shlex.join(words)}", flush=True)
-        status = subprocess.run([sys.executable, "-m", *words], cwd=root, env=env, check=False).returncode
+        status = subprocess.run([sys.executable, "-m", *words], env=env, check=False).returncode
         if status:
             print(f"ringx demo: that step failed with exit status {status}", file=sys.stderr)
             return status
     _compare_losses(out, ranks)
     print(f"\nDone in {time.monotonic() - start:.0f} s.  Look at:")
     for path in sorted([*out.glob("verify.json"), *out.glob("plots/*.png"), *out.glob("gpt_cp*/log.jsonl")]):
-        print(f"  {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+        print(f"  {path}")
     return 0
 
 
