@@ -163,7 +163,12 @@ def times(plt, rows: Sequence[Row]):
             ax.barh(y, total - forward, left=forward, color=colour, alpha=0.45, edgecolor="black", lw=0.6, hatch="///")
             ax.errorbar(total, y, xerr=_not_negative(whisker), color="black", capsize=2, lw=1)
             ax.annotate(
-                f"{total:.3g}", (max(total, 1e3 * r["total_q3_s"]), y), (4, 0), textcoords="offset points", va="center", size=8
+                f"{total:,.0f}" if total >= 100 else f"{total:.3g}",
+                (max(total, 1e3 * r["total_q3_s"]), y),
+                (4, 0),
+                textcoords="offset points",
+                va="center",
+                size=8,
             )
         end = 1.22 * max((1e3 * r["total_q3_s"] for r in here), default=1)
         if ideal := _ideals(here):
