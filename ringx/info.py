@@ -8,11 +8,12 @@ import platform
 import torch
 import torch.distributed as dist
 
+from . import __version__ as ringx_version
 from . import kernel as kernels
 from . import launch
 from .options import DTYPES, integers
 
-PACKAGES = ("ringx", "torch", "numpy", "flash-attn", "flash-attn-4", "amd-aiter", "mpi4py", "matplotlib", "safetensors")
+PACKAGES = ("numpy", "flash-attn", "flash-attn-4", "amd-aiter", "mpi4py", "matplotlib", "safetensors")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     print("Versions")
     _row("python", f"{platform.python_version()} on {platform.platform()}")
+    _row("ringx", ringx_version)
+    _row("torch", torch.__version__)
     for name in PACKAGES:
         _row(name, _version(name))
     _row("CUDA, ROCm", f"{torch.version.cuda or 'none'}, {torch.version.hip or 'none'}")

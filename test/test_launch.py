@@ -218,7 +218,7 @@ def test_the_rank_that_raised_is_named_and_the_others_end():
 def test_a_rank_killed_in_a_collective(direction):
     message, seconds = failure(ranks_do.die_in, 1, direction, "kill")
     assert message.startswith("rank 1 of 3 was ended by SIGKILL. Rank ")
-    assert f"ringx4 {direction}: broadcast from rank 1 failed on rank" in message
+    assert re.search(rf"ringx4 {direction}: broadcast from rank [01] failed on rank", message)  # two are on their way at once
     assert seconds < 10
 
 
