@@ -13,7 +13,7 @@ from . import kernel as kernels
 from .agree import agree
 from .algorithms import ALGORITHMS, pattern
 from .comm import Group, phase
-from .layout import LAYOUTS, Run, Sharding, name_of, rows_upto, tiles
+from .layout import Run, Sharding, bind_local, name_of, rows_upto, tiles
 from .merge import Partial, absorb_dlse, acc_dtype
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -104,7 +104,7 @@ class Plan:
         return cls(
             algorithm,
             group,
-            bind(layout, group, q.shape[1]),
+            bind_local(layout, group.world, group.rank, q.shape[1]),
             causal,
             _check_scale(scale, q.shape[3]),
             kernels.choose(kernel, need),
@@ -231,22 +231,6 @@ class _Attention(torch.autograd.Function):
 
 
 # ---- checks
-
-
-def bind(layout: "str | Sharding", group: Group, s_local: int) -> Sharding:
-    """The sharding that a `layout` argument means for this rank's `s_local` tokens."""
-    if isinstance(layout, Sharding):
-        if layout.world != group.world:
-            raise ValueError(f"layout is a Sharding for {layout.world} ranks, but the group has {group.world}.")
-        if layout.size(group.rank) != s_local:
-            raise ValueError(
-                f"{layout} gives rank {group.rank} {layout.size(group.rank)} tokens, but its tensors have {s_local}; "
-                "cut them with ringx.shard and the same Sharding."
-            )
-        return layout
-    if not isinstance(layout, str):
-        raise TypeError(f"layout={layout!r} must be a name ({', '.join(LAYOUTS)}) or a ringx.Sharding.")
-    return Sharding.equal(s_local * group.world, group.world, layout)
 
 
 def _check_tensors(q, k, v) -> None:

@@ -136,6 +136,28 @@ class Sharding:
         return torch.cat([torch.arange(r.start, r.last + 1, r.step) for r in self.runs(rank)])
 
 
+def bind(layout: "str | Sharding", world: int, seqlen: int) -> Sharding:
+    """What a `layout` argument means on `world` ranks: a Sharding as it is, a name as equal shards of `seqlen` tokens."""
+    if isinstance(layout, Sharding):
+        if layout.world != world:
+            raise ValueError(f"layout is a Sharding for {layout.world} ranks, but the group has {world}.")
+        return layout
+    if not isinstance(layout, str):
+        raise TypeError(f"layout={layout!r} must be a name ({', '.join(LAYOUTS)}) or a ringx.Sharding.")
+    return Sharding.equal(seqlen, world, layout)
+
+
+def bind_local(layout: "str | Sharding", world: int, rank: int, tokens: int) -> Sharding:
+    """The same from what one rank holds: `tokens` of the sequence."""
+    sharding = bind(layout, world, tokens * world)
+    if sharding.size(rank) != tokens:
+        raise ValueError(
+            f"{sharding} gives rank {rank} {sharding.size(rank)} tokens, but its tensor has {tokens}; "
+            "cut it with ringx.shard and the same Sharding."
+        )
+    return sharding
+
+
 def pack(runs: Sequence[Run]) -> list[Run]:
     """The same tokens in the same order, laid out row after row from 0; runs that continue each other become one."""
     out: list[Run] = []

@@ -6,7 +6,7 @@ from torch.autograd.function import once_differentiable
 
 from . import comm
 from .comm import Group
-from .layout import LAYOUTS, Sharding
+from .layout import Sharding, bind, bind_local
 
 
 def positions(seqlen: int, *, group: "dist.ProcessGroup | None" = None, layout: "str | Sharding" = "zigzag") -> torch.Tensor:
@@ -39,14 +39,7 @@ def unshard(
     ranks have for it.  Where every rank computes the same loss from the result, divide it by the number of ranks."""
     peers = Group.of(group)
     dim = _check(x, dim)
-    if isinstance(layout, Sharding) or not isinstance(layout, str):
-        sharding = _bind(layout, peers, getattr(layout, "seqlen", 0))
-        if sharding.size(peers.rank) != x.shape[dim]:
-            raise ValueError(
-                f"{sharding} gives rank {peers.rank} {sharding.size(peers.rank)} tokens, x has {x.shape[dim]} along dim {dim}."
-            )
-    else:
-        sharding = Sharding.equal(x.shape[dim] * peers.world, peers.world, layout)
+    sharding = bind_local(layout, peers.world, peers.rank, x.shape[dim])
     return _Unshard.apply(x, peers, dim, sharding)
 
 
@@ -90,12 +83,7 @@ def _check(x: torch.Tensor, dim: int) -> int:
 
 
 def _bind(layout: "str | Sharding", group: Group, seqlen: int) -> Sharding:
-    if isinstance(layout, Sharding):
-        if layout.world != group.world:
-            raise ValueError(f"layout is a Sharding for {layout.world} ranks, but the group has {group.world}.")
-        if layout.seqlen != seqlen:
-            raise ValueError(f"layout is a Sharding of {layout.seqlen} tokens, but the sequence has {seqlen}.")
-        return layout
-    if not isinstance(layout, str):
-        raise TypeError(f"layout={layout!r} must be a name ({', '.join(LAYOUTS)}) or a ringx.Sharding.")
-    return Sharding.equal(seqlen, group.world, layout)
+    sharding = bind(layout, group.world, seqlen)
+    if sharding.seqlen != seqlen:
+        raise ValueError(f"layout is a Sharding of {sharding.seqlen} tokens, but the sequence has {seqlen}.")
+    return sharding

@@ -49,7 +49,7 @@ MISTAKES = {
     "overlap's type": (dict(overlap=None), TypeError, "overlap=None"),
     "return_lse's type": (dict(return_lse="yes"), TypeError, "return_lse='yes'"),
     "sharding of other ranks": (dict(layout=ringx.Sharding(24, 2)), ValueError, "a Sharding for 2 ranks, but the group has 3"),
-    "sharding of other tokens": (dict(layout=ringx.Sharding(27, 3)), ValueError, "gives rank . 9 tokens, but its tensors have 8"),
+    "sharding of other tokens": (dict(layout=ringx.Sharding(27, 3)), ValueError, "gives rank . 9 tokens, but its tensor has 8"),
 }  # fmt: skip
 
 
@@ -152,7 +152,11 @@ def test_unknown_arguments_are_not_swallowed():
         (lambda: ringx.shard(torch.ones(2, 4), dim=2), ValueError, r"dim=2 is not a dimension of x, whose shape is \(2, 4\)"),
         (lambda: ringx.shard(torch.ones(2, 4), dim=1.0), TypeError, "dim=1.0"),
         (lambda: ringx.shard(torch.ones(2, 4), layout="zag"), ValueError, "layout='zag'"),
-        (lambda: ringx.unshard(torch.ones(2, 4), layout=ringx.Sharding(5, 1)), ValueError, "gives rank 0 5 tokens, x has 4"),
+        (
+            lambda: ringx.unshard(torch.ones(2, 4), layout=ringx.Sharding(5, 1)),
+            ValueError,
+            "gives rank 0 5 tokens, but its tensor has 4",
+        ),
         (lambda: ringx.positions(8, layout=ringx.Sharding(9, 1)), ValueError, "Sharding of 9 tokens, but the sequence has 8"),
         (lambda: ringx.positions(0), ValueError, "seqlen=0"),
         (lambda: ringx.positions("8"), TypeError, "seqlen='8'"),
