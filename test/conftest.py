@@ -4,13 +4,13 @@ import os
 import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# a shell that starts the tests in the background has interrupts ignored, here and in every child: some tests send one
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+# a shell that starts the tests in the background has interrupts ignored, here and in every child: some tests send one
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -171,6 +171,7 @@ def test_a_peer_that_fails_is_named_with_algorithm_and_step():
     """Rank 0 raises before the call; the others' error says what they were doing."""
 
     def on_rank(rank):
+        dist.barrier()  # all have met: what fails is the call
         if rank == 0:
             raise LookupError("this rank's own trouble")
         ringx.attention(**good(), algorithm="ringx4", check=False)
