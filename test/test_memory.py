@@ -84,7 +84,7 @@ def test_all_memory(algorithm):
         call = lambda: ringx.attention(q, k, v, algorithm=algorithm, causal=True, check=False).backward(p.dout[:, where])  # noqa: E731
         return peak_bytes(call, torch.device("cpu"))[0] / (2 * k.numel() * k.element_size())
 
-    peaks = {world: max(run(world, step, problem(BLOCK * world))) for world in (2, 4, 8)}
+    peaks = {world: max(run(world, step, problem(BLOCK * world))) for world in (4, 8)}
     if algorithm == "ringx3":
         assert peaks[4] + 4 < peaks[8] < 3 * peaks[4]
     else:
