@@ -78,15 +78,16 @@ def main(args: argparse.Namespace) -> int:
         args.json.touch()
     choices_ = (args.algorithms, args.layouts, args.masks, args.dtypes, args.seqlens, [args.heads])
     cases = [Case(*values) for values in itertools.product(*choices_, args.kv_heads, args.head_dims, args.overlap)]
+    worlds = args.nproc or [None if launch.launched() else 2]
+    if (most := max(launch.world_size(n) for n in worlds)) > min(args.seqlens):
+        raise ValueError(f"--seqlens {min(args.seqlens)} is shorter than --nproc {most}: some rank would hold no token.")
     results = []
-    for nproc in args.nproc or [None if launch.launched() else 2]:
-        if nproc is not None and nproc > min(args.seqlens):
-            raise ValueError(f"--seqlens {min(args.seqlens)} is shorter than --nproc {nproc}: some rank would hold no token.")
+    for nproc in worlds:
         results += launch.run(verify_on_rank, nproc, cases, args.kernel, device=args.device)[0]
-    if results and results[0]["rank"] == 0:
-        report(results)
-        if args.json is not None:
+        if args.json is not None and results[0]["rank"] == 0:  # after each number of ranks: an interrupted run keeps those
             args.json.write_text(json.dumps({"torch": torch.__version__, "limits": LIMITS, "cases": results}, indent=1) + "\n")
+    if results[0]["rank"] == 0:
+        report(results)
     return 0 if all(r["ok"] for r in results) else 1
 
 
