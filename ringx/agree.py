@@ -31,7 +31,7 @@ def agree(group: Group, mine: dict[str, object], error: Exception | None) -> Non
 def _gather(words: torch.Tensor, group: Group) -> torch.Tensor:
     out = words.new_empty((group.world, SIZE))
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
-    pg = _cpu_group(group)
+    pg = cpu_group(group)
     return Pending(
         group,
         "comparing the call with the other ranks (check=True)",
@@ -40,7 +40,8 @@ def _gather(words: torch.Tensor, group: Group) -> torch.Tensor:
     ).wait()
 
 
-def _cpu_group(group: Group) -> dist.ProcessGroup:
+def cpu_group(group: Group) -> dist.ProcessGroup:
+    """A group of the same ranks (at least two) that can move CPU tensors.  Collective the first time, where it has to be made."""
     pg = group.pg
     assert pg is not None
     if torch.device("cpu") in pg._device_types:

@@ -4,18 +4,19 @@
     torchrun --nproc_per_node 8 -m ringx bench --seqlens-per-rank 8192 --layouts recommended,striped --out results/node
 
 How each number is measured and what it means is in ``ringx.records``, with the schema of the files: one JSON record per case,
-written as soon as all algorithms of its size are done.  An interrupted run keeps those; --resume measures only the rest.
+written as soon as all algorithms of its size are done.  An interrupted run keeps those; --resume measures only the rest.  Told
+to stop (SIGUSR1, SIGTERM), it drops the size that it is at and ends with status 75.  A job array measures one part each:
+
+    srun python -m ringx bench --seqlens 4096,8192 --kv-heads 8,2 --out DIR --resume --part "$SLURM_ARRAY_TASK_ID/4"
 """
 
 import argparse
 import contextlib
 import itertools
-import json
-import os
-import platform
+import re
 import socket
+import statistics
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -25,20 +26,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.progress import Progress
 
-from . import comm, launch, records
+from . import comm, launch, provenance, records, wire
 from . import kernel as kernels
 from .algorithms import ALGORITHMS
 from .attention import attention
 from .layout import LAYOUTS, Sharding, name_of
-from .options import DTYPES, MASKS, choices, integers, switches
+from .options import DTYPES, MASKS, choices, integers, sift, switches
 from .peak import peak_bytes
+from .stopping import AGAIN, Stopped, Watch
 
 RECOMMENDED = "recommended"  # among layouts: the one that each algorithm recommends
-ENVIRONMENT = ("OMP_", "KMP_", "NCCL_", "RCCL_", "GLOO_", "FI_", "TORCH_NCCL_")  # variables that change what is measured
+RECORD_BYTES = 2**14  # of a record, at most: what an --out folder must have room for
 FLOPS_RULE = "causal work counted as done: forward 4 B H D pairs, backward 2.5 times that"
 _LISTS: dict[str, tuple[Callable[[str], list], str, str]] = {  # option: (type, default, help); parsed in `plan`, all faults at once
     "algorithms": (choices(ALGORITHMS), "all", "names or all"),
@@ -106,8 +107,8 @@ class Job:
     """What the ranks are told besides their cases."""
 
     out: Path
-    argv: list[str]
     options: dict[str, Any]
+    labels: dict[str, str]
     passes_before: int  # of earlier world sizes, for the progress bar
     passes: int
 
@@ -115,6 +116,16 @@ class Job:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the records")
     parser.add_argument("--nproc", metavar="N,...", help="ranks (default: 1,2, or the launcher's)")
+    add_matrix(parser)
+    parser.add_argument(
+        "--timeout", type=float, default=600, metavar="S", help="seconds that ranks wait for each other (default: 600)"
+    )
+    parser.add_argument("--resume", action="store_true", help="skip cases that DIR already holds")
+    parser.add_argument("--part", metavar="I/N", help="measure only part I (from 0) of N parts of the sizes: for job arrays")
+
+
+def add_matrix(parser: argparse._ActionsContainer) -> None:
+    """What to measure and how, apart from ranks and files."""
     lengths = parser.add_mutually_exclusive_group()
     lengths.add_argument("--seqlens", metavar="S,...", help="tokens of the whole sequence (default: 2048)")
     lengths.add_argument("--seqlens-per-rank", metavar="S,...", help="tokens of each rank: weak scaling")
@@ -133,36 +144,63 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-baseline", action="store_true", help="where the whole sequence is too much for one process")
     parser.add_argument(
-        "--timeout", type=float, default=600, metavar="S", help="seconds that ranks wait for each other (default: 600)"
+        "--label",
+        action="append",
+        default=[],
+        metavar="NAME=TEXT",
+        help="note this in the records, such as link_mbit=200; repeatable",
     )
-    parser.add_argument("--resume", action="store_true", help="skip cases that DIR already holds")
 
 
 def main(args: argparse.Namespace) -> int:
+    with Watch(at_once=not launch.launched()) as watch:  # a process that only waits for ranks that it started stops at once
+        return _main(args, watch)
+
+
+def _main(args: argparse.Namespace, watch: Watch) -> int:
     me = launch.init(device=args.device, timeout=args.timeout) if launch.launched() else None
     cases = plan(args, me.world if me else None)
-    todo = remaining(args.out, cases, args.resume)
+    labels = labelled(args.label)
+    todo = launch.decide(me, lambda: remaining(args.out, cases, args.resume, labels))
     speaks = not me or me.rank == 0  # one rank talks where a launcher started several
     if speaks and len(todo) < len(cases):
         print(f"{len(cases) - len(todo)} of {len(cases)} cases are there already")
     options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if not callable(v)}
-    passes_before, passes = 0, sum(_passes(c) for c in todo)
+    passes_before, passes, told = 0, sum(_passes(c) for c in todo), None
     try:
         for world, group in itertools.groupby(todo, key=lambda c: c.world):
             mine = list(group)
-            job = Job(args.out, ["ringx", *sys.argv[1:]], options, passes_before, passes)
-            launch.run(measure, world, mine, job, device=args.device, threads=args.threads, timeout=args.timeout)
+            job = Job(args.out, options, labels, passes_before, passes)
+            told = launch.run(measure, world, mine, job, device=args.device, threads=args.threads, timeout=args.timeout)[0]
             passes_before += sum(_passes(c) for c in mine)
+            if told:
+                break
     except KeyboardInterrupt:
-        if speaks:
-            Console(stderr=True).show_cursor(True)  # the rank that drew the progress bar was ended in the middle of it
-            done = sum(records.path_of(args.out, c.id).exists() for c in cases)
-            print(f"interrupted: {done} of {len(cases)} cases are in {args.out}; the same command with --resume measures the rest")
-        return 130
+        told = watch.told or "SIGINT"
+    if told:
+        done = sum(records.path_of(args.out, c.id).exists() for c in todo)
+        return _stopped(args.out, len(cases) - len(todo) + done, len(cases), done > 0, told, speaks)
     if speaks:
-        print(table([records.read(records.path_of(args.out, c.id)) for c in cases]))
+        if cases:
+            print(table([records.read(records.path_of(args.out, c.id)) for c in cases]))
         print(f"{len(cases)} records in {args.out}; `ringx plot {args.out}` draws them")
     return 0
+
+
+def _stopped(out: Path, there: int, wanted: int, progress: bool, told: str, speaks: bool) -> int:
+    """The last words of a run that was told to stop, and its exit status."""
+    if speaks:
+        Console(stderr=True).show_cursor(True)  # the rank that drew the progress bar was ended in the middle of it
+        by = "" if told == "SIGINT" else f" by {told}"
+        print(f"interrupted{by}: {there} of {wanted} cases are in {out}; the same command with --resume measures the rest")
+    if told == "SIGINT":
+        return 130
+    if not speaks:
+        return 0  # rank 0's status is the job's: srun ends the others at the first that is not 0
+    if not progress:
+        print("ringx bench: not one size was finished: allow more time, or fewer --reps or sizes", file=sys.stderr)
+        return 1  # not AGAIN: a job that starts itself again would do so forever
+    return AGAIN
 
 
 # ---- what to measure
@@ -172,14 +210,26 @@ def plan(args: argparse.Namespace, launched: int | None = None) -> list[Case]:
     """Every case that the options ask for, cases of one size next to each other.  One ValueError names all that is impossible.
 
     `launched`: how many ranks a launcher started, if one did."""
+    device = torch.device("cuda" if args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available()) else "cpu")
+    cases, faults = examine(args, launched, device)
+    try:
+        cases = part(cases, args.part)
+    except ValueError as e:
+        faults.append(str(e))
+    if faults:
+        raise ValueError(all_of(faults))
+    return cases
+
+
+def examine(args: argparse.Namespace, launched: int | None, device: torch.device | None) -> tuple[list[Case], list[str]]:
+    """(the cases that the options ask for, everything that is wrong with them).  `device`: where the kernels are to run; None
+    where that cannot be asked here (on a login node)."""
     faults: list[str] = []
 
     def parse(option: str, kind: Callable[[str], list], text: str) -> list:
-        try:
-            return kind(text)
-        except argparse.ArgumentTypeError as e:
-            faults.append(f"--{option}: {e}")
-            return []
+        good, wrong = sift(kind, text)
+        faults.extend([f"--{option}: {wrong}"] if wrong else [])
+        return good
 
     lists = {name: parse(name, kind, getattr(args, name.replace("-", "_"))) for name, (kind, _, _) in _LISTS.items()}
     worlds = sorted(parse("nproc", integers, args.nproc or str(launched or "1,2")))
@@ -193,15 +243,14 @@ def plan(args: argparse.Namespace, launched: int | None = None) -> list[Case]:
         if value is not None and value < 1:
             faults.append(f"--{name.replace('_', '-')} {value} must be at least 1")
     _try(faults, "--kernel", lambda: name_of(args.kernel, [*kernels.KERNELS, "auto"], "kernel"))
-    if faults:
-        raise ValueError(_all(faults))
+    _try(faults, "--label", lambda: labelled(args.label))
 
     cases = {}  # of ids: "recommended,zigzag" must not measure a case twice
     sizes = itertools.product(
         worlds, lengths, lists["masks"], lists["dtypes"], lists["batch"], lists["heads"], lists["kv-heads"], lists["head-dim"]
     )
     for (world, length, mask, dtype, batch, heads, kv, dim), name, layout, overlap in itertools.product(
-        sizes, lists["algorithms"], lists["layouts"], lists["overlap"]
+        sizes, lists["algorithms"] or ALGORITHMS, lists["layouts"], lists["overlap"]
     ):
         case = Case(
             name,
@@ -210,17 +259,45 @@ def plan(args: argparse.Namespace, launched: int | None = None) -> list[Case]:
             *(args.threads, args.baseline_threads, not args.no_baseline, args.warmup, args.reps),
         )
         cases[case.id] = case
-    device = torch.device("cuda" if args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available()) else "cpu")
     for seqlen, world, layout in dict.fromkeys((c.seqlen, c.world, c.layout) for c in cases.values()):
         _try(faults, f"S={seqlen} on N={world}", partial(Sharding.equal, seqlen, world, layout))
     for heads, kv in dict.fromkeys((c.heads, c.kv_heads) for c in cases.values()):
         if heads % kv:
             faults.append(f"--heads {heads} is no multiple of --kv-heads {kv}")
-    for kernel, need in dict.fromkeys((c.kernel, c.need(device)) for c in cases.values()):
+    known = args.kernel in (*kernels.KERNELS, "auto")
+    for kernel, need in dict.fromkeys((c.kernel, c.need(device)) for c in cases.values()) if device and known else ():
         _try(faults, f"{need.dtype}, head size {need.head_dim}", partial(kernels.choose, kernel, need))
-    if faults:
-        raise ValueError(_all(faults))
-    return list(cases.values())
+    return list(cases.values()), faults
+
+
+def part(cases: Sequence[Case], which: str | None) -> list[Case]:
+    """Part "I/N" of the cases, those of one size together; all of them for None.
+
+    Raises:
+        ValueError: it is not of that form, or I is not below N."""
+    if which is None:
+        return list(cases)
+    match = re.fullmatch(r"(\d+)/(\d+)", which)
+    if not match or not int(match[1]) < int(match[2]):
+        raise ValueError(f"--part {which!r} must be I/N with I from 0 to N - 1, such as 0/4")
+    mine = set(list(dict.fromkeys(c.size for c in cases))[int(match[1]) :: int(match[2])])
+    return [c for c in cases if c.size in mine]
+
+
+def labelled(said: Sequence[str]) -> dict[str, str]:
+    """["link_mbit=200"] -> {"link_mbit": "200"}.
+
+    Raises:
+        ValueError: a label is not NAME=TEXT, or is there twice."""
+    labels: dict[str, str] = {}
+    for one in said:
+        name, equals, text = one.partition("=")
+        if not re.fullmatch(r"[A-Za-z]\w*", name) or not equals or not text:
+            raise ValueError(f"--label {one!r} must be NAME=TEXT, with a NAME of letters, digits and underscores")
+        if name in labels:
+            raise ValueError(f"--label {name} is given twice")
+        labels[name] = text
+    return labels
 
 
 def _try(faults: list[str], what: str, check: Callable[[], object]) -> None:
@@ -230,15 +307,13 @@ def _try(faults: list[str], what: str, check: Callable[[], object]) -> None:
         faults.append(f"{what}: {e}")
 
 
-def _all(faults: Sequence[str]) -> str:
+def all_of(faults: Sequence[str]) -> str:
     return faults[0] if len(faults) == 1 else f"{len(faults)} faults:\n" + "\n".join(f"  - {f}" for f in faults)
 
 
-def remaining(out: Path, cases: Sequence[Case], resume: bool) -> list[Case]:
+def remaining(out: Path, cases: Sequence[Case], resume: bool, labels: dict[str, str]) -> list[Case]:
     """The cases that `out` does not hold yet.  Without `resume` it may hold none of them."""
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out) as f:  # a folder that cannot be written to fails now, not after the first case
-        f.write(b"x" * 65536)
+    records.expect_room(out, RECORD_BYTES * max(len(cases), 1))
     there = [c for c in cases if records.path_of(out, c.id).exists()]
     if there and not resume:
         raise ValueError(
@@ -247,16 +322,22 @@ def remaining(out: Path, cases: Sequence[Case], resume: bool) -> list[Case]:
         )
     done, faults = set(), []
     for case in there:
+        path = records.path_of(out, case.id)
         try:
-            found = records.read(records.path_of(out, case.id))["case"]
+            found = records.read(path)
         except ValueError as e:
-            print(f"measured again, for it is broken: {e}", file=sys.stderr)
+            aside = path.with_name(f"{path.name}.broken")
+            path.replace(aside)
+            print(f"measured again, for it is broken (now {aside.name}): {e}", file=sys.stderr)
             continue
-        if other := [f"{k}={found[k]!r}, now {v!r}" for k, v in asdict(case).items() if found[k] != v]:
+        other = [f"{k}={found['case'][k]!r}, now {v!r}" for k, v in asdict(case).items() if found["case"][k] != v]
+        if found["labels"] != labels:
+            other.append(f"labels {found['labels']}, now {labels}")
+        if other:
             faults.append(f"{case.id} in {out} was measured with {', '.join(other)}: pass another --out")
         done.add(case)
     if faults:
-        raise ValueError(_all(faults))
+        raise ValueError(all_of(faults))
     return [c for c in cases if c not in done]
 
 
@@ -267,14 +348,21 @@ def _passes(case: Case) -> int:
 # ---- measuring, on every rank
 
 
-def measure(world: launch.World, cases: list[Case], job: Job) -> None:
-    """Measures the cases, size by size; rank 0 writes their records and shows the progress."""
-    if world.world > 1:  # a file system may show the ranks different folders: rank 0's view counts
-        told = [cases]
-        dist.broadcast_object_list(told, 0)
-        cases = told[0]
+def measure(world: launch.World, cases: list[Case], job: Job) -> str | None:
+    """Measures the cases, size by size; rank 0 writes their records and shows the progress.  The same on every rank: None, or
+    the signal that ended it early."""
     torch.set_num_threads(cases[0].threads)
-    common = provenance(world, job)
+    common = provenance.of_run(world, job.options, job.labels)
+    launch.announce(world)
+    with Watch() as watch:
+        try:
+            _measure(world, cases, job, common, watch)
+        except Stopped:
+            return next(told for told in launch.gather(watch.told, world) if told)
+    return None
+
+
+def _measure(world: launch.World, cases: list[Case], job: Job, common: dict[str, Any], watch: Watch) -> None:
     quiet = world.rank != 0 or not sys.stderr.isatty()
     with Progress(console=Console(stderr=True), transient=True, disable=quiet) as progress:
         bar = progress.add_task("", total=job.passes, completed=job.passes_before)
@@ -284,15 +372,19 @@ def measure(world: launch.World, cases: list[Case], job: Job) -> None:
             def tick(case: Case, text=text) -> None:
                 progress.update(bar, advance=1, description=f"{text} {case.algorithm}")
 
-            load = records.load_average()
-            for record in measure_size(world, list(group), tick):
-                if world.rank == 0:
-                    record = {"schema": records.SCHEMA, "date": records.now(), **record, **common}
-                    record["machine"] = {**common["machine"], "load_average": load}
+            load = provenance.load_average()
+            for record in measure_size(world, list(group), tick, watch):
+                if world.rank != 0:
+                    continue
+                record = {"schema": records.SCHEMA, "kind": "attention", "date": provenance.now(), **record, **common}
+                record["machine"] = {**common["machine"], "load_average": load}
+                try:
                     records.write(job.out, record)
+                except FileExistsError as e:  # by another run of the same job
+                    print(f"not written, for the case was measured elsewhere meanwhile: {e}", file=sys.stderr)
 
 
-def measure_size(world: launch.World, cases: Sequence[Case], tick: Callable[[Case], None]) -> list[dict]:
+def measure_size(world: launch.World, cases: Sequence[Case], tick: Callable[[Case], None], watch: Watch) -> list[dict]:
     """Measures cases of one size side by side; on every rank, what their records hold of it."""
     size, device = cases[0], world.device
     kernel = kernels.choose(size.kernel, size.need(device))
@@ -306,11 +398,13 @@ def measure_size(world: launch.World, cases: Sequence[Case], tick: Callable[[Cas
     baseline = Baseline(size, kernel, world) if size.baseline and world.rank == 0 else None
     probes = {}
     times: list[list[tuple[float, float]]] = [[] for _ in cases]
+    meter = wire.Meter(world)
     for rep in range(-size.warmup, size.reps):
         if baseline:
             baseline.run(keep=rep >= 0)
         for i, case in enumerate(cases):
-            _barrier(world)
+            watch.meet(world)
+            meter.mark()
             if case not in probes:
                 probes[case] = _probe(partial(ring, case), device)
             elif rep < 0:
@@ -318,11 +412,15 @@ def measure_size(world: launch.World, cases: Sequence[Case], tick: Callable[[Cas
             else:
                 times[i].append(ring(case))
             tick(case)
+    watch.meet(world)
+    meter.mark()
 
-    mine = {"times": times, "probes": [probes[c] for c in cases]}
-    everyone = _gather(mine, world)
-    against = _gather(baseline.result() if baseline else None, world)[0]
-    hosts = _gather((socket.gethostname(), records.cores()), world)
+    passes = range(size.warmup * len(cases), (size.warmup + size.reps) * len(cases))
+    sent = [[meter.between(p) for p in passes[i :: len(cases)]] for i in range(len(cases))]
+    mine = {"times": times, "probes": [probes[c] for c in cases], "sent": sent, "no count": meter.missing}
+    everyone = launch.gather(mine, world)
+    against = launch.gather(baseline.result() if baseline else None, world)[0]
+    hosts = launch.gather((socket.gethostname(), provenance.cores()), world)
     cores = len(set().union(*(c for host, c in hosts if host == hosts[0][0])))
     workers = size.world * (1 if device.type == "cuda" else size.threads)
     result = []
@@ -340,6 +438,7 @@ def measure_size(world: launch.World, cases: Sequence[Case], tick: Callable[[Cas
                 "seconds": seconds,
                 **derived(case, seconds, workers, against),
                 "bytes": _bytes(case, counted),
+                **_wire([r["sent"][i] for r in everyone], next((r["no count"] for r in everyone if r["no count"]), None), meter),
                 "memory": {"peak_bytes": max(p[0] for p in peaks), "how": peaks[0][1]},
             }
         )
@@ -398,7 +497,7 @@ class Baseline:
 
     def __init__(self, size: Case, kernel: str, world: launch.World):
         self.size, self.device, self.kernel = size, world.device, kernel
-        self.threads = size.baseline_threads or min(size.world * size.threads, len(records.cores()))
+        self.threads = size.baseline_threads or min(size.world * size.threads, len(provenance.cores()))
         self.times: list[tuple[float, float]] = []
         self.missing: str | None = None
         with self._memory_may_not_suffice():
@@ -471,40 +570,15 @@ def _bytes(case: Case, counted: Sequence[dict[str, dict]]) -> dict[str, dict]:
     return result
 
 
-def _barrier(world: launch.World) -> None:
-    if world.world > 1:
-        dist.barrier()
-
-
-def _gather(mine: Any, world: launch.World) -> list:
-    """What every rank has, by rank."""
-    everyone = [mine] * world.world
-    if world.world > 1:
-        dist.all_gather_object(everyone, mine)
-    return everyone
-
-
-def provenance(world: launch.World, job: Job) -> dict[str, Any]:
-    """What the records of this world size have in common."""
-    hosts = _gather((socket.gethostname(), sorted(records.cores())), world)
-    cuda = world.device.type == "cuda"
+def _wire(sent: Sequence[Sequence[int]], missing: str | None, meter: wire.Meter) -> dict[str, Any]:
+    """What left the hosts in each repetition, per rank; `sent` by rank (0 of those that do not count)."""
+    if missing:
+        return {"wire": None, "wire_missing": missing}
+    raw = [sum(rep) / len(sent) for rep in zip(*sent, strict=True)]
+    hosts = sum(any(rank) for rank in sent)
     return {
-        "command": {"argv": job.argv, "options": json.loads(json.dumps(job.options, default=str))},
-        "versions": records.versions(),
-        "git": records.git() if world.rank == 0 else None,
-        "machine": {
-            "hosts": list(dict.fromkeys(host for host, _ in hosts)),
-            "platform": platform.platform(),
-            "cpu": records.cpu_model(),
-            "cores": len({core for host, cores in hosts if host == hosts[0][0] for core in cores}),
-            "device": torch.cuda.get_device_name(world.device) if cuda else "cpu",
-        },
-        "launch": {
-            "launcher": str(world.launcher),
-            "backend": str(world.backend),
-            "local_world": world.local_world,
-            "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(ENVIRONMENT)},
-        },
+        "wire": {"median": statistics.median(raw), "raw": raw, "interface": ",".join(meter.names), "hosts": hosts},
+        "wire_missing": None,
     }
 
 

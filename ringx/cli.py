@@ -1,4 +1,4 @@
-"""The command line: ringx verify | bench | plot | info | demo (also python -m ringx)."""
+"""The command line: ringx verify | bench | bench-comm | submit | collect | plot | info | demo (also python -m ringx)."""
 
 import argparse
 import importlib
@@ -8,7 +8,10 @@ from collections.abc import Sequence
 COMMANDS = {
     "verify": "compare every algorithm with full attention in fp64",
     "bench": "measure algorithms against each other and against one process",
-    "plot": "draw scaling, efficiency and bytes from bench's records",
+    "bench-comm": "measure collectives by size: latency, bandwidth, bytes on the wire",
+    "submit": "write, check and submit Slurm jobs that measure a matrix of cases at a site",
+    "collect": "merge the records of many jobs into one table",
+    "plot": "draw scaling, efficiency, bytes and collectives from records or a table",
     "info": "show what this environment can do, and why not the rest",
     "demo": "verify, measure, plot and train a small Llama, in minutes",
 }
@@ -24,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if name == wanted:  # only the command that runs is imported
-            module = importlib.import_module(f"ringx.{name}")
+            module = importlib.import_module(f"ringx.{name.replace('-', '_')}")
             command.formatter_class = argparse.RawDescriptionHelpFormatter
             command.description = module.__doc__
             module.add_arguments(command)

@@ -31,6 +31,8 @@ import torch.distributed as dist
 from . import environ
 from .environ import Facts
 
+ANNOUNCED = 8  # hosts that announce() names
+VISIBLE = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
 LEAVE = 10.0  # seconds that shutdown() waits for ranks still at work
 
 
@@ -187,6 +189,66 @@ def run(
     finally:
         torch.set_num_threads(before)
         shutdown()
+
+
+def decide(world: World | None, ask: Callable[[], Any]) -> Any:
+    """Rank 0's ask() on every rank: for what the ranks may see differently, such as files.  A ValueError or OSError of rank 0 is
+    raised on every rank.  `world` None is a process without peers."""
+    if world is None or world.world == 1:
+        return ask()
+    told: list[Any] = [None]
+    if world.rank == 0:
+        try:
+            told = [(ask(), None)]
+        except (ValueError, OSError) as error:
+            told = [(None, error)]
+    dist.broadcast_object_list(told, 0)
+    answer, refusal = told[0]
+    if refusal is not None:
+        raise refusal
+    return answer
+
+
+def gather(mine: Any, world: World) -> list[Any]:
+    """What every rank has, by rank; on every rank."""
+    everyone = [mine] * world.world
+    if world.world > 1:
+        dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def announce(world: World) -> None:
+    """Rank 0 says on stderr who is where, and which GPUs each rank sees.  Collective; silent where ranks are on one host's CPU."""
+    visible = (
+        os.environ.get("ROCR_VISIBLE_DEVICES") or os.environ.get("HIP_VISIBLE_DEVICES") or os.environ.get("CUDA_VISIBLE_DEVICES")
+    )
+    count = torch.cuda.device_count() if world.device.type == "cuda" else 0
+    mine = (socket.gethostname(), str(world.device), count, visible)
+    everyone = gather(mine, world)
+    if world.rank == 0 and (world.device.type == "cuda" or world.local_world < world.world):
+        print("\n".join(described(world, everyone)), file=sys.stderr, flush=True)
+
+
+def described(world: World, everyone: Sequence[tuple[str, str, int, str | None]]) -> list[str]:
+    """The lines of ``announce``, from every rank's (host, device, number of GPUs it sees, what the scheduler's variable says)."""
+    hosts: dict[str, list[int]] = {}
+    for rank, (host, *_) in enumerate(everyone):
+        hosts.setdefault(host, []).append(rank)
+    lines = [f"{world.world} ranks on {len(hosts)} host{'s'[: len(hosts) != 1]}, started by {world.launcher}, {world.backend}"]
+    if interfaces := os.environ.get("GLOO_SOCKET_IFNAME"):
+        lines[0] += f" over {interfaces}"
+    counts = {count for _, _, count, _ in everyone}
+    if counts == {1}:
+        lines.append("each rank sees one GPU, the one it computes on")
+    elif counts != {0}:
+        seen = "-".join(str(n) for n in sorted({min(counts), max(counts)}))
+        lines.append(f"each rank sees all {seen} GPUs of its host and computes on that of its local rank")
+    for host, ranks in list(hosts.items())[:ANNOUNCED]:
+        says = [f"{r}: {everyone[r][1]}" + (f" of {everyone[r][3]}" if everyone[r][3] else "") for r in ranks]
+        lines.append(f"  {host}  " + ", ".join(says))
+    if len(hosts) > ANNOUNCED:
+        lines.append(f"  and {len(hosts) - ANNOUNCED} hosts more")
+    return lines
 
 
 def _check_timeout(timeout: float) -> None:

@@ -1,6 +1,7 @@
 """Argument types that the command lines share: comma-separated lists whose errors name the value and the remedy."""
 
 import argparse
+import contextlib
 from collections.abc import Callable, Iterable
 
 import torch
@@ -34,6 +35,18 @@ def choices(known: Iterable[str]) -> Callable[[str], list[str]]:
             raise argparse.ArgumentTypeError(str(e)) from None
 
     return parse
+
+
+def sift(kind: Callable[[str], list], text: str) -> tuple[list, str | None]:
+    """(the values of a comma-separated list that make sense, what is wrong with the others): to name all faults at once."""
+    try:
+        return kind(text), None
+    except argparse.ArgumentTypeError as e:
+        good: list = []
+        for word in text.split(","):
+            with contextlib.suppress(argparse.ArgumentTypeError):
+                good += kind(word)
+        return good, str(e)
 
 
 def switches(text: str) -> list[bool]:

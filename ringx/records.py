@@ -1,9 +1,9 @@
 """The record of one measured case: its schema, and how it is written, checked and read.
 
-One JSON file per case, named after the case, holds the numbers and everything needed to repeat them.  FIELDS is the schema:
-``validate`` checks a record against it, and readers (``ringx plot``, later ``ringx collect``) take no other files.
+One JSON file per case, named after the case, holds the numbers and everything needed to repeat them.  FIELDS is the schema of
+either kind: ``validate`` checks a record against it, and readers (``ringx collect``, ``ringx plot``) take no other files.
 
-How a case is measured (``ringx bench``)
+How a case of kind "attention" is measured (``ringx bench``)
     Warm-up passes, then repetitions.  In each repetition the baseline and then every algorithm of the same size run once, so
     that a ratio compares what ran side by side.  Before each timed pass all ranks meet in a barrier; forward and backward then
     run back to back, as in training.  The slowest rank counts: `forward` is the longest time from start to the end of the
@@ -21,35 +21,56 @@ What the derived numbers mean
                 under the causal mask and S^2 without; divided by N and the seconds
     tokens/s    B S / total seconds: all ranks together, forward and backward
     bytes       that a rank sends, mean over ranks, as defined in ``ringx.comm``: counted during a warm-up pass, and in closed form
+    wire        bytes that really left the hosts, per rank, each repetition's forward and backward together: `ringx.wire`
     peak        most bytes a rank held at once above what it held before the pass (its inputs), forward and backward, largest of
                 all ranks, in a warm-up pass
 """
 
-import contextlib
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import statistics
-import subprocess
+import uuid
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-
-SCHEMA = 1
-PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4", "amd-aiter", "mpi4py")
+SCHEMA = 2
+DERIVED = ("machine.json", "environment.json")  # files beside records that are made from them
 PHASES = ("forward", "backward", "total")
 
 _number = (int, float)
 _null = type(None)
-FIELDS: dict[str, tuple[Any, str]] = {  # dotted path -> (type or types, meaning)
+_COMMON: dict[str, tuple[Any, str]] = {  # dotted path -> (type or types, meaning)
     "schema": (int, "version of this schema"),
+    "kind": (str, "what was measured: attention or collective"),
     "id": (str, "name of the case, and of its file"),
     "date": (str, "when it was written, UTC, ISO 8601"),
+    "labels": (dict, "what --label said of this run: {name: text}"),
+    "command.argv": (list, "the command line"),
+    "command.options": (dict, "all its options, defaults included"),
+    "versions.ringx": (str, ""),
+    "versions.torch": (str, ""),
+    "versions.python": (str, ""),
+    "versions.accelerator": ((str, _null), "CUDA or ROCm release that torch was built for"),
+    "versions.packages": (dict, "installed packages that can matter: kernels, MPI"),
+    "git": ((dict, _null), "commit, and dirty: uncommitted changes in the package; null outside a checkout"),
+    "machine.hosts": (list, "distinct host names of the ranks"),
+    "machine.platform": (str, "operating system"),
+    "machine.cpu": (str, "model"),
+    "machine.cores": (int, "cores that the ranks of rank 0's host may use"),
+    "machine.device": (str, "cpu, or the name of the GPU"),
+    "machine.load_average": ((list, _null), "1, 5 and 15 minutes on rank 0's host before the first repetition"),
+    "launch.launcher": (str, "what started the ranks"),
+    "launch.backend": (str, "of torch.distributed"),
+    "launch.local_world": (int, "ranks on rank 0's host"),
+    "launch.environment": (dict, "variables of rank 0 that tune threads and communication"),
+    "launch.job": (
+        (dict, _null),
+        "Slurm's id, array_task, restart, nodes, partition, cluster, site file; null outside",
+    ),
+}
+_ATTENTION: dict[str, tuple[Any, str]] = {
     "case.algorithm": (str, "name in ringx.algorithms()"),
     "case.layout": (str, "zigzag, contiguous or striped"),
     "case.mask": (str, "causal or full"),
@@ -82,26 +103,38 @@ FIELDS: dict[str, tuple[Any, str]] = {  # dotted path -> (type or types, meaning
     "flops_rule": (str, "how floating-point operations are counted"),
     "bytes.forward": (dict, "counted, closed_form, collectives {name: counted}; mean over ranks"),
     "bytes.backward": (dict, "likewise"),
+    "wire": ((dict, _null), "median, raw: one value per repetition; interface, hosts; null where nothing could be counted"),
+    "wire_missing": ((str, _null), "why there is no count"),
     "memory.peak_bytes": ((int, _null), "see above"),
     "memory.how": (str, "how the peak was found"),
-    "command.argv": (list, "the command line"),
-    "command.options": (dict, "all its options, defaults included"),
-    "versions.ringx": (str, ""),
-    "versions.torch": (str, ""),
-    "versions.python": (str, ""),
-    "versions.accelerator": ((str, _null), "CUDA or ROCm release that torch was built for"),
-    "versions.packages": (dict, "installed packages that can matter: kernels, MPI"),
-    "git": ((dict, _null), "commit, and dirty: uncommitted changes in the package; null outside a checkout"),
-    "machine.hosts": (list, "distinct host names of the ranks"),
-    "machine.platform": (str, "operating system"),
-    "machine.cpu": (str, "model"),
-    "machine.cores": (int, "cores that the ranks of rank 0's host may use"),
-    "machine.device": (str, "cpu, or the name of the GPU"),
-    "machine.load_average": ((list, _null), "1, 5 and 15 minutes on rank 0's host before the first repetition"),
-    "launch.launcher": (str, "what started the ranks"),
-    "launch.backend": (str, "of torch.distributed"),
-    "launch.local_world": (int, "ranks on rank 0's host"),
-    "launch.environment": (dict, "variables of rank 0 that tune threads and communication"),
+}
+_COLLECTIVE: dict[str, tuple[Any, str]] = {
+    "case.collective": (str, "name in ringx.bench_comm.COLLECTIVES"),
+    "case.world": (int, "N, number of ranks"),
+    "case.hosts": (int, "that the ranks are on"),
+    "case.dtype": (str, "of the elements"),
+    "case.warmup": (int, "passes before the timed ones of each size; the first checks the result"),
+    "case.reps": (int, "timed repetitions of each size, at most"),
+    "sizes": (list, "one entry a size, in rising order: see SIZE"),
+    "ended": ((str, _null), "why larger sizes were left out; null if none were"),
+    "fit": (
+        (dict, _null),
+        "of time = alpha + beta size: alpha_s, beta_s_per_byte, relative_error; null for one size",
+    ),
+    "wire_missing": ((str, _null), "why no wire bytes were counted"),
+}
+FIELDS = {"attention": _COMMON | _ATTENTION, "collective": _COMMON | _COLLECTIVE}
+SIZE: dict[str, tuple[Any, str]] = {  # of each entry of "sizes" of a collective; times in seconds, the slowest rank's
+    "bytes": (int, "the size as nccl-tests defines it"),
+    "reps": (int, "timed repetitions"),
+    "mean": (_number, "what nccl-tests prints as time, and what algbw and busbw follow from"),
+    "min": (_number, ""),
+    "median": (_number, ""),
+    "p99": (_number, ""),
+    "algbw": (_number, "bytes / mean, in B/s"),
+    "busbw": (_number, "algbw x the collective's bus factor"),
+    "wrong": (int, "elements of all ranks' results that were not as they should be"),
+    "wire_factor": ((*_number, _null), "bytes that left the hosts / what an optimal implementation would send"),
 }
 STATS = ("median", "min", "q1", "q3", "raw")  # raw: one value per repetition, in order
 
@@ -114,11 +147,11 @@ def stats(raw: Sequence[float]) -> dict[str, Any]:
 
 def validate(record: Any) -> dict[str, Any]:
     """The record itself if it follows the schema; otherwise a ValueError that names every fault."""
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        version = record.get("schema") if isinstance(record, dict) else None
-        raise ValueError(f"not a bench record of schema {SCHEMA} (schema: {version!r})")
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA or record.get("kind") not in FIELDS:
+        version, kind = (record.get("schema"), record.get("kind")) if isinstance(record, dict) else (None, None)
+        raise ValueError(f"not a record of schema {SCHEMA} of a kind that is known (schema: {version!r}, kind: {kind!r})")
     faults = []
-    for path, (types, _) in FIELDS.items():
+    for path, (types, _) in FIELDS[record["kind"]].items():
         value = record
         for key in path.split("."):
             value = value.get(key, _missing) if isinstance(value, dict) else _missing
@@ -127,7 +160,7 @@ def validate(record: Any) -> dict[str, Any]:
         elif not isinstance(value, types) or (isinstance(value, bool) and types is not bool):
             faults.append(f"{path}={value!r} has the wrong type")
     if not faults:
-        faults = list(_numbers(record))
+        faults = list({"attention": _numbers, "collective": _sizes}[record["kind"]](record))
     if faults:
         raise ValueError("; ".join(faults))
     return record
@@ -161,6 +194,24 @@ def _numbers(record):
             value = record["bytes"][direction].get(key)
             if not isinstance(value, _number) or isinstance(value, bool) or value < 0:
                 yield f"bytes.{direction}.{key}={value!r} is no number of bytes"
+    if record["wire"] is not None and len(record["wire"].get("raw", ())) != record["case"]["reps"]:
+        yield f"wire.raw does not hold {record['case']['reps']} repetitions"
+
+
+def _sizes(record):
+    """Faults among the sizes of a collective."""
+    for i, one in enumerate(record["sizes"]):
+        for key, (types, _) in SIZE.items():
+            if not isinstance(one, dict) or not isinstance(one.get(key, _missing), types) or isinstance(one[key], bool):
+                yield f"sizes[{i}].{key} is missing or has the wrong type"
+                break
+        else:
+            if not all(_positive(one[key]) for key in ("bytes", "reps", "mean", "min", "median", "p99", "algbw", "busbw")):
+                yield f"sizes[{i}] holds something other than positive numbers"
+            elif not one["min"] <= one["median"] <= one["p99"]:
+                yield f"sizes[{i}]: min, median and p99 do not rise"
+    if not record["sizes"]:
+        yield "sizes is empty"
 
 
 def _positive(x: object) -> bool:
@@ -176,29 +227,77 @@ def path_of(directory: Path, case_id: str) -> Path:
 
 
 def write(directory: Path, record: dict[str, Any]) -> Path:
-    """Checks the record and puts its file in place at once: a reader or a crash never sees half of it."""
+    """Checks the record and puts its file in place at once: a reader or a crash never sees half of it.
+
+    Raises:
+        ValueError: the record does not follow the schema.
+        FileExistsError: the case has a record already.  It stays: a rank that was cut off from its job, and is still at work
+            while the restarted job has measured the case, changes nothing."""
     validate(record)
     path = path_of(directory, record["id"])
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    put(path, json.dumps(record, indent=1, allow_nan=False) + "\n", replace=False)
+    return path
+
+
+def put(path: Path, text: str, replace: bool) -> None:
+    """Writes a file so that a reader never sees half of it.  FileExistsError if it is there and may not be replaced."""
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # of no other process on any host
     try:
-        with open(aside, "w", encoding="utf-8") as f:
-            json.dump(record, f, indent=1, allow_nan=False)
+        with open(aside, "x", encoding="utf-8") as f:
+            f.write(text)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(aside, path)
+        if replace:
+            os.replace(aside, path)
+            return
+        try:
+            os.link(aside, path)  # atomic, and refuses to replace
+        except FileExistsError:
+            raise FileExistsError(f"{path} is there already and was kept.") from None
+        except OSError:  # a file system without hard links
+            if path.exists():
+                raise FileExistsError(f"{path} is there already and was kept.") from None
+            os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
-    return path
+
+
+def expect_room(directory: Path, size: int) -> None:
+    """Makes the folder, and has it hold `size` bytes for a moment.
+
+    Raises:
+        OSError: it cannot be made or written to, or has no room; names the folder and the reason."""
+    directory = Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".room.{uuid.uuid4().hex}"
+        try:
+            with open(probe, "xb") as f:
+                f.write(b"x" * size)
+                f.flush()
+                os.fsync(f.fileno())
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as e:
+        raise OSError(e.errno, f"{directory} cannot take the results ({size} bytes): {e.strerror}; pass another --out") from None
 
 
 def read(path: Path) -> dict[str, Any]:
     """The record in a file.  ValueError, naming the file, if it is broken."""
     try:
-        record = validate(json.loads(Path(path).read_text(encoding="utf-8")))
+        record = validate(_from_schema_1(json.loads(Path(path).read_text(encoding="utf-8"))))
     except ValueError as e:  # json's and unicode's errors are ValueErrors too
         raise ValueError(f"{path}: {e}") from e
     if path_of(Path(path).parent, record["id"]) != Path(path):
         raise ValueError(f"{path}: holds the case {record['id']}")
+    return record
+
+
+def _from_schema_1(record: Any) -> Any:
+    """Records of before labels, wire bytes and jobs: they have none."""
+    if isinstance(record, dict) and record.get("schema") == 1 and isinstance(record.get("launch"), dict):
+        none: dict[str, Any] = {"labels": {}, "wire": None, "wire_missing": "not counted before schema 2"}
+        return {**record, "schema": SCHEMA, "kind": "attention", **none, "launch": {**record["launch"], "job": None}}
     return record
 
 
@@ -209,66 +308,10 @@ def read_all(directory: Path) -> tuple[list[dict[str, Any]], list[str]]:
         raise FileNotFoundError(f"{directory} is no directory; `ringx bench --out {directory}` writes records there.")
     good, broken = [], []
     for path in sorted(directory.glob("*.json")):
+        if path.name in DERIVED:
+            continue
         try:
             good.append(read(path))
         except (ValueError, OSError) as e:
             broken.append(str(e))
     return good, broken
-
-
-# ---- provenance
-
-
-def now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def versions() -> dict[str, Any]:
-    from . import __version__
-
-    packages = {}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            packages[name] = importlib.metadata.version(name)
-    accelerator = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}" if torch.version.hip else None
-    return {
-        "ringx": __version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "accelerator": accelerator,
-        "packages": packages,
-    }
-
-
-def git() -> dict[str, Any] | None:
-    """Commit of the checkout that this package runs from, and whether the package differs from it; None if it is installed."""
-    package = Path(__file__).resolve().parent
-    if not (package.parent / ".git").exists():
-        return None
-    try:
-        ask = ["git", "-C", str(package)]
-        commit = subprocess.run([*ask, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
-        changes = subprocess.run([*ask, "status", "--porcelain", "--", "."], capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return {"commit": commit.stdout.strip(), "dirty": bool(changes.stdout.strip())}
-
-
-def cores() -> set[int]:
-    """Numbers of the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
-
-
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def load_average() -> list[float] | None:
-    return [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None

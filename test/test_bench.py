@@ -118,13 +118,36 @@ def test_peak_memory_of_known_tensors():
 
 
 def test_a_record_survives_the_file(record, tmp_path):
-    path = records.write(tmp_path / ".", record)
+    new = tmp_path / "new"
+    new.mkdir()
+    path = records.write(new, record)
     assert records.read(path) == record
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]  # nothing left aside
+    assert [p.name for p in new.iterdir()] == [path.name]  # nothing left aside
+
+
+def test_a_late_write_changes_nothing(record, tmp_path):
+    """A rank that lost its job to a restart may still come to the end of a case that the restarted job has measured."""
+    path = records.path_of(tmp_path, record["id"])
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError, match="is there already and was kept"):
+        records.write(tmp_path, {**record, "date": "later"})
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_records_of_schema_1_are_read(record, tmp_path):
+    old = json.loads(json.dumps(record))
+    for key in ("labels", "wire", "wire_missing"):
+        del old[key]
+    del old["launch"]["job"]
+    old["schema"] = 1
+    path = records.path_of(tmp_path, record["id"])
+    path.write_text(json.dumps(old))
+    new = records.read(path)
+    assert new["seconds"] == record["seconds"] and new["labels"] == {} and new["launch"]["job"] is None
 
 
 def edits():
-    yield "schema 1", lambda r: r.update(schema=2)
+    yield "schema 2", lambda r: r.update(schema=3)
     yield "case.world is missing", lambda r: r["case"].pop("world")
     yield "case.seqlen='64' has the wrong type", lambda r: r["case"].update(seqlen="64")
     yield "case.reps=True has the wrong type", lambda r: r["case"].update(reps=True)
@@ -226,7 +249,8 @@ def test_resume_measures_only_what_is_missing_or_broken(tmp_path, capsys, monkey
         bench.main(options(tmp_path))
     paths[1].write_text(paths[1].read_text()[:100])
     assert bench.main(options(tmp_path, "--resume")) == 0
-    assert f"broken: {paths[1]}" in capsys.readouterr().err
+    assert f"{paths[1].name}.broken): {paths[1]}" in capsys.readouterr().err
+    assert len(paths[1].with_name(f"{paths[1].name}.broken").read_text()) == 100  # nothing is thrown away
     assert len(list(tmp_path.glob("*.json"))) == 4
     assert paths[0].stat().st_mtime_ns == before[0] and records.read(paths[1])
     monkeypatch.setattr(bench, "measure_size", None)
@@ -238,11 +262,11 @@ def test_resume_measures_only_what_is_missing_or_broken(tmp_path, capsys, monkey
 def test_an_interruption_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
     measured, real = [], bench.measure_size
 
-    def until_interrupted(world, cases, tick):
+    def until_interrupted(world, cases, tick, watch):
         if len(measured) == 2:
             raise KeyboardInterrupt
         measured.append(cases)
-        return real(world, cases, tick)
+        return real(world, cases, tick, watch)
 
     monkeypatch.setattr(bench, "measure_size", until_interrupted)
     argv = ("--nproc", "1", "--seqlens", "16,32,48", "--algorithms", "ringx1,ringx3")
