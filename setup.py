@@ -10,11 +10,15 @@ version = next(
 )
 
 extras = {
-    "plot": ["matplotlib>=3.7"],
+    "plot": ["matplotlib>=3.7", "pandas>=2", "pyarrow>=14"],
     "apps": [],  # what the trainers need beyond ringx: nothing yet
     "hpc": ["mpi4py>=4"],  # NVIDIA/ROCm apex is built from source and detected at run time: PyPI's apex is another project
     # transformers: an independent Llama to compare with; mpich: a real mpiexec for the launch tests
-    "dev": ["pytest>=8", "ruff>=0.17", "mypy>=1.11", "pre-commit>=3", "transformers>=5", "mpi4py>=4", "mpich"],
+    # nbclient, nbformat, ipykernel: the notebooks in results/ are executed
+    "dev": [
+        *("pytest>=8", "ruff>=0.17", "mypy>=1.11", "pre-commit>=3"),
+        *("transformers>=5", "mpi4py>=4", "mpich", "nbclient>=0.10", "nbformat>=5", "ipykernel>=6"),
+    ],
 }
 
 setup(

@@ -8,6 +8,7 @@ from functools import cached_property, lru_cache
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
+from torch.profiler import record_function
 
 from . import kernel as kernels
 from .agree import agree
@@ -170,8 +171,9 @@ class Plan:
     def attend(self, acc: Partial, q, k, v, q_runs: list[Run], k_runs: list[Run]) -> Partial:
         """Merge attention of q [B, Sq, H, D] over k and v [B, Sk, Hkv, D] into acc; the runs say which tokens the rows are."""
         for t in self._pieces(q_runs, k_runs, by_keys=False):
-            out, lse = self._kernel.fwd(q[:, t.q], k[:, t.k], v[:, t.k], band=(t.lo, t.hi), scale=self.scale)
-            acc.add(out, lse, t.q)
+            with record_function(f"{self.algorithm} forward: attend"):
+                out, lse = self._kernel.fwd(q[:, t.q], k[:, t.k], v[:, t.k], band=(t.lo, t.hi), scale=self.scale)
+                acc.add(out, lse, t.q)
         return acc
 
     def attend_backward(self, dq, dout, q, k, v, out, lse, q_runs: list[Run], k_runs: list[Run]):
@@ -180,10 +182,11 @@ class Plan:
         once = all(a.k.stop <= b.k.start for a, b in itertools.pairwise(pieces))  # no key's gradient is a sum of pieces
         dkv: list[torch.Tensor] = []
         for t in pieces:
-            part_q, *part_kv = self._kernel.bwd(
-                dout[:, t.q], q[:, t.q], k[:, t.k], v[:, t.k], out[:, t.q], lse[:, :, t.q],
-                band=(t.lo, t.hi), scale=self.scale, deterministic=self.deterministic,
-            )  # fmt: skip
+            with record_function(f"{self.algorithm} backward: attend"):
+                part_q, *part_kv = self._kernel.bwd(
+                    dout[:, t.q], q[:, t.q], k[:, t.k], v[:, t.k], out[:, t.q], lse[:, :, t.q],
+                    band=(t.lo, t.hi), scale=self.scale, deterministic=self.deterministic,
+                )  # fmt: skip
             dq[:, t.q] += part_q
             if len(pieces) == 1 and part_kv[0].shape == k.shape:
                 return part_kv

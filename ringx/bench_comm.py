@@ -20,7 +20,6 @@ a fit of time = alpha + beta S, and DIR/machine.json collects the fits of all re
 """
 
 import argparse
-import json
 import re
 import statistics
 import sys
@@ -37,7 +36,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import Progress
 
-from . import launch, provenance, records, wire
+from . import launch, machine, provenance, records, wire
 from .bench import all_of, labelled
 from .options import choices, integers
 from .stopping import AGAIN, Stopped, Watch
@@ -45,7 +44,6 @@ from .stopping import AGAIN, Stopped, Watch
 DTYPE = torch.float32
 PATTERN = 1021  # values of a checked pass repeat after so many elements, a prime: a shifted or swapped block shows
 LEAST_REPS = 3
-MACHINE = "machine.json"
 
 
 @dataclass(frozen=True)
@@ -224,7 +222,7 @@ def main(args: argparse.Namespace) -> int:
         if told:
             print(f"interrupted by {told}: what is complete is in {args.out}; the same command with --resume measures the rest")
             return AGAIN if told != "SIGINT" else 130
-        print(f"records and {MACHINE} in {args.out}; `ringx plot {args.out}` draws them")
+        print(f"records and {machine.FILE} in {args.out}; `ringx plot {args.out}` draws them")
         return 0
 
 
@@ -332,7 +330,7 @@ def measure(world: launch.World, names: list[str], args: argparse.Namespace) -> 
                     records.write(args.out, {**head, **found, **common})
                 except FileExistsError as e:
                     print(f"not written, for it was measured elsewhere meanwhile: {e}", file=sys.stderr)
-                write_machine(args.out, args.out)
+                machine.write(args.out, machine.collected(args.out))
     return None
 
 
@@ -360,7 +358,7 @@ def measure_collective(
             break
         rows.append(_measure_size(world, what, size, case, watch, meter, missing, end))
         say(_line(case.collective, rows[-1]), flush=True)
-    return {"sizes": rows, "ended": ended, "fit": fit([(r["bytes"], r["median"]) for r in rows]), "wire_missing": missing}
+    return {"sizes": rows, "ended": ended, "fit": machine.fit([(r["bytes"], r["median"]) for r in rows]), "wire_missing": missing}
 
 
 def _enough(size: int, expected: float, end: float) -> str | None:
@@ -414,11 +412,11 @@ def _measure_size(world, what, size, case, watch, meter, missing, end) -> dict[s
             break
     watch.meet(world)
     meter.mark()
-    sent = sum(meter.between(i) for i in range(len(seconds)))
+    sent = [meter.between(i) for i in range(len(seconds))]
     everyone = launch.gather({"seconds": seconds, "wrong": wrong, "sent": sent}, world)
     slowest = [max(rep) for rep in zip(*(r["seconds"] for r in everyone), strict=True)]
     mean = statistics.fmean(slowest)
-    optimum = what.sent(world.world) * size * world.world * len(seconds)
+    left = statistics.median(sum(rep) for rep in zip(*(r["sent"] for r in everyone), strict=True))
     return {
         "bytes": size,
         "reps": len(slowest),
@@ -429,7 +427,7 @@ def _measure_size(world, what, size, case, watch, meter, missing, end) -> dict[s
         "algbw": size / mean,
         "busbw": size / mean * what.bus(world.world),
         "wrong": sum(r["wrong"] for r in everyone),
-        "wire_factor": None if missing else sum(r["sent"] for r in everyone) / optimum,
+        "wire_factor": None if missing else left / (what.sent(world.world) * size * world.world),
     }
 
 
@@ -447,54 +445,6 @@ def _timed(call: Callable[[], object], device: torch.device) -> float:
     call()
     torch.cuda.synchronize(device)
     return time.perf_counter() - start
-
-
-# ---- the model
-
-
-def fit(points: Sequence[tuple[int, float]]) -> dict[str, float] | None:
-    """alpha and beta of time = alpha + beta bytes, neither negative, with the least squares of relative errors; None for fewer than
-    two sizes.
-
-    points: (bytes, seconds)."""
-    if len(points) < 2:
-        return None
-    size, seconds = (np.array(column, dtype=float) for column in zip(*points, strict=True))
-    candidates = []
-    for columns in ((1, 1), (1, 0), (0, 1)):  # both, alpha alone, beta alone: the best one without a negative part
-        rows = np.stack([columns[0] / seconds, columns[1] * size / seconds], axis=1)
-        (alpha, beta), *_ = np.linalg.lstsq(rows, np.ones_like(size), rcond=None)
-        if alpha >= 0 and beta >= 0:
-            candidates.append((float(np.square(rows @ (alpha, beta) - 1).sum()), float(alpha), float(beta)))
-    _, alpha, beta = min(candidates)
-    error = float(np.abs((alpha + beta * size) / seconds - 1).max())
-    return {"alpha_s": alpha, "beta_s_per_byte": beta, "relative_error": error}
-
-
-def machine(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What a planner needs to know, of records of kind "collective": each one's time = alpha + beta S."""
-    fits = [
-        {
-            **{k: r["case"][k] for k in ("collective", "world", "hosts")},
-            "ranks_per_host": r["launch"]["local_world"],
-            **{"backend": r["launch"]["backend"], "device": r["machine"]["device"], "labels": r["labels"]},
-            **(r["fit"] or {"alpha_s": None, "beta_s_per_byte": None, "relative_error": None}),
-            "bytes": [r["sizes"][0]["bytes"], r["sizes"][-1]["bytes"]],
-            "bus_factor": COLLECTIVES[r["case"]["collective"]].bus(r["case"]["world"]),
-            "wire_factor": r["sizes"][-1]["wire_factor"],
-            "date": r["date"],
-        }
-        for r in found
-    ]
-    order = list(COLLECTIVES)
-    fits.sort(key=lambda f: (json.dumps(f["labels"]), f["device"], order.index(f["collective"]), f["world"], f["hosts"]))
-    return {"schema": records.SCHEMA, "kind": "machine", "model": "seconds = alpha_s + beta_s_per_byte * bytes", "fits": fits}
-
-
-def write_machine(directory: Path, out: Path) -> None:
-    """`out`/machine.json from the valid records in `directory`."""
-    found = [r for r in records.read_all(directory)[0] if r["kind"] == "collective"]
-    records.put(Path(out) / MACHINE, json.dumps(machine(found), indent=1) + "\n", replace=True)
 
 
 # ---- the table

@@ -1,7 +1,8 @@
-"""ringx plot: scaling, efficiency, time and bytes, drawn from the records that `ringx bench` wrote.
+"""ringx plot: scaling, efficiency, time, bytes and collectives, drawn from records or from the tables of `ringx collect`.
 
     ringx plot results/here                    # PNG, SVG and CSV beside the records
     ringx plot results/here --out figures
+    ringx plot results/study/attention.parquet results/study/collectives.parquet --out results/study/plots
 
 Each figure comes as PNG and SVG, with the numbers it shows as CSV.  Records that differ in machine, dtype, kernel or sizes of
 heads go to separate files.  Broken records are named and left out; a figure that lacks data is skipped with the reason.
@@ -17,15 +18,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from . import records
+from . import collect, records
 from .algorithms import ALGORITHMS
+from .bench_comm import COLLECTIVES as _COLLECTIVES
 from .options import DTYPES, MASKS
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")  # Okabe-Ito, yellow darkened
 MARKERS = "os^DvPX*"
 STYLES = ("-", "--", "-.", ":")
 PANELS = 4  # rows or columns of panels in a figure: the largest sizes are shown, the CSV holds all
-SETTING = ("machine", "device", "dtype", "kernel", "batch", "heads", "kv_heads", "head_dim", "threads")
+SETTING = ("machine", "device", "dtype", "kernel", "batch", "heads", "kv_heads", "head_dim", "threads", "labels")
+WHERE = ("device", "backend", "dtype", "ranks_per_host", "labels")  # of collectives
+COLLECTIVES = list(_COLLECTIVES)
 Row = dict[str, Any]
 
 
@@ -34,66 +38,68 @@ class Lacking(Exception):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("records", type=Path, metavar="DIR", help="folder with records of ringx bench")
-    parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="folder for the figures (default: the records')")
+    parser.add_argument(
+        "sources", type=Path, nargs="+", metavar="DIR|TABLE", help="folders with records, or tables of ringx collect"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=None, metavar="DIR", help="folder for the figures (default: the first source's)"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
-    good, broken = records.read_all(args.records)
-    for fault in broken:
-        print(f"left out: {fault}", file=sys.stderr)
-    if not good:
-        raise ValueError(f"{args.records} holds no valid record; `ringx bench --out {args.records}` writes some.")
-    for line in draw(good, args.out or args.records):
+    rows = [row for source in args.sources for row in rows_in(source)]
+    first = args.sources[0]
+    if not rows:
+        raise ValueError(f"{first} holds no valid record; `ringx bench --out {first}` writes some.")
+    for line in draw(rows, args.out or (first if first.is_dir() else first.parent)):
         print(line)
     return 0
 
 
-def draw(good: Sequence[dict[str, Any]], out: Path) -> Iterable[str]:
-    """Draws every figure that the records allow; yields a line about each."""
+def rows_in(source: Path) -> list[Row]:
+    """The rows of a table, or of a folder's records; broken records are named on stderr."""
+    if source.suffix in (".parquet", ".csv"):
+        return collect.read_table(source)
+    good, broken = records.read_all(source)
+    for fault in broken:
+        print(f"left out: {fault}", file=sys.stderr)
+    return [row for r in good for row in collect.rows_of(r)]
+
+
+def draw(rows: Iterable[Row], out: Path) -> Iterable[str]:
+    """Draws every figure that the rows (of ``collect.rows_of``) allow; yields a line about each."""
     plt = _matplotlib()
     out.mkdir(parents=True, exist_ok=True)
-    rows = sorted((tidy(r) for r in good), key=lambda r: (_index(r["algorithm"]), r["layout"], not r["overlap"], r["world"]))
-    settings = list(dict.fromkeys(_setting(r) for r in rows))
-    differ = [i for i in range(len(SETTING)) if len({s[i] for s in settings}) > 1]
-    for setting in settings:
-        same = [r for r in rows if _setting(r) == setting]
-        suffix = "".join(f"_{_slug(SETTING[i], setting[i])}" for i in differ)
-        for name, figure in FIGURES.items():
-            try:
-                with plt.rc_context(RC):
-                    fig, shown = figure(plt, same)
-            except Lacking as reason:
-                yield f"skipped {name}{suffix}: {reason}"
-                continue
-            for ending in ("png", "svg"):
-                fig.savefig(out / f"{name}{suffix}.{ending}", dpi=150, metadata={"Date": None} if ending == "svg" else None)
-            plt.close(fig)
-            with open(out / f"{name}{suffix}.csv", "w", newline="", encoding="utf-8") as f:
-                table = csv.DictWriter(f, fieldnames=list(shown[0]))
-                table.writeheader()
-                table.writerows(shown)
-            yield f"{out / (name + suffix)}.png, .svg, .csv"
+    of_attention: list[Row] = []
+    of_collectives: list[Row] = []
+    for row in rows:
+        (of_attention if "algorithm" in row else of_collectives).append(row)
+    of_attention.sort(key=lambda r: (_index(r["algorithm"]), r["layout"], not r["overlap"], r["world"]))
+    of_collectives.sort(key=lambda r: (COLLECTIVES.index(r["collective"]), r["world"], r["bytes"]))
+    for figures, these, setting in ((FIGURES, of_attention, SETTING), (BANDWIDTH, of_collectives, WHERE)):
+        kinds = list(dict.fromkeys(tuple(r[k] for k in setting) for r in these))
+        differ = [i for i in range(len(setting)) if len({kind[i] for kind in kinds}) > 1]
+        for kind in kinds:
+            same = [r for r in these if tuple(r[k] for k in setting) == kind]
+            suffix = "".join(f"_{_slug(setting[i], kind[i])}" for i in differ)
+            for name, figure in figures.items():
+                yield _draw(plt, figure, same, out / f"{name}{suffix}")
 
 
-def tidy(r: dict[str, Any]) -> Row:
-    """What the figures use of a record, in one flat row."""
-    case, seconds, baseline = r["case"], r["seconds"], r["baseline"]
-    machine = r["machine"]
-    row = {k: case[k] for k in ("algorithm", "layout", "overlap", "mask", "world", "seqlen")}
-    row |= {"seqlen_per_rank": case["seqlen"] // case["world"], "oversubscribed": r["oversubscribed"]}
-    row |= {"machine": machine["cpu"], "device": machine["device"], "dtype": case["dtype"], "kernel": r["kernel"]}
-    row |= {k: case[k] for k in ("batch", "heads", "kv_heads", "head_dim", "threads")}
-    for phase in records.PHASES:
-        row |= {f"{phase}_s": seconds[phase]["median"]} | {f"{phase}_{q}_s": seconds[phase][q] for q in ("q1", "q3")}
-        flash = baseline["seconds"][phase]["median"] * baseline["workers"] / r["workers"] if baseline else None
-        row |= {f"{phase}_ideal_s": flash}
-        row |= {f"{phase}_efficiency_percent": r["efficiency_percent"][phase] if r["efficiency_percent"] else None}
-        row |= {f"{phase}_tflops_per_rank": r["tflops_per_rank"][phase]}
-    for direction in ("forward", "backward"):
-        row |= {f"{direction}_bytes": r["bytes"][direction]["counted"]}
-        row |= {f"{direction}_bytes_closed_form": r["bytes"][direction]["closed_form"]}
-    return row
+def _draw(plt, figure, rows: Sequence[Row], path: Path) -> str:
+    try:
+        with plt.rc_context(RC):
+            fig, shown = figure(plt, rows)
+    except Lacking as reason:
+        return f"skipped {path.name}: {reason}"
+    for ending in ("png", "svg"):
+        fig.savefig(f"{path}.{ending}", dpi=150, metadata={"Date": None} if ending == "svg" else None)
+    plt.close(fig)
+    with open(f"{path}.csv", "w", newline="", encoding="utf-8") as f:
+        table = csv.DictWriter(f, fieldnames=list(shown[0]))
+        table.writeheader()
+        table.writerows(shown)
+    return f"{path}.png, .svg, .csv"
 
 
 # ---- figures: each returns (figure, the rows of its CSV) or raises Lacking
@@ -226,6 +232,86 @@ def traffic(plt, rows: Sequence[Row]):
     return _finish(fig, axes, [r["world"] for r in (*shown, *lines)], "MB sent by a rank (mean)"), [*shown, *lines]
 
 
+def wired(plt, rows: Sequence[Row]):
+    """Bytes on the wire against N: what the interfaces counted, and what the collectives' factors make of the closed form."""
+    shown = [r for r in rows if r["wire_bytes"] is not None]
+    if not shown:
+        raise Lacking("it needs records of ranks on several hosts over gloo, whose interfaces were read")
+    seqlen = max(r["seqlen"] for r in shown)
+    shown = [r for r in shown if r["seqlen"] == seqlen]
+    masks = _masks(shown)
+    fig, grid = plt.subplots(1, len(masks), squeeze=False, sharey=True, figsize=(max(WIDTH, 1.2 + 3.9 * len(masks)), 4.3))
+    _title(
+        fig, shown, f"Bytes that left a host (points) over the closed form, S = {seqlen:,}\nlines: by each collective's own factor"
+    )
+
+    def over(r: Row, column: str) -> float:
+        return r[column] / (r["forward_bytes_closed_form"] + r["backward_bytes_closed_form"])
+
+    for mask, ax in zip(masks, grid[0], strict=True):
+        here = [r for r in shown if r["mask"] == mask]
+        for k, name in enumerate(dict.fromkeys(_series(r) for r in shown)):
+            mine = sorted((r for r in here if _series(r) == name), key=lambda r: r["world"])
+            if not mine:
+                continue
+            look = _look(mine[0], k, shown)
+            expected = [r for r in mine if r.get("wire_expected_bytes") is not None]
+            line = [[r["world"] for r in expected], [over(r, "wire_expected_bytes") for r in expected]]
+            ax.plot(*line, **look | {"marker": "", "label": None})
+            ax.plot([r["world"] for r in mine], [over(r, "wire_bytes") for r in mine], **look | {"ls": "", "label": None})
+            ax.plot([], [], **look)
+        ax.axhline(1, color="0.55", ls=(0, (2, 2)), lw=1.2, zorder=1)
+        ax.set(ylim=(0.9, 1.05 * max(over(r, "wire_bytes") for r in shown)), title=mask)
+    fig = _finish(fig, {(0, i): ax for i, ax in enumerate(grid[0])}, [r["world"] for r in shown], "bytes on the wire / closed form")
+    return fig, [
+        r | {"seqlen": seqlen} for r in _pick(shown, "wire_bytes", "forward_bytes_closed_form", "backward_bytes_closed_form")
+    ]
+
+
+def bandwidth(plt, rows: Sequence[Row]):
+    """Bus bandwidth against size, a panel per collective, with the fits."""
+    names = [n for n in COLLECTIVES if any(r["collective"] == n for r in rows)]
+    columns = min(len(names), 4)
+    lines = -(-len(names) // columns)
+    size = (max(WIDTH, 1.0 + 2.7 * columns), 1.5 + 2.5 * lines)
+    fig, grid = plt.subplots(lines, columns, squeeze=False, sharex=True, sharey=True, figsize=size)
+    worlds = _values(rows, "world")
+    first = rows[0]
+    labels = f", {first['labels']}" if first["labels"] else ""
+    title = (
+        f"Bus bandwidth of collectives (points) and time = alpha + beta S (lines)\n{first['device']}, {first['backend']}{labels}"
+    )
+    fig.suptitle(title, fontsize=10.5)
+    for i, ax in enumerate(grid.flat):
+        if i >= len(names):
+            ax.set_visible(False)
+            continue
+        for k, world in enumerate(worlds):
+            here = [r for r in rows if (r["collective"], r["world"]) == (names[i], world)]
+            if not here:
+                continue
+            look = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)], "ms": 4.5}
+            bus = here[0]["busbw_bytes_per_s"] / here[0]["algbw_bytes_per_s"]
+            xs, ys = [r["bytes"] for r in here], [bus * r["bytes"] / r["median_s"] / 1e9 for r in here]  # the fit is of medians
+            ax.plot(xs, ys, ls="", label=f"N = {world}", **look)
+            if here[0]["fit_alpha_s"] is not None:
+                fitted = [bus * x / (r["fit_alpha_s"] + r["fit_beta_s_per_byte"] * x) / 1e9 for x, r in zip(xs, here, strict=True)]
+                ax.plot(xs, fitted, color=look["color"], lw=1.2)
+        ax.set(xscale="log", yscale="log", title=names[i])
+        ax.minorticks_off()
+        if i >= len(names) - columns:  # nothing below it
+            ax.set_xlabel("size (bytes)")
+            ax.tick_params(labelbottom=True)
+    for row in grid:
+        row[0].set_ylabel("busbw (GB/s)")
+    handles: dict[str, Any] = {}
+    for ax in grid.flat:
+        handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
+    keep = ("collective", "world", "hosts", "bytes", "median_s", "algbw_bytes_per_s", "busbw_bytes_per_s", "wire_factor", *WHERE)
+    return fig, [{k: r[k] for k in (*keep, "fit_alpha_s", "fit_beta_s_per_byte")} for r in rows]
+
+
 def closed_form(r: Row, measured: Sequence[Row]) -> list[tuple[int, tuple[float, float]]]:
     """[(N, (forward, backward) bytes)] of r's algorithm and sizes, for the measured N and powers of two up to 16."""
     algorithm = ALGORITHMS.get(r["algorithm"])
@@ -256,7 +342,9 @@ FIGURES: dict[str, Callable[[Any, Sequence[Row]], tuple[Any, list[Row]]]] = {
     "efficiency": efficiency,
     "time_by_algorithm": times,
     "bytes": traffic,
+    "wire": wired,
 }
+BANDWIDTH = {"collectives": bandwidth}
 IDEAL = "ideal: one-process flash / N"
 WIDTH = 7.0  # inches, at least: title and legend must fit
 RC = {
@@ -369,7 +457,8 @@ def _title(fig, rows, title) -> None:
     threads = f", {r['threads']} thread{'s' if r['threads'] > 1 else ''} a rank" if r["device"] == "cpu" else ""
     named = (("B", "batch"), ("H", "heads"), ("Hkv", "kv_heads"), ("D", "head_dim"))
     sizes = ", ".join(f"{name}\N{NO-BREAK SPACE}{r[field]}" for name, field in named)  # not to be broken in two
-    how = f"{where}{threads}, {r['dtype']}, kernel {r['kernel']}, {sizes}"
+    labels = f", {r['labels']}" if r["labels"] else ""
+    how = f"{where}{threads}, {r['dtype']}, kernel {r['kernel']}, {sizes}{labels}"
     fig.suptitle("\n".join([title, *textwrap.wrap(how, int(12 * fig.get_figwidth()))]), fontsize=10.5)
 
 
@@ -386,10 +475,6 @@ def _with_several_ranks(rows: Sequence[Row], by: str, what: str) -> list[Row]:
 def _pick(rows: Sequence[Row], *columns: str) -> list[Row]:
     keep = ("algorithm", "layout", "overlap", "mask", "world", "seqlen", "seqlen_per_rank", "oversubscribed", *SETTING, *columns)
     return [{k: r[k] for k in keep} for r in rows]
-
-
-def _setting(r: Row) -> tuple:
-    return tuple(r[k] for k in SETTING)
 
 
 def _slug(name: str, value: object) -> str:

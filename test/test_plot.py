@@ -6,35 +6,16 @@ import csv
 import io
 import sys
 
+import invented
 import pytest
 import ranks
 import torch
 
-from ringx import bench, launch, plot, records
+from ringx import bench, collect, launch, plot, records
 from ringx.algorithms import ALGORITHMS
 
 pytest.importorskip("matplotlib")
 FIGURES = {"strong_scaling", "weak_scaling", "efficiency", "time_by_algorithm", "bytes"}
-
-
-def synthetic(algorithm="ringx3", world=2, seqlen=64, mask="causal", time=1.0, baseline=True, **changes):
-    """A valid record with invented times."""
-    layout = ALGORITHMS[algorithm].recommended_layout
-    case = bench.Case(algorithm, layout, mask, "bf16", world, seqlen, 1, 8, 2, 16, "auto", True, 1, None, baseline, 1, 3)
-    case = bench.replace(case, **changes)
-    seconds = bench.slowest([[(0.25 * time, time), (0.3 * time, 1.2 * time), (0.2 * time, 0.9 * time)]])
-    full = {"kernel": "cpu", "workers": 2, "seconds": bench.slowest([[(0.25, 1.0)] * 3]), "missing": None}
-    closed = ALGORITHMS[algorithm].bytes(1, seqlen, 8, case.kv_heads, 16, world, 2, mask == "causal", case.layout)
-    sent = {d: {"counted": b, "closed_form": b, "collectives": {}} for d, b in zip(("forward", "backward"), closed, strict=True)}
-    machine = {"hosts": ["a"], "platform": "p", "cpu": "A CPU", "cores": 2, "device": "cpu", "load_average": None}
-    record = {
-        "schema": records.SCHEMA, "id": case.id, "date": records.now(), "case": vars(case), "kernel": "cpu", "workers": world,
-        "oversubscribed": world > 2, "seconds": seconds, **bench.derived(case, seconds, world, full if baseline else None),
-        "bytes": sent, "memory": {"peak_bytes": 1, "how": "invented"}, "command": {"argv": [], "options": {}},
-        "versions": records.versions(), "git": None, "machine": machine,
-        "launch": {"launcher": "l", "backend": "gloo", "local_world": world, "environment": {}},
-    }  # fmt: skip
-    return records.validate(record)
 
 
 def run(directory, *argv):
@@ -52,7 +33,7 @@ def rows(path):
 def many(tmp_path_factory):
     """(records, the folder with their figures, what was said about a broken one)."""
     made = [
-        synthetic(a, n, s, m, time=s / 64 / n * (1 + 0.1 * i), overlap=overlap)
+        invented.attention(a, n, s, m, time=s / 64 / n * (1 + 0.1 * i), overlap=overlap)
         for i, a in enumerate(ALGORITHMS)
         for n in (1, 2, 4)
         for s in (64, 128)
@@ -118,7 +99,7 @@ def test_counted_bytes_lie_on_the_closed_form(many):
 def test_settings_do_not_mix(tmp_path, capsys):
     for n in (1, 2):
         for kv in (2, 8):
-            records.write(tmp_path, synthetic(world=n, kv_heads=kv))
+            records.write(tmp_path, invented.attention(world=n, kv_heads=kv))
     assert run(tmp_path) == 0
     for kv in (2, 8):
         assert {x["kv_heads"] for x in rows(tmp_path / f"strong_scaling_kv{kv}.csv")} == {str(kv)}
@@ -126,7 +107,7 @@ def test_settings_do_not_mix(tmp_path, capsys):
 
 
 def test_figures_that_lack_data_say_what_they_need(tmp_path, capsys):
-    records.write(tmp_path, synthetic(world=1, baseline=False))
+    records.write(tmp_path, invented.attention(world=1, baseline=False))
     assert run(tmp_path) == 0
     out = capsys.readouterr().out
     for name in FIGURES - {"time_by_algorithm"}:
@@ -135,7 +116,7 @@ def test_figures_that_lack_data_say_what_they_need(tmp_path, capsys):
 
 
 def test_one_colour_an_algorithm(many):
-    shown = [plot.tidy(r) for r in many[0]]
+    shown = [collect.attention(r) for r in many[0]]
     looks = [plot._look(r, k, shown) for k, r in enumerate(shown)]
     by_algorithm = {(r["algorithm"], look["color"], look["marker"]) for r, look in zip(shown, looks, strict=True)}
     assert len(by_algorithm) == len(ALGORITHMS) == len({c for _, c, _ in by_algorithm})
@@ -150,7 +131,7 @@ def test_nothing_to_draw(tmp_path):
 
 
 def test_without_matplotlib_the_remedy_is_named(tmp_path, monkeypatch):
-    records.write(tmp_path, synthetic())
+    records.write(tmp_path, invented.attention())
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'ringx\[plot\]'"):
         run(tmp_path)

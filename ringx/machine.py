@@ -1,0 +1,119 @@
+"""The machine file: what each collective costs here, as time = alpha + beta bytes, and what its backend puts on the wire.
+
+``ringx bench-comm`` and ``ringx collect`` write machine.json from records; planners and plots read it:
+
+    fits = machine.load("results/here/machine.json")
+    one = machine.find(fits, "all_gather", world=8)
+    seconds = one["alpha_s"] + one["beta_s_per_byte"] * size           # size as nccl-tests defines it (``ringx.bench_comm``)
+"""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import records
+
+FILE = "machine.json"
+LARGEST = 3  # sizes of which the wire factor is taken: small messages are mostly headers
+
+
+def fit(points: Sequence[tuple[int, float]]) -> dict[str, float] | None:
+    """alpha and beta of time = alpha + beta bytes, neither negative, with the least squares of relative errors; None for fewer than
+    two sizes.
+
+    points: (bytes, seconds)."""
+    if len(points) < 2:
+        return None
+    size, seconds = (np.array(column, dtype=float) for column in zip(*points, strict=True))
+    candidates = []
+    for columns in ((1, 1), (1, 0), (0, 1)):  # both, alpha alone, beta alone: the best one without a negative part
+        rows = np.stack([columns[0] / seconds, columns[1] * size / seconds], axis=1)
+        (alpha, beta), *_ = np.linalg.lstsq(rows, np.ones_like(size), rcond=None)
+        if alpha >= 0 and beta >= 0:
+            candidates.append((float(np.square(rows @ (alpha, beta) - 1).sum()), float(alpha), float(beta)))
+    _, alpha, beta = min(candidates)
+    error = float(np.abs((alpha + beta * size) / seconds - 1).max())
+    return {"alpha_s": alpha, "beta_s_per_byte": beta, "relative_error": error}
+
+
+def of(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The content of the machine file, from records of kind "collective"."""
+    from .bench_comm import COLLECTIVES
+
+    fits = []
+    for r in found:
+        what, world = COLLECTIVES[r["case"]["collective"]], r["case"]["world"]
+        factors = [s["wire_factor"] for s in r["sizes"][-LARGEST:]]
+        fits.append(
+            {
+                **{k: r["case"][k] for k in ("collective", "world", "hosts")},
+                "ranks_per_host": r["launch"]["local_world"],
+                **{"backend": r["launch"]["backend"], "device": r["machine"]["device"], "labels": r["labels"]},
+                **(r["fit"] or {"alpha_s": None, "beta_s_per_byte": None, "relative_error": None}),
+                "bytes": [r["sizes"][0]["bytes"], r["sizes"][-1]["bytes"]],
+                "bus_factor": what.bus(world),
+                "sent_per_byte": what.sent(world),
+                "wire_factor": None if None in factors else statistics.median(factors),
+                "date": r["date"],
+            }
+        )
+    order = list(COLLECTIVES)
+    fits.sort(key=lambda f: (json.dumps(f["labels"]), f["device"], order.index(f["collective"]), f["world"], f["hosts"]))
+    return {"schema": records.SCHEMA, "kind": "machine", "model": "seconds = alpha_s + beta_s_per_byte * bytes", "fits": fits}
+
+
+def collected(directory: Path) -> list[dict[str, Any]]:
+    """The valid records of collectives in a folder."""
+    return [r for r in records.read_all(directory)[0] if r["kind"] == "collective"]
+
+
+def write(directory: Path, found: Sequence[dict[str, Any]]) -> Path:
+    """Puts the machine file of these records into a folder."""
+    path = Path(directory) / FILE
+    records.put(path, json.dumps(of(found), indent=1) + "\n", replace=True)
+    return path
+
+
+def load(path: Path) -> list[dict[str, Any]]:
+    """The fits of a machine file.
+
+    Raises:
+        ValueError: it is none; names it."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from e
+    if not isinstance(content, dict) or content.get("kind") != "machine" or content.get("schema") != records.SCHEMA:
+        raise ValueError(f"{path} is no machine file of schema {records.SCHEMA}; `ringx bench-comm` writes one.")
+    return content["fits"]
+
+
+def find(fits: Sequence[dict[str, Any]], collective: str, world: int, labels: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The newest fit of a collective on so many ranks; of these labels, if they are given.
+
+    Raises:
+        LookupError: there is none; names what there is."""
+    fitting = [f for f in fits if (f["collective"], f["world"]) == (collective, world) and labels in (None, f["labels"])]
+    if not fitting:
+        there = sorted({(f["collective"], f["world"]) for f in fits})
+        raise LookupError(f"no fit of {collective} on {world} ranks with labels {labels}; there are {there}.")
+    return max(fitting, key=lambda f: f["date"])
+
+
+def wire_bytes(
+    fits: Sequence[dict[str, Any]], sent: Mapping[str, float], world: int, labels: Mapping[str, str] | None = None
+) -> float:
+    """Bytes that really leave a host, of {collective: bytes that an optimal implementation sends}."""
+    return sum(n * find(fits, name, world, labels)["wire_factor"] for name, n in sent.items() if n)
+
+
+def seconds_unhidden(
+    fits: Sequence[dict[str, Any]], sent: Mapping[str, float], world: int, labels: Mapping[str, str] | None = None
+) -> float:
+    """Seconds that these bytes take at the measured rates, one collective after another, nothing hidden, without latencies."""
+    found = {name: find(fits, name, world, labels) for name, n in sent.items() if n}
+    return sum(sent[name] / f["sent_per_byte"] * f["beta_s_per_byte"] for name, f in found.items())
