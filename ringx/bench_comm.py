@@ -41,7 +41,7 @@ from .bench import all_of, labelled
 from .options import choices, integers
 from .stopping import AGAIN, Stopped, Watch
 
-DTYPE = torch.float32
+DTYPE, DTYPE_NAME = torch.float32, "fp32"
 PATTERN = 1021  # values of a checked pass repeat after so many elements, a prime: a shifted or swapped block shows
 LEAST_REPS = 3
 
@@ -298,7 +298,7 @@ def measure(world: launch.World, names: list[str], args: argparse.Namespace) -> 
     common = provenance.of_run(world, options, labels)
     launch.announce(world)
     hosts = len(common["machine"]["hosts"])
-    cases = [Case(name, world.world, hosts, "fp32", args.warmup, args.reps) for name in names]
+    cases = [Case(name, world.world, hosts, DTYPE_NAME, args.warmup, args.reps) for name in names]
     todo = launch.decide(world, lambda: _remaining(args.out, cases, args.resume))
     chief = world.rank == 0
     if chief:
@@ -461,6 +461,6 @@ def _line(name: str, r: dict[str, Any]) -> str:
 
     wired = "-" if r["wire_factor"] is None else f"{r['wire_factor']:.2f}"
     return (
-        f"{name:14} {r['bytes']:10} {'fp32':>5} {micro('mean')} {micro('min')} {micro('p99')} {r['algbw'] / 1e9:10.3g}"
+        f"{name:14} {r['bytes']:10} {DTYPE_NAME:>5} {micro('mean')} {micro('min')} {micro('p99')} {r['algbw'] / 1e9:10.3g}"
         f" {r['busbw'] / 1e9:10.3g} {r['wrong']:5} {wired:>5}"
     )

@@ -170,7 +170,7 @@ def prepare(args: argparse.Namespace, root: Path, python: str) -> tuple[list[Bat
         if longest and walltime > longest:
             faults.append(f"--time {args.time}: {where.name} gives {n} nodes at most {site.written(longest)}; see --chain")
     matrix = _bench if args.job == "bench" else _bench_comm
-    command, per_nodes = matrix(args, where, [n * ranks_per_node for n in nodes], faults)
+    command, per_nodes = matrix(args, where, {n * ranks_per_node: n for n in nodes}, faults)
     tasks = {}
     for n in nodes:
         parts = count("array", len(per_nodes.get(n * ranks_per_node, {"": []})))
@@ -188,8 +188,8 @@ def prepare(args: argparse.Namespace, root: Path, python: str) -> tuple[list[Bat
     return jobs, [i for sizes in per_nodes.values() for ids in sizes.values() for i in ids]
 
 
-def _bench(args, where, worlds, faults) -> tuple[list[str], dict[int, dict[Any, list[str]]]]:
-    """(the command, {number of ranks: {size: ids of its cases}}); adds to the faults."""
+def _bench(args, where, worlds: dict[int, int], faults) -> tuple[list[str], dict[int, dict[Any, list[str]]]]:
+    """(the command, {number of ranks: {size: ids of its cases}}) on {number of ranks: nodes}; adds to the faults."""
     if args.options:
         faults.append(f"--options {args.options!r} is for --job bench-comm; give bench's options as they are")
     args.nproc, args.part = ",".join(map(str, worlds)), None
@@ -210,7 +210,7 @@ def _bench(args, where, worlds, faults) -> tuple[list[str], dict[int, dict[Any, 
     return ["bench", *_words(args, "bench"), "--out", str(args.out.absolute()), "--resume"], given
 
 
-def _bench_comm(args, where, worlds, faults) -> tuple[list[str], dict[int, dict[Any, list[str]]]]:
+def _bench_comm(args, where, worlds: dict[int, int], faults) -> tuple[list[str], dict[int, dict[Any, list[str]]]]:
     parser = _Quiet(add_help=False)
     bench_comm.add_matrix(parser)
     try:
@@ -224,7 +224,8 @@ def _bench_comm(args, where, worlds, faults) -> tuple[list[str], dict[int, dict[
     names, wrong = bench_comm.examine(options)
     faults += wrong
     faults += [f"--nodes: {n} rank cannot communicate with itself; take at least two" for n in worlds if n < 2]
-    given = {n: {"": [f"collectives on {n} ranks: {name}" for name in names]} for n in worlds}
+    how = (options.warmup, options.reps)
+    given = {n: {"": [bench_comm.Case(x, n, hosts, bench_comm.DTYPE_NAME, *how).id for x in names]} for n, hosts in worlds.items()}
     return ["bench-comm", *_words(options, "bench-comm"), "--out", str(args.out.absolute()), "--resume"], given
 
 
