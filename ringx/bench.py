@@ -117,9 +117,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the records")
     parser.add_argument("--nproc", metavar="N,...", help="ranks (default: 1,2, or the launcher's)")
     add_matrix(parser)
-    parser.add_argument(
-        "--timeout", type=float, default=600, metavar="S", help="seconds that ranks wait for each other (default: 600)"
-    )
     parser.add_argument("--resume", action="store_true", help="skip cases that DIR already holds")
     parser.add_argument("--part", metavar="I/N", help="measure only part I (from 0) of N parts of the sizes: for job arrays")
 
@@ -143,6 +140,9 @@ def add_matrix(parser: argparse._ActionsContainer) -> None:
         help="CPU threads of the baseline (default: all ranks' together, at most the cores)",
     )
     parser.add_argument("--no-baseline", action="store_true", help="where the whole sequence is too much for one process")
+    parser.add_argument(
+        "--timeout", type=float, default=600, metavar="S", help="seconds that ranks wait for each other (default: 600)"
+    )
     parser.add_argument(
         "--label",
         action="append",
@@ -552,7 +552,10 @@ def _probe(call: Callable[[], object], device: torch.device) -> dict[str, Any]:
     """Bytes and peak memory of one pass."""
     with comm.traffic() as sent:
         peak = peak_bytes(call, device)
-    return {"bytes": {"forward": dict(sent.forward), "backward": dict(sent.backward)}, "peak": peak}
+    counted = {
+        d: {"bytes": dict(getattr(sent, d)), "messages": dict(getattr(sent, f"{d}_messages"))} for d in ("forward", "backward")
+    }
+    return {"bytes": counted, "peak": peak}
 
 
 def _bytes(case: Case, counted: Sequence[dict[str, dict]]) -> dict[str, dict]:
@@ -562,11 +565,14 @@ def _bytes(case: Case, counted: Sequence[dict[str, dict]]) -> dict[str, dict]:
     )
     result = {}
     for direction, form in zip(("forward", "backward"), closed, strict=True):
-        total: Counter = Counter()
-        for rank in counted:
-            total.update(rank[direction])
-        mean = {name: n / len(counted) for name, n in total.items()}
-        result[direction] = {"counted": sum(mean.values()), "closed_form": form, "collectives": mean}
+        mean = {}
+        for what in ("bytes", "messages"):
+            total: Counter = Counter()
+            for rank in counted:
+                total.update(rank[direction][what])
+            mean[what] = {name: n / len(counted) for name, n in total.items()}
+        sums = {"counted": sum(mean["bytes"].values()), "closed_form": form}
+        result[direction] = {**sums, "collectives": mean["bytes"], "messages": mean["messages"]}
     return result
 
 

@@ -181,9 +181,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the records")
     parser.add_argument("--nproc", metavar="N,...", help="ranks (default: 2, or the launcher's)")
     add_matrix(parser)
-    parser.add_argument(
-        "--timeout", type=float, default=600, metavar="S", help="seconds that ranks wait for each other (default: 600)"
-    )
     parser.add_argument("--resume", action="store_true", help="skip collectives that DIR already holds")
 
 
@@ -197,6 +194,9 @@ def add_matrix(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--warmup", type=int, default=2, help="passes before, of each size (default: 2)")
     parser.add_argument("--seconds", type=float, default=60, help="for each collective, about (default: 60)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument(
+        "--timeout", type=float, default=600, metavar="S", help="seconds that ranks wait for each other (default: 600)"
+    )
     text = "note this in the records, such as link_mbit=200; repeatable"
     parser.add_argument("--label", action="append", default=[], metavar="NAME=TEXT", help=text)
 

@@ -1,8 +1,10 @@
 """The command line: ringx verify | bench | bench-comm | submit | collect | plot | info | demo (also python -m ringx)."""
 
 import argparse
+import contextlib
 import importlib
 import sys
+import time
 from collections.abc import Sequence
 
 COMMANDS = {
@@ -42,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.main(args)
     except (ValueError, TypeError, NotImplementedError, OSError, ImportError) as error:
+        _let_rank_0_speak_first()
         print(f"ringx {args.command}: error: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:  # a rank failed: its own traceback is part of the message
@@ -50,6 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"ringx {args.command}: interrupted", file=sys.stderr)
         return 130
+
+
+def _let_rank_0_speak_first() -> None:
+    """A mistake is most often every rank's, and launchers end all ranks when the first one fails: one message, not thousands."""
+    from . import launch
+
+    with contextlib.suppress(ValueError):  # launcher's variables that make no sense may be what the message is about
+        if launch.detect(device="cpu").rank:
+            time.sleep(2)
 
 
 if __name__ == "__main__":

@@ -121,32 +121,26 @@ def attention(r: dict[str, Any]) -> Row:
     for direction in ("forward", "backward"):
         sent = r["bytes"][direction]
         row |= {f"{direction}_bytes": sent["counted"], f"{direction}_bytes_closed_form": sent["closed_form"]}
-    total = collectives_of(r)
-    row |= {f"{name}_bytes": total.get(name) for name in ("broadcast", "reduce", "all_reduce", "all_gather", "all_to_all")}
+    for name in ("broadcast", "reduce", "all_reduce", "all_gather", "all_to_all"):
+        row |= {f"{name}_bytes": sum(r["bytes"][d]["collectives"].get(name, 0) for d in ("forward", "backward"))}
     return row | {"wire_bytes": r["wire"]["median"] if r["wire"] else None, "peak_bytes": r["memory"]["peak_bytes"]}
 
 
 def expected(r: dict[str, Any], fits: Sequence[dict[str, Any]]) -> Row:
-    """What the collectives, measured on as many ranks under the same labels, make of the closed form: bytes on the wire; seconds
+    """What the collectives, measured on as many ranks under the same labels, make of the bytes sent: bytes on the wire, and seconds
     that they take if nothing is hidden.  None where they were not measured."""
-    sent = collectives_of(r)
-    how = (fits, sent, r["case"]["world"], r["labels"])
     row: Row = {}
     for name, of in (("wire_expected_bytes", machine.wire_bytes), ("unhidden_s", machine.seconds_unhidden)):
         try:
-            row[name] = of(*how) if r["case"]["world"] > 1 else None
-        except (LookupError, TypeError):  # not measured, or without a fit or a count
+            parts = [
+                of(machine.find(fits, kind, r["case"]["world"], r["labels"]), n, sent["messages"][kind])
+                for sent in r["bytes"].values()
+                for kind, n in sent["collectives"].items()
+            ]
+            row[name] = sum(parts) if parts else None
+        except LookupError:
             row[name] = None
     return row
-
-
-def collectives_of(r: dict[str, Any]) -> dict[str, float]:
-    """{collective: bytes that a rank sends in it, forward and backward}."""
-    total: dict[str, float] = {}
-    for direction in ("forward", "backward"):
-        for name, n in r["bytes"][direction]["collectives"].items():
-            total[name] = total.get(name, 0) + n
-    return total
 
 
 def origin(r: dict[str, Any], path: Path | None) -> Row:

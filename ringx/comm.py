@@ -78,10 +78,13 @@ class Disagreement(ValueError):
 
 @dataclass
 class Traffic:
-    """Bytes that this rank sent inside one ``traffic()`` block: {collective: bytes}, forward and backward apart."""
+    """Bytes that this rank sent inside one ``traffic()`` block: {collective: bytes}, forward and backward apart; and how many such
+    collectives it took part in."""
 
     forward: Counter = field(default_factory=Counter)
     backward: Counter = field(default_factory=Counter)
+    forward_messages: Counter = field(default_factory=Counter)
+    backward_messages: Counter = field(default_factory=Counter)
     rank: int = 0
 
 
@@ -124,6 +127,7 @@ def _count(group: Group, kind: str, sent: float) -> None:
     for t in _traffic:
         if t.rank == group.me:
             getattr(t, direction)[kind] += sent
+            getattr(t, f"{direction}_messages")[kind] += 1
 
 
 def _bytes(x: torch.Tensor) -> int:

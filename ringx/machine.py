@@ -8,7 +8,6 @@
 """
 
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ import numpy as np
 from . import records
 
 FILE = "machine.json"
-LARGEST = 3  # sizes of which the wire factor is taken: small messages are mostly headers
 
 
 def fit(points: Sequence[tuple[int, float]]) -> dict[str, float] | None:
@@ -47,7 +45,7 @@ def of(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     fits = []
     for r in found:
         what, world = COLLECTIVES[r["case"]["collective"]], r["case"]["world"]
-        factors = [s["wire_factor"] for s in r["sizes"][-LARGEST:]]
+        factors = [[s["bytes"], s["wire_factor"]] for s in r["sizes"] if s["wire_factor"] is not None]
         fits.append(
             {
                 **{k: r["case"][k] for k in ("collective", "world", "hosts")},
@@ -57,7 +55,7 @@ def of(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 "bytes": [r["sizes"][0]["bytes"], r["sizes"][-1]["bytes"]],
                 "bus_factor": what.bus(world),
                 "sent_per_byte": what.sent(world),
-                "wire_factor": None if None in factors else statistics.median(factors),
+                "wire_factors": factors or None,
                 "date": r["date"],
             }
         )
@@ -104,16 +102,28 @@ def find(fits: Sequence[dict[str, Any]], collective: str, world: int, labels: Ma
     return max(fitting, key=lambda f: f["date"])
 
 
-def wire_bytes(
-    fits: Sequence[dict[str, Any]], sent: Mapping[str, float], world: int, labels: Mapping[str, str] | None = None
-) -> float:
-    """Bytes that really leave a host, of {collective: bytes that an optimal implementation sends}."""
-    return sum(n * find(fits, name, world, labels)["wire_factor"] for name, n in sent.items() if n)
+def wire_bytes(fit: Mapping[str, Any], sent: float, messages: float) -> float:
+    """Bytes that really leave a host of the `sent` ones that an optimal implementation of this collective would send in so many
+    messages of equal size.  What leaves is taken to grow linearly between the sizes that were measured, and beyond them.
+
+    Raises:
+        LookupError: no interface was read when the collective was measured."""
+    if not fit["wire_factors"]:
+        raise LookupError(f"of {fit['collective']} on {fit['world']} ranks no bytes on the wire were counted.")
+    sizes, factors = (np.array(column, dtype=float) for column in zip(*fit["wire_factors"], strict=True))
+    left, size = factors * sizes, sent / messages / fit["sent_per_byte"]
+    if size > sizes[-1] and len(sizes) > 1:
+        one = left[-1] + (size - sizes[-1]) * (left[-1] - left[-2]) / (sizes[-1] - sizes[-2])
+    else:
+        one = np.interp(size, sizes, left) if size > sizes[0] else size * factors[0]
+    return float(one * fit["sent_per_byte"] * messages)
 
 
-def seconds_unhidden(
-    fits: Sequence[dict[str, Any]], sent: Mapping[str, float], world: int, labels: Mapping[str, str] | None = None
-) -> float:
-    """Seconds that these bytes take at the measured rates, one collective after another, nothing hidden, without latencies."""
-    found = {name: find(fits, name, world, labels) for name, n in sent.items() if n}
-    return sum(sent[name] / f["sent_per_byte"] * f["beta_s_per_byte"] for name, f in found.items())
+def seconds_unhidden(fit: Mapping[str, Any], sent: float, messages: float) -> float:
+    """Seconds that so many messages of equal size take one after another, hidden behind nothing.
+
+    Raises:
+        LookupError: the collective was measured at one size only."""
+    if fit["alpha_s"] is None:
+        raise LookupError(f"{fit['collective']} on {fit['world']} ranks was measured at one size only.")
+    return messages * fit["alpha_s"] + sent / fit["sent_per_byte"] * fit["beta_s_per_byte"]

@@ -21,6 +21,7 @@ from typing import Any
 from . import collect, records
 from .algorithms import ALGORITHMS
 from .bench_comm import COLLECTIVES as _COLLECTIVES
+from .layout import name_of
 from .options import DTYPES, MASKS
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")  # Okabe-Ito, yellow darkened
@@ -74,9 +75,7 @@ def draw(rows: Iterable[Row], out: Path) -> Iterable[str]:
     of_collectives: list[Row] = []
     for row in rows:
         (of_attention if "algorithm" in row else of_collectives).append(row)
-    of_attention.sort(key=lambda r: (_index(r["algorithm"]), r["layout"], not r["overlap"], r["world"]))
-    of_collectives.sort(key=lambda r: (COLLECTIVES.index(r["collective"]), r["world"], r["bytes"]))
-    for figures, these, setting in ((FIGURES, of_attention, SETTING), (BANDWIDTH, of_collectives, WHERE)):
+    for figures, these, setting in ((FIGURES, _sorted(of_attention), SETTING), (BANDWIDTH, _sorted(of_collectives), WHERE)):
         kinds = list(dict.fromkeys(tuple(r[k] for k in setting) for r in these))
         differ = [i for i in range(len(setting)) if len({kind[i] for kind in kinds}) > 1]
         for kind in kinds:
@@ -84,6 +83,34 @@ def draw(rows: Iterable[Row], out: Path) -> Iterable[str]:
             suffix = "".join(f"_{_slug(setting[i], kind[i])}" for i in differ)
             for name, figure in figures.items():
                 yield _draw(plt, figure, same, out / f"{name}{suffix}")
+
+
+def figure(name: str, rows: Sequence[Row]):
+    """One figure, for notebooks: a name of FIGURES or BANDWIDTH, and rows of one setting.
+
+    Raises:
+        ValueError: there is no such figure, or the rows lack what it needs; says what."""
+    name_of(name, [*FIGURES, *BANDWIDTH], "figure")
+    plt = _matplotlib(None)
+    with plt.rc_context(RC):
+        try:
+            fig, _ = (FIGURES | BANDWIDTH)[name](plt, _sorted(rows))
+        except Lacking as reason:
+            raise ValueError(f"{name}: {reason}.") from None
+    plt.close(fig)
+    return fig
+
+
+def _sorted(rows: Iterable[Row]) -> list[Row]:
+    """In the order in which figures show them."""
+    return sorted(
+        rows,
+        key=lambda r: (
+            (_index(r["algorithm"]), r["layout"], not r["overlap"], r["world"])
+            if "algorithm" in r
+            else (COLLECTIVES.index(r["collective"]), "", False, r["world"], r["bytes"])
+        ),
+    )
 
 
 def _draw(plt, figure, rows: Sequence[Row], path: Path) -> str:
@@ -507,12 +534,13 @@ def _not_negative(ends):
     return [[max(0.0, x) for x in side] for side in ends]
 
 
-def _matplotlib():
+def _matplotlib(backend: str | None = "agg"):
     try:
         import matplotlib
     except ImportError:
         raise ImportError("ringx plot needs matplotlib: pip install 'ringx[plot]'") from None
-    matplotlib.use("agg")
+    if backend:
+        matplotlib.use(backend)
     import matplotlib.pyplot as plt
 
     return plt

@@ -101,7 +101,7 @@ _ATTENTION: dict[str, tuple[Any, str]] = {
     "tokens_per_second": (_number, "B S / total"),
     "tflops_per_rank": (dict, "forward, backward, total"),
     "flops_rule": (str, "how floating-point operations are counted"),
-    "bytes.forward": (dict, "counted, closed_form, collectives {name: counted}; mean over ranks"),
+    "bytes.forward": (dict, "counted, closed_form, collectives {name: counted}, messages {name: how many}; means over ranks"),
     "bytes.backward": (dict, "likewise"),
     "wire": ((dict, _null), "median, raw: one value per repetition; interface, hosts; null where nothing could be counted"),
     "wire_missing": ((str, _null), "why there is no count"),
@@ -294,10 +294,11 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _from_schema_1(record: Any) -> Any:
-    """Records of before labels, wire bytes and jobs: they have none."""
-    if isinstance(record, dict) and record.get("schema") == 1 and isinstance(record.get("launch"), dict):
+    """Records of before labels, numbers of messages, wire bytes and jobs: they have none."""
+    if isinstance(record, dict) and record.get("schema") == 1 and all(isinstance(record.get(k), dict) for k in ("launch", "bytes")):
+        sent = {direction: {**of, "messages": {}} for direction, of in record["bytes"].items()}
         none: dict[str, Any] = {"labels": {}, "wire": None, "wire_missing": "not counted before schema 2"}
-        return {**record, "schema": SCHEMA, "kind": "attention", **none, "launch": {**record["launch"], "job": None}}
+        return {**record, "schema": SCHEMA, "kind": "attention", **none, "bytes": sent, "launch": {**record["launch"], "job": None}}
     return record
 
 

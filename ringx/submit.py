@@ -161,7 +161,7 @@ def prepare(args: argparse.Namespace, root: Path, python: str) -> tuple[list[Bat
             faults.append(f"--sbatch {option!r} must be one option of sbatch such as --partition=debug, without blanks")
     if any(c in str(args.out) for c in "\n\r%\\\"'"):
         faults.append(
-            f"--out {str(args.out)!r}: Slurm gives % \\ and quotes in the names of log files a meaning; take another folder"
+            f"--out {str(args.out)!r}: %, quotes and \\ mean something to Slurm in the names of logs; take another folder"
         )
     if where and where.account_required and not args.account:
         faults.append(f"--account is missing: {where.name} wants one")
@@ -230,6 +230,8 @@ def _bench_comm(args, where, worlds: dict[int, int], faults) -> tuple[list[str],
 
 
 class _Quiet(argparse.ArgumentParser):
+    """Raises a ValueError where argparse would end the process."""
+
     def error(self, message: str):
         raise ValueError(message)
 

@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC1090,SC2034
 # Sourced by every batch script, in the checkout: source script/job.sh SITE [PYTHON].  Loads env/SITE.sh and gives the script
 #
 #   $PYTHON            the Python to run: what the environment or the site says, PYTHON, the checkout's .venv, python3

@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC1090,SC2034
 # Sets RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT from Slurm's variables, for programs that do not ask
 # Slurm themselves.  To be sourced by every task, on every node, and needs no scontrol:
 #

@@ -26,7 +26,7 @@ def attention(
     closed = ALGORITHMS[algorithm].bytes(1, seqlen, 8, case.kv_heads, 16, world, 2, mask == "causal", case.layout)
     name = "all_gather" if algorithm == "ringx3" else "broadcast"
     sent = {
-        d: {"counted": b, "closed_form": b, "collectives": {name: b} if b else {}}
+        d: {"counted": b, "closed_form": b, "collectives": {name: b} if b else {}, "messages": {name: 2} if b else {}}
         for d, b in zip(("forward", "backward"), closed, strict=True)
     }
     left = (

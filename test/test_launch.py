@@ -371,3 +371,54 @@ def test_an_interrupt_ends_all_ranks_at_once(tmp_path):
         launch.run(ranks_do.pids, 2, tmp_path / "pid")
     thread.join()
     wait_for(lambda: all(gone(p) for p in await_ranks(tmp_path / "pid")), 5)
+
+
+# ---- what ranks say at start
+
+
+def world_of(world, local_world, device, launcher="srun"):
+    return launch.World(0, world, 0, local_world, torch.device(device), "cpu:gloo,cuda:nccl", launcher, "n1", 1)
+
+
+def test_one_visible_gpu_per_rank_is_said():
+    everyone = [(f"n{r // 2 + 1}", "cuda:0", 1, str(r % 2)) for r in range(4)]
+    says = launch.described(world_of(4, 2, "cuda"), everyone)[1:]
+    assert says[0] == "each rank sees one GPU, the one it computes on"
+    assert says[1:] == ["  n1  0: cuda:0 of 0, 1: cuda:0 of 1", "  n2  2: cuda:0 of 0, 3: cuda:0 of 1"]
+
+
+def test_all_gpus_visible_is_said():
+    everyone = [("n1", f"cuda:{r}", 4, "0,1,2,3") for r in range(4)]
+    head, says, ranks = launch.described(world_of(4, 4, "cuda"), everyone)
+    assert head.startswith("4 ranks on 1 host, started by srun") and says == (
+        "each rank sees all 4 GPUs of its host and computes on that of its local rank"
+    )
+    assert ranks == "  n1  " + ", ".join(f"{r}: cuda:{r} of 0,1,2,3" for r in range(4))
+
+
+def test_thousands_of_hosts_are_not_all_listed():
+    everyone = [(f"n{r}", "cpu", 0, None) for r in range(4096)]
+    lines = launch.described(world_of(4096, 1, "cpu"), everyone)
+    assert lines[-1] == f"  and {4096 - launch.ANNOUNCED} hosts more" and len(lines) == launch.ANNOUNCED + 2
+
+
+@pytest.mark.parametrize(("visible", "local_rank", "want"), [(1, 3, 0), (4, 3, 3)])
+def test_both_habits_bind_the_right_gpu(monkeypatch, visible, local_rank, want):
+    """The scheduler shows each rank one GPU, or all of them: rank 3 of 4 takes the only one, or the fourth."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    assert launch.bind("auto", local_rank, 4, "srun") == torch.device("cuda", want)
+
+
+def decide_refused(world, path):
+    def ask():
+        raise OSError(28, "No space left on device", path)
+
+    try:
+        launch.decide(world, ask)
+    except OSError as e:
+        return str(e)
+
+
+def test_what_rank_0_refuses_all_refuse():
+    assert launch.run(decide_refused, 2, "/x") == ["[Errno 28] No space left on device: '/x'"] * 2

@@ -1,0 +1,28 @@
+"""The cluster that these tests share; skipped with the reason where there can be none."""
+
+import pytest
+from testbed import Cluster, why_not
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    if reason := why_not():
+        pytest.skip(f"no Slurm cluster: {reason}")
+    made = Cluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        made("up")
+        yield made
+    finally:
+        made("down")
+
+
+@pytest.fixture
+def healthy(cluster):
+    """A cluster whose nodes are all there, before and after the test."""
+    yield cluster
+    cluster("exec", "bash", "-c", "squeue -h -o %A | xargs -r scancel", check=False)
+    for i in range(1, 9):
+        cluster("link", i, "up")
+        if not (cluster.folder / "cluster" / f"n{i}.pid").exists():
+            cluster("boot", i)
+    cluster("wait", 60)

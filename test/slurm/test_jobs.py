@@ -1,0 +1,197 @@
+"""Jobs on a real Slurm: submitted, warned, requeued after a crash or a pulled cable, chained, collected, plotted.
+
+python -m pytest test/slurm/test_jobs.py
+"""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from testbed import PROGRAMS, ROOT, wait_for
+
+from ringx import collect, records
+
+pytestmark = pytest.mark.slurm
+SMALL = ("--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--dtypes", "fp32", "--no-baseline")
+
+
+def submit(cluster, out, *words, **how):
+    """(job ids, output) of `ringx submit`."""
+    said = cluster.ringx("submit", "--site", "generic-cpu", "--out", out, *words, **how)
+    return re.findall(r"\d+", "".join(re.findall(r"submitted ([\d, ]+):", said))), said
+
+
+def found(out):
+    good, broken = records.read_all(out)
+    assert not broken
+    return good
+
+
+def stamps(out):
+    return {p.name: p.stat().st_mtime_ns for p in Path(out).glob("*.json")}
+
+
+@pytest.fixture(scope="module")
+def limited(cluster):
+    """A job with a real time limit of one minute, submitted before the other tests: see the last test."""
+    out = cluster.folder / "limited.out"
+    script = cluster.folder / "limited.sbatch"
+    script.write_text(
+        "#!/bin/bash\n#SBATCH -N2 --ntasks-per-node=1 --time=1 --signal=B:USR1@10 --requeue --open-mode=append\n"
+        f"#SBATCH --output={out}\ncd {ROOT}\nsource script/job.sh generic-cpu\nranks python3 {PROGRAMS / 'told.py'}\njob_end\n"
+    )
+    return cluster.sbatch(script), out
+
+
+def test_submit_collect_plot(cluster, limited, tmp_path):
+    """A folder and a label with blanks and quotes; two numbers of nodes, an array, a chain; then one table and its plots."""
+    out = tmp_path / "my runs; $(touch oops)"
+    label = "note=a 'b' $(touch oops)"
+    ids, said = submit(
+        cluster, out, "--nodes", "1,2", "--seqlens", "64,128", *SMALL, "--reps", "2", "--algorithms", "ringx3,ringx4",
+        "--label", label, "--label", "net=veth", "--chain", "2", "--wait",
+    )  # fmt: skip
+    assert len(ids) == 4 and "asks for 6.00 node-hours" in said and "8 of 8 records are there" in said
+    assert not list(tmp_path.rglob("oops")) and not (ROOT / "oops").exists()
+    got = found(out)
+    assert {r["labels"]["note"] for r in got} == {label.removeprefix("note=")}
+    jobs = {(r["case"]["world"], r["case"]["seqlen"]): r["launch"]["job"] for r in got}
+    assert {k: (j["nodes"], j["array_task"], j["site"], j["restart"]) for k, j in jobs.items()} == {
+        (1, 64): (1, 0, "generic-cpu", 0), (1, 128): (1, 1, "generic-cpu", 0),
+        (2, 64): (2, 0, "generic-cpu", 0), (2, 128): (2, 1, "generic-cpu", 0),
+    }  # fmt: skip
+    assert {j["id"] for j in jobs.values()} <= {int(ids[0]), int(ids[2])}  # the followers found everything there
+    assert all(r["wire"]["interface"] == "eth0" and r["wire"]["hosts"] == 2 for r in got if r["case"]["world"] == 2)
+    logs = list((out / "jobs").glob("*.out"))
+    assert len(logs) == 8 and all("Traceback" not in log.read_text() for log in logs)
+    table = tmp_path / "table"
+    cluster.ringx("collect", out, "--out", table)
+    rows = collect.read_table(table / "attention.parquet")
+    assert len(rows) == 8 and {r["label_net"] for r in rows} == {"veth"} and {r["site"] for r in rows} == {"generic-cpu"}
+    said = cluster.ringx("plot", table / "attention.parquet")
+    for figure in ("strong_scaling", "weak_scaling", "bytes", "wire"):
+        assert (table / f"{figure}.png").exists(), said
+
+
+def begun(cluster, out, n=1):
+    """Waits until so many records are there."""
+    wait_for(lambda: len(list(out.glob("*.json"))) >= n, 90, lambda: cluster("status") + logs(out))
+
+
+def logs(out):
+    return "".join(f"== {p}\n{p.read_text()}" for p in sorted(Path(out).glob("jobs/*.out")))
+
+
+def test_a_warning_ends_the_job_between_cases_and_it_requeues_itself(healthy, tmp_path):
+    """The warning is sent to the batch script, as Slurm does for --signal=B:USR1@N."""
+    out = tmp_path / "out"
+    (job,), _ = submit(
+        healthy, out, "--nodes", "2", "--array", "1", "--algorithms", "ringx3", "--seqlens", "64,2048,4096", *SMALL, "--reps", "40",
+        "--time", "10",
+    )  # fmt: skip
+    begun(healthy, out)
+    healthy("exec", "scancel", "--batch", "--signal=USR1", job)
+    wait_for(lambda: healthy.job(job)["Restarts"] == "1", 60, lambda: logs(out))
+    before = stamps(out)
+    assert 1 <= len(before) < 3, logs(out)
+    assert healthy.await_job(job)["JobState"] == "COMPLETED", logs(out)
+    assert stamps(out).items() >= before.items() and len(stamps(out)) == 3  # nothing twice, nothing lost
+    restarts = {r["case"]["seqlen"]: r["launch"]["job"]["restart"] for r in found(out)}
+    assert restarts[64] == 0 and restarts[4096] == 1
+    assert "interrupted by SIGUSR1: " in logs(out) and "back into the queue" in logs(out)
+    assert "not written" not in logs(out) and "Traceback" not in logs(out)
+
+
+def test_a_crashed_node_and_a_pulled_cable(healthy, tmp_path):
+    """Two jobs of two nodes.  One loses a node; of the other's, the node of rank 0 is cut off and its processes go on for a while.
+    Both are restarted on other nodes and measure every case exactly once; the cut-off ranks end by their timeout."""
+    jobs, outs = {}, {}
+    for what in ("crash", "cable"):
+        outs[what] = tmp_path / what
+        words = ("--nodes", "2", "--algorithms", "ringx4", "--seqlens", "64,2048", *SMALL, "--reps", "100", "--timeout", "8")
+        jobs[what] = submit(healthy, outs[what], *words)[0][0]
+    # each array is two tasks of two nodes: wait until each job has measured its small case, then take the nodes of the large one
+    for what in jobs:
+        begun(healthy, outs[what])
+    before = {what: stamps(outs[what]) for what in jobs}
+    nodes = {what: healthy.nodes_of(f"{jobs[what]}_1") for what in jobs}
+    assert len(set(nodes["crash"] + nodes["cable"])) == 4
+    healthy("crash", nodes["crash"][1])
+    healthy("link", nodes["cable"][0], "down")
+    cut = nodes["cable"][0]
+    wait_for(lambda: "ringx bench" not in healthy("node", cut, "ps", "-eo", "args"), 60)
+    for what in jobs:
+        ended = healthy.await_job(f"{jobs[what]}_1")
+        assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), logs(outs[what])
+        got = {r["case"]["seqlen"]: r["launch"]["job"]["restart"] for r in found(outs[what])}
+        assert got == {64: 0, 2048: 1}
+        assert stamps(outs[what]).items() >= before[what].items()
+    assert "ringx4 " in logs(outs["cable"]) and "failed on rank" in logs(outs["cable"])  # what the cut-off rank said
+
+
+def test_results_that_cannot_be_written_fail_before_the_first_case(cluster):
+    """Rank 0's node has a folder that is read-only, then one that is full; the other rank's is fine."""
+    out = cluster.folder / "here"
+    out.mkdir()
+    for options, reason in (("ro", "Read-only file system"), ("size=16k", "No space left on device")):
+        cluster("node", 1, "mount", "-t", "tmpfs", "-o", options, "tmpfs", out)
+        try:
+            bench = (sys.executable, "-m", "ringx", "bench", "--seqlens", "64", *SMALL, "--out", out)
+            said = cluster("exec", "srun", "-N2", "-n2", *bench, check=False)
+            assert cluster.status and said.count(f"{out} cannot take the results (65536 bytes): {reason}") == 2, said
+            assert "Traceback" not in said and not list(out.iterdir())
+            assert cluster("node", 1, "ls", "-A", out) == ""
+        finally:
+            cluster("node", 1, "umount", out)
+
+
+def test_batch_scripts_by_hand(cluster, tmp_path):
+    """sbatch script/NAME.sbatch ARGUMENTS from the checkout, and from script/."""
+    env = {"OUT": str(tmp_path / "gpt")}
+    log = tmp_path / "log"
+    jobs = []
+    for folder, words in (
+        (ROOT, ("test.sbatch", "ringx1")),
+        (ROOT / "script", ("gpt.sbatch", "--preset", "tiny", "--steps", "2", "--seqlen", "64", "--dtype", "fp32")),
+    ):
+        script = os.path.relpath(ROOT / "script" / words[0], folder)
+        command = f"cd {folder} && sbatch --parsable -N2 --ntasks-per-node=1 -o {log}_%x {script} {' '.join(words[1:])}"
+        jobs.append(cluster("exec", "bash", "-c", command, **env).strip())
+    for job in jobs:
+        assert cluster.await_job(job)["JobState"] == "COMPLETED", [p.read_text() for p in tmp_path.glob("log_*")]
+    assert "ringx1: 24 cases on 2 ranks equal full attention in fp64" in (tmp_path / "log_ringx-test").read_text()
+    steps = [json.loads(line) for line in (tmp_path / "gpt/log.jsonl").read_text().splitlines()]
+    assert steps[0]["launch"]["world"] == 2 and len([s for s in steps if "loss" in s]) == 2
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_wire_bytes_are_the_closed_form_times_the_collectives_factors(cluster, tmp_path, world):
+    """Of every algorithm, within 5 %: what interfaces counted, against sizes times factors that bench-comm measured."""
+    program = ROOT / "test/slurm/wire.py"
+    cluster(
+        "exec", "srun", f"-N{world}", "--ntasks-per-node=1", "--kill-on-bad-exit=1", sys.executable, program, tmp_path, timeout=180
+    )
+    good, broken = records.read_all(tmp_path)
+    fits = [r for r in good if r["kind"] == "collective"]
+    assert not broken and len(fits) == 5 and all(size["wrong"] == 0 for r in fits for size in r["sizes"])
+    cluster.ringx("collect", tmp_path)
+    rows = collect.read_table(tmp_path / "attention.parquet")
+    assert {r["algorithm"] for r in rows} == {"ringx1", "ringx2", "ringx3", "ringx4"}
+    for r in rows:
+        assert r["wire_bytes"] == pytest.approx(r["wire_expected_bytes"], rel=0.05), (r["algorithm"], world)
+        assert r["forward_bytes"] + r["backward_bytes"] == pytest.approx(
+            r["forward_bytes_closed_form"] + r["backward_bytes_closed_form"]
+        )
+
+
+def test_a_real_time_limit_reaches_the_ranks(cluster, limited):
+    """It was submitted before the other tests of this file; its warning comes within its minute, and it starts again."""
+    job, out = limited
+    assert cluster.await_job(job, 120)["JobState"] == "COMPLETED", out.read_text()
+    said = out.read_text()
+    first, again = said.split("back into the queue")
+    assert len(set(re.findall(r"up (n\d) 0", first))) == 2 and len(set(re.findall(r"told (n\d)", first))) == 2
+    assert len(set(re.findall(r"up (n\d) 1", again))) == 2

@@ -1,0 +1,141 @@
+"""The batch scripts: what they source and call makes sense, wherever they are submitted.
+
+python -m pytest test/test_scripts.py
+"""
+
+import argparse
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ringx import bench, bench_comm, environ
+
+SCRIPT = Path(__file__).parent.parent / "script"
+SHELL = sorted([*SCRIPT.glob("*.sbatch"), *SCRIPT.glob("*.sh"), SCRIPT.parent / "test/slurm/cluster", SCRIPT.parent / ".ci/run"])
+LISTS = ["login", "n[1-3,07-09]", "gpu[001-004,7]-ib,login", "r[1-2]n[01,3]", "n[8-11],m2", "node-1.site.org,x[2]", "a,b[3-4]"]
+
+
+def bash(script, cwd=None, **env):
+    clean = {"PATH": "/usr/bin:/bin", **env}
+    return subprocess.run(["bash", "-c", script], env=clean, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("file", SHELL, ids=lambda f: f.name)
+def test_is_bash(file):
+    assert subprocess.run(["bash", "-n", file], capture_output=True, text=True, check=False).stderr == ""
+    if shutil.which("shellcheck"):
+        done = subprocess.run(["shellcheck", "-S", "error", file], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
+
+
+# ---- setup_dist_vars.sh
+
+
+@pytest.mark.parametrize("nodes", LISTS)
+def test_setup_dist_vars_says_what_ringx_would(nodes):
+    """For every rank of a step on these nodes, one task more on the first: the same as ringx.environ, which asks Slurm itself."""
+    hosts = environ.hosts_of(nodes)
+    counts = [2, *[1] * (len(hosts) - 1)]
+    tasks = "2" if len(hosts) == 1 else f"2,1(x{len(hosts) - 1})" if len(hosts) > 2 else "2,1"
+    for rank, (node, local) in enumerate((n, i) for n, c in enumerate(counts) for i in range(c)):
+        slurm = {
+            "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "3", "SLURM_PROCID": str(rank), "SLURM_NTASKS": str(sum(counts)),
+            "SLURM_LOCALID": str(local), "SLURM_NODEID": str(node),
+            "SLURM_STEP_NODELIST": nodes, "SLURM_STEP_TASKS_PER_NODE": tasks,
+        }  # fmt: skip
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        say = "; ".join(f"printenv {name}" for name in names)
+        done = bash(f"source {shlex.quote(str(SCRIPT / 'setup_dist_vars.sh'))}; {say}", **slurm)
+        want = environ.read(slurm)
+        got = dict(zip(names, done.stdout.splitlines(), strict=True))
+        assert (int(got["RANK"]), int(got["LOCAL_RANK"])) == (want.rank, want.local_rank), done.stderr
+        assert (int(got["WORLD_SIZE"]), int(got["LOCAL_WORLD_SIZE"])) == (want.world, want.local_world)
+        assert int(got["MASTER_PORT"]) == want.port and got["MASTER_ADDR"] == hosts[0]
+        assert environ.read(slurm | got).world == want.world  # and ringx accepts what the script has set
+
+
+def test_setup_dist_vars_keeps_what_is_set_and_refuses_other_shells():
+    source = f"source {shlex.quote(str(SCRIPT / 'setup_dist_vars.sh'))}"
+    slurm = {"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}
+    done = bash(f"{source}; echo $MASTER_ADDR $MASTER_PORT", **slurm, MASTER_ADDR="there", MASTER_PORT="9")
+    assert done.stdout.split() == ["there", "9"]
+    done = bash(f"{source} || echo refused")
+    assert done.stdout.strip() == "refused" and "this is no task of srun" in done.stderr
+
+
+# ---- job.sh and the batch scripts
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Stand-ins for srun and scontrol; srun runs the command once."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "srun").write_text('#!/bin/bash\necho "srun $*" >>"$LOG"\nwhile [[ $1 == -* ]]; do shift; done\nexec "$@"\n')
+    (folder / "scontrol").write_text('#!/bin/bash\necho "scontrol $*" >>"$LOG"\n')
+    (folder / "sleep").write_text("#!/bin/bash\nexec /bin/sleep 0.1\n")
+    (folder / "python").write_text('#!/bin/bash\nprintf "%s\\n" "$*"\nexit ${STATUS:-0}\n')
+    for tool in folder.iterdir():
+        tool.chmod(0o755)
+    log = tmp_path / "log"
+    log.write_text("")
+    return {"PATH": f"{folder}:/usr/bin:/bin", "LOG": str(log), "PYTHON": "python", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}
+
+
+@pytest.mark.parametrize("folder", [SCRIPT.parent, SCRIPT])
+@pytest.mark.parametrize("name", ["bench", "collectives", "test", "gpt"])
+def test_batch_scripts_call_what_there_is(slurm, name, folder):
+    """With arguments, from the checkout and from script/: the command that the ranks run is one that its program takes."""
+    words = {"bench": "ringx1", "collectives": "ring", "test": "ringx3", "gpt": "--preset tiny"}[name]
+    task = {"SLURM_ARRAY_TASK_ID": "2"} if name == "bench" else {}
+    done = bash(f"bash {SCRIPT}/{name}.sbatch {words}", cwd="/", SLURM_SUBMIT_DIR=str(folder), **slurm, **task)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()[-1].split()
+    if name == "test":
+        assert said == ["test/test_ringx3.py"] and (SCRIPT.parent / said[0]).exists()
+    elif name == "gpt":
+        assert said == ["-m", "apps.gpt.train", "--preset", "tiny", "--out", "gpt_out"]
+    else:
+        module = {"bench": bench, "collectives": bench_comm}[name]
+        parser = argparse.ArgumentParser()
+        module.add_arguments(parser)
+        args = parser.parse_args(said[3:])
+        assert args.nproc == "2" and args.resume
+        if name == "bench":
+            assert {c.algorithm for c in bench.plan(args, 2)} == {"ringx1"} and args.part == "2/4"
+            array = re.search(r"--array=0-(\d)", (SCRIPT / "bench.sbatch").read_text())
+            assert len({c.size for c in bench.examine(args, 2, None)[0]}) == int(array[1]) + 1
+        else:
+            assert bench_comm.examine(args) == (["ring"], [])
+
+
+def test_the_vit_script_says_what_is_missing(slurm):
+    if (SCRIPT.parent / "apps/vit/train.py").exists():
+        pytest.skip("apps/vit is there")
+    done = bash(f"bash {SCRIPT}/vit.sbatch", cwd="/", SLURM_SUBMIT_DIR=str(SCRIPT.parent), **slurm)
+    assert done.returncode == 2 and "apps/vit is not in this checkout yet" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("status", "limit", "requeued"), [(75, "", True), (75, "on_limit=leave", False), (1, "", False), (0, "", False)]
+)
+def test_only_ranks_that_stopped_early_are_requeued(slurm, status, limit, requeued):
+    script = f"{limit}\nsource script/job.sh generic-cpu\nranks $PYTHON x\njob_end"
+    done = bash(script, cwd=SCRIPT.parent, **slurm, STATUS=str(status))
+    assert done.returncode == status
+    assert ("scontrol requeue 7" in Path(slurm["LOG"]).read_text()) == requeued
+
+
+def test_a_site_that_is_not_there(slurm):
+    done = bash("source script/job.sh nowhere; echo on", cwd=SCRIPT.parent, **slurm)
+    assert done.returncode == 2 and "there is no site 'nowhere'" in done.stderr and "on" not in done.stdout
+
+
+def test_srun_gets_the_sites_options(slurm):
+    """Those of alps.sh, which loads no modules, and the user's own."""
+    done = bash("source script/job.sh alps >/dev/null; ranks $PYTHON x", cwd=SCRIPT.parent, **slurm, RINGX_SRUN="--label -l")
+    assert "srun --kill-on-bad-exit=1 --cpus-per-task=72 --label -l bash -c" in Path(slurm["LOG"]).read_text(), done.stderr

@@ -1,0 +1,110 @@
+"""Being told to stop: all ranks heed it at the same place; what is done is kept, and the exit status says to come again.
+
+python -m pytest test/test_stopping.py
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+
+from ringx import launch, records, stopping
+
+ROOT = Path(__file__).parent.parent
+BENCH = [
+    "bench",
+    "--heads",
+    "4",
+    "--kv-heads",
+    "2",
+    "--head-dim",
+    "16",
+    "--dtypes",
+    "fp32",
+    "--algorithms",
+    "ringx3",
+    "--device",
+    "cpu",
+]
+
+
+def test_one_rank_is_told_and_all_stop_at_the_same_place(monkeypatch):
+    """Ranks are threads; the signal's handler is called on one of them between two meetings."""
+    world = 3
+    watches = [type("OneRank", (stopping.Watch,), {"told": None})() for _ in range(world)]
+
+    def rank_main(rank):
+        me = launch.World(rank, world, rank, world, torch.device("cpu"), "gloo", "threads", "", 0)
+        for place in range(5):
+            try:
+                watches[rank].meet(me)
+            except stopping.Stopped:
+                return place
+            if (rank, place) == (1, 2):
+                type(watches[rank]).told = "SIGUSR1"
+        return None
+
+    assert ranks.run(world, rank_main) == [3, 3, 3]
+
+
+def test_signals_are_left_alone_outside():
+    program = (
+        "import os,signal\nfrom ringx.stopping import Watch\n"
+        "with Watch() as w: assert w.told is None\n"
+        "assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL\n"
+        "with Watch() as w:\n    os.kill(os.getpid(), signal.SIGUSR1); os.kill(os.getpid(), signal.SIGUSR1); print(w.told)\n"
+        "os.kill(os.getpid(), signal.SIGUSR1); print('still here')\n"  # the batch script repeats it until the end
+        "with Watch() as w: print(w.told)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.stdout.split("\n")[:3] == ["SIGUSR1", "still here", "SIGUSR1"], done.stderr
+
+
+@pytest.mark.parametrize("number", stopping.SIGNALS)
+@pytest.mark.parametrize("nproc", ["1", "2"])
+def test_bench_keeps_what_it_has_and_says_to_come_again(tmp_path, number, nproc):
+    """A real process, with and without ranks that it has started itself; told after its first size, before its second."""
+    command = [
+        sys.executable,
+        "-m",
+        "ringx",
+        *BENCH,
+        "--nproc",
+        nproc,
+        "--seqlens",
+        "64,4096",
+        "--reps",
+        "200",
+        "--out",
+        str(tmp_path),
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    end = time.monotonic() + 60
+    while not list(tmp_path.glob("*.json")):
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+        time.sleep(0.05)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == stopping.AGAIN, said
+    assert f"interrupted by {signal.Signals(number).name}: 1 of 2 cases" in said and "Traceback" not in said
+    (r,) = records.read_all(tmp_path)[0]
+    assert r["case"]["seqlen"] == 64
+
+
+def test_without_any_progress_it_does_not_ask_to_come_again(tmp_path):
+    """Else a job whose limit is too short for one size would start itself again forever."""
+    command = [sys.executable, "-m", "ringx", *BENCH, "--nproc", "1", "--seqlens", "8192", "--reps", "200", "--out", str(tmp_path)]
+    ignoring = ["bash", "-c", 'trap "" USR1; exec "$@"', "_", *command]
+    process = subprocess.Popen(ignoring, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    time.sleep(0.5)  # for bash to do so
+    while process.poll() is None:
+        os.kill(process.pid, signal.SIGUSR1)  # ignored until it listens, as in a batch job
+        time.sleep(0.2)
+    said = process.communicate()[0]
+    assert process.returncode == 1 and "not one size was finished" in said and not list(tmp_path.glob("*.json")), said
