@@ -93,6 +93,7 @@ def main(args: argparse.Namespace) -> int:
 
 def verify_on_rank(world: launch.World, cases: list[Case], kernel: str) -> list[dict]:
     """One record per case, the same on every rank."""
+    launch.announce(world)
     results = []
     with poisoned_memory(), Progress(transient=True, disable=world.rank != 0 or not sys.stdout.isatty()) as progress:
         for case in progress.track(cases, description=f"verify on {world.world} ranks"):

@@ -122,6 +122,7 @@ def train(
 
 def work(world: Any, config: Config, run: Run) -> None:
     """One rank's job.  Rank 0 alone writes and prints."""
+    ringx.launch.announce(world)
     text = read(run.data)
     chief = world.rank == 0
     c = config.train

@@ -22,7 +22,6 @@ def healthy(cluster):
     yield cluster
     cluster("exec", "bash", "-c", "squeue -h -o %A | xargs -r scancel", check=False)
     for i in range(1, 9):
-        cluster("link", i, "up")
-        if not (cluster.folder / "cluster" / f"n{i}.pid").exists():
-            cluster("boot", i)
+        up = (cluster.folder / "cluster" / f"n{i}.pid").exists()
+        cluster(*(("link", i, "up") if up else ("boot", i)))
     cluster("wait", 60)

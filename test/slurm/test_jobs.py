@@ -21,7 +21,7 @@ SMALL = ("--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--dtypes", "fp3
 def submit(cluster, out, *words, **how):
     """(job ids, output) of `ringx submit`."""
     said = cluster.ringx("submit", "--site", "generic-cpu", "--out", out, *words, **how)
-    return re.findall(r"\d+", "".join(re.findall(r"submitted ([\d, ]+):", said))), said
+    return re.findall(r"\d+", " ".join(re.findall(r"submitted ([\d, ]+):", said))), said
 
 
 def found(out):
@@ -112,6 +112,7 @@ def test_a_crashed_node_and_a_pulled_cable(healthy, tmp_path):
     for what in ("crash", "cable"):
         outs[what] = tmp_path / what
         words = ("--nodes", "2", "--algorithms", "ringx4", "--seqlens", "64,2048", *SMALL, "--reps", "100", "--timeout", "8")
+        words += ("--sbatch=--exclusive",)
         jobs[what] = submit(healthy, outs[what], *words)[0][0]
     # each array is two tasks of two nodes: wait until each job has measured its small case, then take the nodes of the large one
     for what in jobs:
@@ -122,7 +123,10 @@ def test_a_crashed_node_and_a_pulled_cable(healthy, tmp_path):
     healthy("crash", nodes["crash"][1])
     healthy("link", nodes["cable"][0], "down")
     cut = nodes["cable"][0]
-    wait_for(lambda: "ringx bench" not in healthy("node", cut, "ps", "-eo", "args"), 60)
+    ranks = f"{sys.executable} -m ringx bench"  # srun and the batch script are Slurm's to end
+    wait_for(
+        lambda: ranks not in re.sub(r"srun .*", "", healthy("node", cut, "ps", "-eo", "args")), 60, lambda: logs(outs["cable"])
+    )
     for what in jobs:
         ended = healthy.await_job(f"{jobs[what]}_1")
         assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), logs(outs[what])

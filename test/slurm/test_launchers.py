@@ -3,7 +3,7 @@
 python -m pytest test/slurm/test_launchers.py
 """
 
-import ctypes.util
+import ctypes
 import re
 import shutil
 import sys
@@ -40,11 +40,18 @@ def test_srun_pmi2_with_mpi4py(cluster):
     assert said.count("MPI agrees") == 2
 
 
+def loads(library):
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
 def test_srun_pmix_with_mpi4py(cluster):
     pytest.importorskip("mpi4py", reason="needs mpi4py: pip install mpi4py")
-    if not (library := ctypes.util.find_library("mpi") or ctypes.util.find_library("mpi_cxx")):
-        pytest.skip("needs Open MPI: apt-get install libopenmpi3")
-    assert "libmpi" in library
+    if missing := [name for name in ("libmpi.so.40", "libpmix.so") if not loads(name)]:
+        pytest.skip(f"needs {missing[0]} of Open MPI: apt-get install libopenmpi3 libpmix-dev")
     said = cluster("exec", "srun", "--mpi=pmix", "-N2", "-n2", PYTHON, ATTEND, "--with-mpi", MPI4PY_MPIABI="openmpi")
     assert reports(said)[1][:3] == ["srun", "0/1", "n1"]
     assert said.count("MPI agrees") == 2 and "Open MPI" in said
