@@ -190,6 +190,7 @@ def add_matrix(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--min-bytes", default="1K", metavar="S", help="smallest size; K, M and G are powers of 1024 (default: 1K)")
     parser.add_argument("--max-bytes", default="1G", metavar="S", help="largest size (default: 1G)")
     parser.add_argument("--factor", type=int, default=4, help="from one size to the next (default: 4)")
+    parser.add_argument("--also", default="", metavar="S,...", help="sizes besides, where a backend changes its way")
     parser.add_argument("--reps", type=int, default=20, help="timed repetitions of a size, at most (default: 20)")
     parser.add_argument("--warmup", type=int, default=2, help="passes before, of each size (default: 2)")
     parser.add_argument("--seconds", type=float, default=60, help="for each collective, about (default: 60)")
@@ -208,7 +209,7 @@ def main(args: argparse.Namespace) -> int:
         worlds = _worlds(args, me.world if me else None, faults)
         if faults:
             raise ValueError(all_of(faults))
-        launch.decide(me, lambda: records.expect_room(args.out, 2**14 * len(names) * len(worlds)))
+        before = launch.decide(me, lambda: _count(args.out, 2**14 * len(names) * len(worlds)))
         told = None
         try:
             for world in worlds:
@@ -221,9 +222,17 @@ def main(args: argparse.Namespace) -> int:
             return 0  # rank 0's status is the job's: srun ends the others at the first that is not 0
         if told:
             print(f"interrupted by {told}: what is complete is in {args.out}; the same command with --resume measures the rest")
-            return AGAIN if told != "SIGINT" else 130
+            if told == "SIGINT":
+                return 130
+            return AGAIN if _count(args.out) > before else 1  # without progress it would come again forever
         print(f"records and {machine.FILE} in {args.out}; `ringx plot {args.out}` draws them")
         return 0
+
+
+def _count(out: Path, room: int = 0) -> int:
+    """The records of collectives in a folder, which must have so much room for others."""
+    records.expect_room(out, room)
+    return len(list(out.glob("collective_*.json")))
 
 
 def examine(args: argparse.Namespace) -> tuple[list[str], list[str]]:
@@ -243,6 +252,7 @@ def examine(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     high = parse(partial(in_bytes, args.max_bytes), "--max-bytes: ")
     if low and high and low > high:
         faults.append(f"--min-bytes {args.min_bytes} is more than --max-bytes {args.max_bytes}")
+    parse(partial(_also, args), "--also: ")
     for name, least in (("factor", 2), ("reps", LEAST_REPS), ("warmup", 1)):
         if getattr(args, name) < least:
             faults.append(f"--{name} {getattr(args, name)} must be at least {least}")
@@ -278,13 +288,17 @@ def in_bytes(text: str) -> int:
     return int(match[1]) * 1024 ** ("KMG".find(match[2]) + 1 if match[2] else 0)
 
 
-def sizes_of(low: int, high: int, factor: int, world: int) -> list[int]:
+def _also(args: argparse.Namespace) -> list[int]:
+    return [in_bytes(text) for text in args.also.split(",")] if args.also else []
+
+
+def sizes_of(low: int, high: int, factor: int, world: int, also: Sequence[int] = ()) -> list[int]:
     """Rising sizes in bytes, each a whole number of elements for each rank."""
-    unit, found, size = DTYPE.itemsize * world, [], low
+    unit, found, size = DTYPE.itemsize * world, list(also), low
     while size <= high:
-        found.append(max(size // unit, 1) * unit)
+        found.append(size)
         size *= factor
-    return list(dict.fromkeys(found))
+    return sorted({max(size // unit, 1) * unit for size in found})
 
 
 # ---- measuring, on every rank
@@ -350,7 +364,7 @@ def measure_collective(
     missing = next((m for m in launch.gather(meter.missing, world) if m), None)
     end, ended = time.monotonic() + args.seconds, None
     rows: list[dict[str, Any]] = []
-    for size in sizes_of(in_bytes(args.min_bytes), in_bytes(args.max_bytes), args.factor, world.world):
+    for size in sizes_of(in_bytes(args.min_bytes), in_bytes(args.max_bytes), args.factor, world.world, _also(args)):
         expected = rows[-1]["median"] * size / rows[-1]["bytes"] if rows else 0.0
         ended = launch.decide(world, partial(_enough, size, expected * (case.warmup + LEAST_REPS), end))
         ended = next((e for e in launch.gather(ended or _no_room(size, world), world) if e), None)

@@ -38,6 +38,7 @@ MATRIX = {  # job -> the options that its own command line takes for the matrix
     "bench-comm": bench_comm.add_matrix,
 }
 WARNING = 120  # seconds before the time limit at which Slurm warns, at most
+Matrix = tuple[list[str], dict[int, dict[Any, list[str]]], list[bench.Case]]  # command, {ranks: {size: ids of records}}, cases
 PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")  # of words in #SBATCH lines, which no shell reads
 
 
@@ -95,7 +96,7 @@ def main(args: argparse.Namespace) -> int:
     root = Path(__file__).resolve().parent.parent
     if not (root / "script/job.sh").exists():
         raise FileNotFoundError("script/ and env/, which the jobs need, are not beside this installation; use a checkout.")
-    jobs, wanted = prepare(args, root, sys.executable)
+    jobs, wanted, cases = prepare(args, root, sys.executable)
     scripts = {job.name: render(job) for job in jobs}
     for job in jobs:
         if args.dry_run:
@@ -105,6 +106,11 @@ def main(args: argparse.Namespace) -> int:
         return 0
     if not shutil.which("sbatch"):
         raise FileNotFoundError("sbatch is not to be found here: submit from a login node, or look with --dry-run.")
+    if cases:  # what is there already must fit what the jobs would measure
+        left = bench.remaining(args.out, cases, True, bench.labelled(args.label))
+        print(f"{len(left)} of {len(cases)} cases are to be measured" + ("" if left else "; nothing to submit"))
+        if not left:
+            return 0
     records.expect_room(args.out / "jobs", 2**16)
     ids: list[str] = []
     for job in jobs:
@@ -127,8 +133,9 @@ def main(args: argparse.Namespace) -> int:
 # ---- what to run
 
 
-def prepare(args: argparse.Namespace, root: Path, python: str) -> tuple[list[BatchJob], list[str]]:
-    """(a job per number of nodes, the ids of all records that they will write).  One ValueError names everything that is wrong."""
+def prepare(args: argparse.Namespace, root: Path, python: str) -> tuple[list[BatchJob], list[str], list[bench.Case]]:
+    """(a job per number of nodes, the ids of all records that they will write, the cases of --job bench).  One ValueError names
+    everything that is wrong."""
     faults: list[str] = []
 
     def attempt(call, default=None, prefix=""):
@@ -169,8 +176,10 @@ def prepare(args: argparse.Namespace, root: Path, python: str) -> tuple[list[Bat
         longest = attempt(partial(where.longest, n))
         if longest and walltime > longest:
             faults.append(f"--time {args.time}: {where.name} gives {n} nodes at most {site.written(longest)}; see --chain")
+    if args.dry_run and args.wait:
+        faults.append("--wait: with --dry-run there is nothing to wait for")
     matrix = _bench if args.job == "bench" else _bench_comm
-    command, per_nodes = matrix(args, where, {n * ranks_per_node: n for n in nodes}, faults)
+    command, per_nodes, cases = matrix(args, where, {n * ranks_per_node: n for n in nodes}, faults)
     tasks = {}
     for n in nodes:
         parts = count("array", len(per_nodes.get(n * ranks_per_node, {"": []})))
@@ -185,11 +194,11 @@ def prepare(args: argparse.Namespace, root: Path, python: str) -> tuple[list[Bat
         part = ["--part", f"$SLURM_ARRAY_TASK_ID/{tasks[n]}"] if tasks[n] > 1 else []
         size = (where, n, ranks_per_node, walltime, tasks[n], chain, args.serial, args.account, tuple(args.sbatch))
         jobs.append(BatchJob(f"ringx-{args.job}-n{n}", *size, (*command, *nproc, *part), args.out.absolute(), root, python))
-    return jobs, [i for sizes in per_nodes.values() for ids in sizes.values() for i in ids]
+    return jobs, [i for sizes in per_nodes.values() for ids in sizes.values() for i in ids], cases
 
 
-def _bench(args, where, worlds: dict[int, int], faults) -> tuple[list[str], dict[int, dict[Any, list[str]]]]:
-    """(the command, {number of ranks: {size: ids of its cases}}) on {number of ranks: nodes}; adds to the faults."""
+def _bench(args, where, worlds: dict[int, int], faults) -> Matrix:
+    """For {number of ranks: nodes}; adds to the faults."""
     if args.options:
         faults.append(f"--options {args.options!r} is for --job bench-comm; give bench's options as they are")
     args.nproc, args.part = ",".join(map(str, worlds)), None
@@ -207,26 +216,31 @@ def _bench(args, where, worlds: dict[int, int], faults) -> tuple[list[str], dict
     given: dict[int, dict[Any, list[str]]] = {}
     for case in cases:
         given.setdefault(case.world, {}).setdefault(case.size, []).append(case.id)
-    return ["bench", *_words(args, "bench"), "--out", str(args.out.absolute()), "--resume"], given
+    return ["bench", *_words(args, "bench"), "--out", str(args.out.absolute()), "--resume"], given, cases
 
 
-def _bench_comm(args, where, worlds: dict[int, int], faults) -> tuple[list[str], dict[int, dict[Any, list[str]]]]:
+def _bench_comm(args, where, worlds: dict[int, int], faults) -> Matrix:
     parser = _Quiet(add_help=False)
     bench_comm.add_matrix(parser)
     try:
         options = parser.parse_args(shlex.split(args.options))
     except ValueError as e:
         faults.append(f"--options {args.options!r}: {e}")
-        return [], {}
+        return [], {}, []
+    shared = ("device", "timeout", "label")  # options of both, which may stand outside --options too
+    if others := [w for w in _words(args, "bench", without=shared) if w.startswith("--")]:
+        faults.append(f"{', '.join(others)}: for --job bench; say what bench-comm is to do in --options")
+    options.device = args.device if options.device == "auto" else options.device
     if options.device == "auto" and where:
         options.device = where.device
+    options.timeout = args.timeout if options.timeout == 600 else options.timeout
     options.label = [*options.label, *args.label]
     names, wrong = bench_comm.examine(options)
     faults += wrong
     faults += [f"--nodes: {n} rank cannot communicate with itself; take at least two" for n in worlds if n < 2]
     how = (options.warmup, options.reps)
     given = {n: {"": [bench_comm.Case(x, n, hosts, bench_comm.DTYPE_NAME, *how).id for x in names]} for n, hosts in worlds.items()}
-    return ["bench-comm", *_words(options, "bench-comm"), "--out", str(args.out.absolute()), "--resume"], given
+    return ["bench-comm", *_words(options, "bench-comm"), "--out", str(args.out.absolute()), "--resume"], given, []
 
 
 class _Quiet(argparse.ArgumentParser):
@@ -236,14 +250,14 @@ class _Quiet(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def _words(args: argparse.Namespace, job: str) -> list[str]:
+def _words(args: argparse.Namespace, job: str, without: Sequence[str] = ()) -> list[str]:
     """The matrix options of `args` as words, those that differ from their defaults."""
     parser = argparse.ArgumentParser(add_help=False)
     MATRIX[job](parser)
     words: list[str] = []
     for action in parser._actions:
         value, flag = getattr(args, action.dest), action.option_strings[0]
-        if value == action.default:
+        if value == action.default or action.dest in without:
             continue
         if value is True:
             words.append(flag)

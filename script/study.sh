@@ -16,7 +16,7 @@ $cluster up
 for rate in 200 1000; do
   $cluster rate "$rate"
   $cluster exec $ringx submit --site generic-cpu --job bench-comm --nodes 2,4,8 --serial --wait --out "$out/records/$rate" \
-    --label "link_mbit=$rate" --options "--max-bytes 16M --reps 7 --seconds 15"
+    --label "link_mbit=$rate" --options "--max-bytes 16M --also 4160K,8M --reps 7 --seconds 15"    # gloo's reduce changes above 4 MiB
   $cluster exec $ringx submit --site generic-cpu --nodes 1,2,4,8 --array 1 --serial --wait --out "$out/records/$rate" \
     --label "link_mbit=$rate" --seqlens 2048,4096 --kv-heads 8,2 --layouts zigzag --dtypes fp32 --reps 5 --no-baseline
 done

@@ -92,6 +92,7 @@ def test_bandwidths_are_those_of_nccl_tests():
 def test_sizes():
     assert bench_comm.sizes_of(1024, 2**20, 4, 8) == [4**k for k in range(5, 11)]
     assert bench_comm.sizes_of(1000, 1000, 2, 3) == [996]  # whole elements on each of three ranks
+    assert bench_comm.sizes_of(1024, 4096, 4, 2, also=[2080, 1024]) == [1024, 2080, 4096]
     assert bench_comm.in_bytes("16M") == 2**24 and bench_comm.in_bytes("1kb") == 1024 and bench_comm.in_bytes("7") == 7
 
 
@@ -147,6 +148,11 @@ def test_told_to_stop_it_keeps_what_is_complete(on_threads, tmp_path, monkeypatc
     assert "interrupted by SIGUSR1" in capsys.readouterr().out
 
 
+def test_told_before_anything_is_complete_it_does_not_ask_to_come_again(on_threads, tmp_path, monkeypatch):
+    monkeypatch.setattr(stopping, "_told", "SIGUSR1")
+    assert bench_comm.main(options(tmp_path)) == 1
+
+
 def test_mistakes_are_named_at_once(capsys, tmp_path):
     argv = [
         "bench-comm",
@@ -163,7 +169,15 @@ def test_mistakes_are_named_at_once(capsys, tmp_path):
     ]
     assert cli.main([*argv, "--seconds", "0", "--label", "a"]) == 2
     said = capsys.readouterr().err
-    words = ("Did you mean 'broadcast'", "'4X' is no size", "--factor 1", "--nproc 1: it takes two", "--seconds 0", "--label 'a'")
+    words = (
+        "Did you mean 'broadcast'",
+        "'4X' is no size",
+        "--also: 'x' is no size",
+        "--factor 1",
+        "--nproc 1: it takes two",
+        "--seconds 0",
+        "--label 'a'",
+    )
     for word in words:
         assert word in said
     assert not (tmp_path / "new").exists()

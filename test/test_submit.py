@@ -124,6 +124,11 @@ def test_everything_wrong_is_named_at_once(capsys):
         ),
         ([*CPU, "--job", "bench-comm", "--nodes", "2", "--options=--nonsense"], "--nonsense"),
         ([*CPU, "--options=--max-bytes 4M"], "is for --job bench-comm"),
+        (
+            [*CPU, "--job", "bench-comm", "--nodes", "2", "--seqlens", "8", "--no-baseline"],
+            "--seqlens, --no-baseline: for --job bench",
+        ),
+        ([*CPU, "--dry-run", "--wait"], "there is nothing to wait for"),
         ([*CPU, "--nodes", "1.5"], "'1.5' is no comma-separated list of integers"),
         (["--site", "../frontier"], "site='../frontier' is unknown"),
     ],
@@ -153,6 +158,33 @@ def test_without_sbatch_the_remedy_is_named(capsys, tmp_path, monkeypatch):
     assert cli.main(["submit", "--site", "generic-cpu", "--out", str(tmp_path / "out")]) == 2
     assert "submit from a login node, or look with --dry-run" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_there_is_looked_at_before_the_queue(capsys, tmp_path, monkeypatch):
+    """Records of other labels are refused; where everything is measured nothing is submitted."""
+    fake = tmp_path / "bin/sbatch"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/bash\necho called >&2; exit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{fake.parent}:/usr/bin:/bin")
+    matrix = [
+        "--seqlens",
+        "64",
+        "--algorithms",
+        "ringx3",
+        "--no-baseline",
+        "--dtypes",
+        "fp32",
+        "--label",
+        "a=b",
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    assert cli.main(["bench", "--nproc", "1", *matrix]) == 0
+    assert cli.main(["submit", *CPU, *matrix]) == 0
+    assert "nothing to submit" in capsys.readouterr().out
+    assert cli.main(["submit", *CPU, *matrix, "--label", "c=d"]) == 2
+    assert "was measured with labels {'a': 'b'}, now {'a': 'b', 'c': 'd'}" in capsys.readouterr().err
 
 
 def test_a_refusal_half_way_says_what_was_submitted(capsys, tmp_path, monkeypatch):
@@ -245,5 +277,5 @@ def test_site_facts(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="looks at a machine without GPUs")
 def test_a_gpu_site_can_be_rendered_where_there_is_no_gpu():
-    ((job,), _) = jobs("--site", "perlmutter", "--account", "a", "--kernel", "flash2")
+    ((job,), *_) = jobs("--site", "perlmutter", "--account", "a", "--kernel", "flash2")
     assert "--device cuda" in submit.render(job) and sys.executable not in submit.render(job)

@@ -6,6 +6,7 @@ python -m pytest test/slurm/test_jobs.py
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -169,6 +170,26 @@ def test_batch_scripts_by_hand(cluster, tmp_path):
     assert "ringx1: 24 cases on 2 ranks equal full attention in fp64" in (tmp_path / "log_ringx-test").read_text()
     steps = [json.loads(line) for line in (tmp_path / "gpt/log.jsonl").read_text().splitlines()]
     assert steps[0]["launch"]["world"] == 2 and len([s for s in steps if "loss" in s]) == 2
+
+
+def test_an_environment_is_staged_to_every_node(cluster, tmp_path):
+    """A virtual environment goes by sbcast to each node's own disk, and the ranks run there."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
+    local = cluster.folder / "cluster/local"
+    script, log = tmp_path / "stage.sbatch", tmp_path / "log"
+    script.write_text(
+        f"#!/bin/bash\n#SBATCH -N2 --ntasks-per-node=2 -o {log}\ncd {ROOT}\nexport PYTHON={tmp_path}/env/bin/python\n"
+        f"source script/job.sh generic-cpu\nSTAGE={local} source script/stage_env.sh\n"
+        'ranks "$PYTHON" -c "import glob, socket, sys; '
+        "print(socket.gethostname(), sys.prefix, len(glob.glob(sys.argv[1] + '/*.tar')))\" "
+        f"{local}\njob_end\n"
+    )
+    job = cluster.sbatch(script)
+    assert cluster.await_job(job, 60)["JobState"] == "COMPLETED", log.read_text()
+    said = [line.split() for line in log.read_text().splitlines() if "ringx-env" in line and not line.startswith("stage_env")]
+    assert len(said) == 4 and {words[1] for words in said} == {f"{local}/ringx-env-{job}"}
+    assert len({words[0] for words in said}) == 2 and {words[2] for words in said} == {"0"}  # the archive is gone
+    assert "on 2 nodes" in log.read_text()
 
 
 @pytest.mark.parametrize("world", [2, 4, 8])
