@@ -98,9 +98,8 @@ def main(args: argparse.Namespace) -> int:
         raise FileNotFoundError("script/ and env/, which the jobs need, are not beside this installation; use a checkout.")
     jobs, wanted, cases = prepare(args, root, sys.executable)
     scripts = {job.name: render(job) for job in jobs}
-    for job in jobs:
-        if args.dry_run:
-            print(f"{scripts[job.name]}")
+    if args.dry_run:
+        print("\n".join(scripts.values()))
     print(table(jobs))
     if args.dry_run:
         return 0
@@ -160,9 +159,8 @@ def prepare(args: argparse.Namespace, root: Path, python: str) -> tuple[list[Bat
     nodes.sort()
     walltime = attempt(partial(site.walltime, args.time), timedelta(minutes=30), "--time ")
     ranks_per_node, chain = count("ranks-per-node", where.ranks_per_node if where else 1), count("chain", 1)
-    for name in [] if args.account is None else ["account"]:
-        if not PLAIN.fullmatch(getattr(args, name)):
-            faults.append(f"--{name} {getattr(args, name)!r} must be a plain word")
+    if args.account is not None and not PLAIN.fullmatch(args.account):
+        faults.append(f"--account {args.account!r} must be a plain word")
     for option in args.sbatch:
         if not re.fullmatch(r"--[a-z][a-z-]*(=[\w.,:/@&|()%+*=\[\]-]+)?", option):
             faults.append(f"--sbatch {option!r} must be one option of sbatch such as --partition=debug, without blanks")
@@ -182,7 +180,10 @@ def prepare(args: argparse.Namespace, root: Path, python: str) -> tuple[list[Bat
     command, per_nodes, cases = matrix(args, where, {n * ranks_per_node: n for n in nodes}, faults)
     tasks = {}
     for n in nodes:
-        parts = count("array", len(per_nodes.get(n * ranks_per_node, {"": []})))
+        sizes = len(per_nodes.get(n * ranks_per_node, {"": []}))
+        parts = count("array", sizes)
+        if parts > sizes:
+            faults.append(f"--array {parts}: there are {sizes} sizes to measure on {n} nodes, and one is the least for a task")
         if where and where.max_array and parts > where.max_array:
             faults.append(f"--nodes {n}: {parts} array tasks, {where.name} allows {where.max_array}; bundle sizes with --array")
         tasks[n] = parts
@@ -295,7 +296,7 @@ def render(job: BatchJob) -> str:
         f"--signal=B:USR1@{warning}",
         "--requeue",
         "--open-mode=append",
-        f'--output="{log}"' if re.search(r"\s", log) else f"--output={log}",
+        f"--output={log}" if re.fullmatch(r"[\w./%:=@+,-]+", log) else f'--output="{log}"',
         *job.site.sbatch,
         *job.sbatch,
     ]

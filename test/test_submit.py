@@ -128,6 +128,7 @@ def test_everything_wrong_is_named_at_once(capsys):
             [*CPU, "--job", "bench-comm", "--nodes", "2", "--seqlens", "8", "--no-baseline"],
             "--seqlens, --no-baseline: for --job bench",
         ),
+        ([*CPU, "--array", "3", "--seqlens", "64,128"], "--array 3: there are 2 sizes to measure on 1 nodes"),
         ([*CPU, "--dry-run", "--wait"], "there is nothing to wait for"),
         ([*CPU, "--nodes", "1.5"], "'1.5' is no comma-separated list of integers"),
         (["--site", "../frontier"], "site='../frontier' is unknown"),
