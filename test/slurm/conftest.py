@@ -1,5 +1,7 @@
 """The cluster that these tests share; skipped with the reason where there can be none."""
 
+import re
+
 import pytest
 from testbed import Cluster, why_not
 
@@ -24,4 +26,8 @@ def healthy(cluster):
     for i in range(1, 9):
         up = (cluster.folder / "cluster" / f"n{i}.pid").exists()
         cluster(*(("link", i, "up") if up else ("boot", i)))
+    cluster("wait", 10, check=False)
+    for i in re.findall(r"^n(\d) (?!idle)", cluster("exec", "sinfo", "-h", "-N", "-o", "%n %T"), re.MULTILINE):
+        cluster("crash", i)  # a node that was cut off takes up to a minute to find back
+        cluster("boot", i)
     cluster("wait", 60)
