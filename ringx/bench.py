@@ -311,8 +311,8 @@ def all_of(faults: Sequence[str]) -> str:
     return faults[0] if len(faults) == 1 else f"{len(faults)} faults:\n" + "\n".join(f"  - {f}" for f in faults)
 
 
-def remaining(out: Path, cases: Sequence[Case], resume: bool, labels: dict[str, str]) -> list[Case]:
-    """The cases that `out` does not hold yet.  Without `resume` it may hold none of them."""
+def remaining(out: Path, cases: Sequence[Any], resume: bool, labels: dict[str, str]) -> list[Any]:
+    """The cases (dataclasses with an id) that `out` does not hold yet.  Without `resume` it may hold none of them."""
     records.expect_room(out, RECORD_BYTES * max(len(cases), 1))
     there = [c for c in cases if records.path_of(out, c.id).exists()]
     if there and not resume:
@@ -330,7 +330,7 @@ def remaining(out: Path, cases: Sequence[Case], resume: bool, labels: dict[str, 
             path.replace(aside)
             print(f"measured again, for it is broken (now {aside.name}): {e}", file=sys.stderr)
             continue
-        other = [f"{k}={found['case'][k]!r}, now {v!r}" for k, v in asdict(case).items() if found["case"][k] != v]
+        other = [f"{k}={found['case'].get(k)!r}, now {v!r}" for k, v in asdict(case).items() if found["case"].get(k) != v]
         if found["labels"] != labels:
             other.append(f"labels {found['labels']}, now {labels}")
         if other:

@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from . import launch, machine, provenance, records, wire
-from .bench import all_of, labelled
+from .bench import all_of, labelled, remaining
 from .options import choices, integers
 from .stopping import AGAIN, Stopped, Watch
 
@@ -313,7 +313,7 @@ def measure(world: launch.World, names: list[str], args: argparse.Namespace) -> 
     launch.announce(world)
     hosts = len(common["machine"]["hosts"])
     cases = [Case(name, world.world, hosts, DTYPE_NAME, args.warmup, args.reps) for name in names]
-    todo = launch.decide(world, lambda: _remaining(args.out, cases, args.resume))
+    todo = launch.decide(world, lambda: remaining(args.out, cases, args.resume, labels))
     chief = world.rank == 0
     if chief:
         print(
@@ -346,13 +346,6 @@ def measure(world: launch.World, names: list[str], args: argparse.Namespace) -> 
                     print(f"not written, for it was measured elsewhere meanwhile: {e}", file=sys.stderr)
                 machine.write(args.out, machine.collected(args.out))
     return None
-
-
-def _remaining(out: Path, cases: Sequence[Case], resume: bool) -> list[Case]:
-    there = [c for c in cases if records.path_of(out, c.id).exists()]
-    if there and not resume:
-        raise ValueError(f"{out} already holds {there[0].id}: pass --resume to measure only what is missing, or another --out.")
-    return [c for c in cases if c not in there]
 
 
 def measure_collective(

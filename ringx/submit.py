@@ -38,7 +38,7 @@ MATRIX = {  # job -> the options that its own command line takes for the matrix
     "bench-comm": bench_comm.add_matrix,
 }
 WARNING = 120  # seconds before the time limit at which Slurm warns, at most
-Matrix = tuple[list[str], dict[int, dict[Any, list[str]]], list[bench.Case]]  # command, {ranks: {size: ids of records}}, cases
+Matrix = tuple[list[str], dict[int, dict[Any, list[str]]], list[Any]]  # command, {ranks: {size: ids of records}}, cases
 PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")  # of words in #SBATCH lines, which no shell reads
 
 
@@ -96,7 +96,7 @@ def main(args: argparse.Namespace) -> int:
     root = Path(__file__).resolve().parent.parent
     if not (root / "script/job.sh").exists():
         raise FileNotFoundError("script/ and env/, which the jobs need, are not beside this installation; use a checkout.")
-    jobs, wanted, cases = prepare(args, root, sys.executable)
+    jobs, cases = prepare(args, root, sys.executable)
     scripts = {job.name: render(job) for job in jobs}
     if args.dry_run:
         print("\n".join(scripts.values()))
@@ -105,11 +105,10 @@ def main(args: argparse.Namespace) -> int:
         return 0
     if not shutil.which("sbatch"):
         raise FileNotFoundError("sbatch is not to be found here: submit from a login node, or look with --dry-run.")
-    if cases:  # what is there already must fit what the jobs would measure
-        left = bench.remaining(args.out, cases, True, bench.labelled(args.label))
-        print(f"{len(left)} of {len(cases)} cases are to be measured" + ("" if left else "; nothing to submit"))
-        if not left:
-            return 0
+    left = bench.remaining(args.out, cases, True, bench.labelled(args.label))  # what is there must fit what the jobs would measure
+    print(f"{len(left)} of {len(cases)} cases are to be measured" + ("" if left else "; nothing to submit"))
+    if not left:
+        return 0
     records.expect_room(args.out / "jobs", 2**16)
     ids: list[str] = []
     for job in jobs:
@@ -126,15 +125,14 @@ def main(args: argparse.Namespace) -> int:
     print(f"logs      {where}/jobs/*.out")
     print(f"collect   ringx collect {where}")
     print(f"plot      ringx plot {where}")
-    return wait(ids, args.out, wanted) if args.wait else 0
+    return wait(ids, args.out, [c.id for c in cases]) if args.wait else 0
 
 
 # ---- what to run
 
 
-def prepare(args: argparse.Namespace, root: Path, python: str) -> tuple[list[BatchJob], list[str], list[bench.Case]]:
-    """(a job per number of nodes, the ids of all records that they will write, the cases of --job bench).  One ValueError names
-    everything that is wrong."""
+def prepare(args: argparse.Namespace, root: Path, python: str) -> tuple[list[BatchJob], list[Any]]:
+    """(a job per number of nodes, the cases that they will measure).  One ValueError names everything that is wrong."""
     faults: list[str] = []
 
     def attempt(call, default=None, prefix=""):
@@ -195,7 +193,7 @@ def prepare(args: argparse.Namespace, root: Path, python: str) -> tuple[list[Bat
         part = ["--part", f"$SLURM_ARRAY_TASK_ID/{tasks[n]}"] if tasks[n] > 1 else []
         size = (where, n, ranks_per_node, walltime, tasks[n], chain, args.serial, args.account, tuple(args.sbatch))
         jobs.append(BatchJob(f"ringx-{args.job}-n{n}", *size, (*command, *nproc, *part), args.out.absolute(), root, python))
-    return jobs, [i for sizes in per_nodes.values() for ids in sizes.values() for i in ids], cases
+    return jobs, cases
 
 
 def _bench(args, where, worlds: dict[int, int], faults) -> Matrix:
@@ -228,20 +226,21 @@ def _bench_comm(args, where, worlds: dict[int, int], faults) -> Matrix:
     except ValueError as e:
         faults.append(f"--options {args.options!r}: {e}")
         return [], {}, []
-    shared = ("device", "timeout", "label")  # options of both, which may stand outside --options too
+    shared = ("device", "timeout", "label")  # of both: submit's own
     if others := [w for w in _words(args, "bench", without=shared) if w.startswith("--")]:
         faults.append(f"{', '.join(others)}: for --job bench; say what bench-comm is to do in --options")
-    options.device = args.device if options.device == "auto" else options.device
+    if twice := [f"--{name}" for name in shared if getattr(options, name) != parser.get_default(name)]:
+        faults.append(f"--options {args.options!r}: give {', '.join(twice)} to `ringx submit` itself")
+    options.device, options.timeout, options.label = args.device, args.timeout, args.label
     if options.device == "auto" and where:
         options.device = where.device
-    options.timeout = args.timeout if options.timeout == 600 else options.timeout
-    options.label = [*options.label, *args.label]
     names, wrong = bench_comm.examine(options)
     faults += wrong
     faults += [f"--nodes: {n} rank cannot communicate with itself; take at least two" for n in worlds if n < 2]
     how = (options.warmup, options.reps)
-    given = {n: {"": [bench_comm.Case(x, n, hosts, bench_comm.DTYPE_NAME, *how).id for x in names]} for n, hosts in worlds.items()}
-    return ["bench-comm", *_words(options, "bench-comm"), "--out", str(args.out.absolute()), "--resume"], given, []
+    cases = [bench_comm.Case(x, n, hosts, bench_comm.DTYPE_NAME, *how) for n, hosts in worlds.items() for x in names]
+    given = {n: {"": [c.id for c in cases if c.world == n]} for n in worlds}
+    return ["bench-comm", *_words(options, "bench-comm"), "--out", str(args.out.absolute()), "--resume"], given, cases
 
 
 class _Quiet(argparse.ArgumentParser):

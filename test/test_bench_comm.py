@@ -118,9 +118,11 @@ def test_records_table_and_machine_file(on_threads, tmp_path, capsys):
 def test_resume_measures_only_what_is_missing(on_threads, tmp_path):
     assert bench_comm.main(options(tmp_path, "--collectives", "ring")) == 0
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("collective*")}
-    with pytest.raises(ValueError, match=r"already holds collective_ring_fp32_n2_hosts1: pass --resume"):
+    with pytest.raises(ValueError, match=r"already holds 1 of these 2 cases \(collective_ring_fp32_n2_hosts1, "):
         bench_comm.main(options(tmp_path, "--collectives", "ring,broadcast"))
     assert bench_comm.main(options(tmp_path, "--collectives", "ring,broadcast", "--resume")) == 0
+    with pytest.raises(ValueError, match=r"was measured with labels \{\}, now \{'net': 'x'\}"):
+        bench_comm.main(options(tmp_path, "--collectives", "ring", "--resume", "--label", "net=x"))
     assert len(machine.collected(tmp_path)) == 2 and all(p.stat().st_mtime_ns == t for p, t in before.items())
 
 

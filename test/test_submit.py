@@ -128,6 +128,7 @@ def test_everything_wrong_is_named_at_once(capsys):
             [*CPU, "--job", "bench-comm", "--nodes", "2", "--seqlens", "8", "--no-baseline"],
             "--seqlens, --no-baseline: for --job bench",
         ),
+        ([*CPU, "--job", "bench-comm", "--nodes", "2", "--options=--label a=b"], "give --label to `ringx submit` itself"),
         ([*CPU, "--array", "3", "--seqlens", "64,128"], "--array 3: there are 2 sizes to measure on 1 nodes"),
         ([*CPU, "--dry-run", "--wait"], "there is nothing to wait for"),
         ([*CPU, "--nodes", "1.5"], "'1.5' is no comma-separated list of integers"),
@@ -278,5 +279,5 @@ def test_site_facts(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="looks at a machine without GPUs")
 def test_a_gpu_site_can_be_rendered_where_there_is_no_gpu():
-    ((job,), *_) = jobs("--site", "perlmutter", "--account", "a", "--kernel", "flash2")
+    ((job,), _) = jobs("--site", "perlmutter", "--account", "a", "--kernel", "flash2")
     assert "--device cuda" in submit.render(job) and sys.executable not in submit.render(job)
