@@ -15,8 +15,8 @@ Sizes and bandwidths are those of nccl-tests (its doc/PERFORMANCE.md), with N ra
     wrong    elements that are not what they should be, in a first pass on numbers; the timed passes move zeros
     wire     bytes that left the hosts / what an optimal implementation would send (``ringx.comm``), where that can be counted
 
-The largest size is bounded by half of the free memory and by --seconds for each collective.  Each collective's record also holds
-a fit of time = alpha + beta S, and DIR/machine.json collects the fits of all records in DIR: it is what a planner reads.
+The largest size is bounded by half of the free memory and by --seconds for each collective.  DIR/machine.json holds a fit of time =
+alpha + beta S to each collective and number of ranks with a record in DIR (``ringx.machine``): it is what a planner reads.
 """
 
 import argparse
@@ -365,7 +365,7 @@ def measure_collective(
             break
         rows.append(_measure_size(world, what, size, case, watch, meter, missing, end))
         say(_line(case.collective, rows[-1]), flush=True)
-    return {"sizes": rows, "ended": ended, "fit": machine.fit([(r["bytes"], r["median"]) for r in rows]), "wire_missing": missing}
+    return {"sizes": rows, "ended": ended, "wire_missing": missing}
 
 
 def _enough(size: int, expected: float, end: float) -> str | None:

@@ -90,8 +90,8 @@ def rows_of(r: dict[str, Any], path: Path | None = None, fits: Sequence[dict[str
     """The rows of a record, flat, with where they come from, and what `fits` of the collectives make of its bytes."""
     if r["kind"] == "attention":
         return [{**attention(r), **expected(r, fits), **origin(r, path)}]
-    fit = r["fit"] or {}
-    head = {**r["case"], "fit_alpha_s": fit.get("alpha_s"), "fit_beta_s_per_byte": fit.get("beta_s_per_byte")}
+    fit = machine.fit_of(r)
+    head = {**r["case"], "fit_alpha_s": fit["alpha_s"], "fit_beta_s_per_byte": fit["beta_s_per_byte"]}
     head |= {"ranks_per_host": r["launch"]["local_world"], "device": r["machine"]["device"], "labels": _written(r["labels"])}
     named = {"mean": "mean_s", "min": "min_s", "median": "median_s", "p99": "p99_s"}
     named |= {"algbw": "algbw_bytes_per_s", "busbw": "busbw_bytes_per_s"}

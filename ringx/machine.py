@@ -20,22 +20,37 @@ FILE = "machine.json"
 
 
 def fit(points: Sequence[tuple[int, float]]) -> dict[str, float] | None:
-    """alpha and beta of time = alpha + beta bytes, neither negative, with the least squares of relative errors; None for fewer than
-    two sizes.
+    """alpha and beta of time = alpha + beta bytes, with the least squares of log(fitted / measured): twice and half as long are
+    equally far off.  Gauss-Newton in log(alpha) and log(beta), so that neither gets negative.  None for fewer than two sizes.
 
     points: (bytes, seconds)."""
     if len(points) < 2:
         return None
     size, seconds = (np.array(column, dtype=float) for column in zip(*points, strict=True))
-    candidates = []
-    for columns in ((1, 1), (1, 0), (0, 1)):  # both, alpha alone, beta alone: the best one without a negative part
-        rows = np.stack([columns[0] / seconds, columns[1] * size / seconds], axis=1)
-        (alpha, beta), *_ = np.linalg.lstsq(rows, np.ones_like(size), rcond=None)
-        if alpha >= 0 and beta >= 0:
-            candidates.append((float(np.square(rows @ (alpha, beta) - 1).sum()), float(alpha), float(beta)))
-    _, alpha, beta = min(candidates)
+
+    def off(parameters: np.ndarray) -> np.ndarray:
+        alpha, beta = np.exp(parameters)
+        return np.log(alpha + beta * size) - np.log(seconds)
+
+    now = np.log([seconds.min(), seconds[-1] / size[-1]])
+    for _ in range(100):
+        alpha, beta = np.exp(now)
+        slopes = np.stack([np.full_like(size, alpha), beta * size], axis=1) / (alpha + beta * size)[:, None]
+        step = np.clip(np.linalg.lstsq(slopes, -off(now), rcond=1e-12)[0], -2, 2)
+        while np.square(off(now + step)).sum() > np.square(off(now)).sum() and np.abs(step).max() > 1e-9:
+            step /= 2
+        now = np.maximum(now + step, -80)
+        if np.abs(step).max() < 1e-9:
+            break
+    alpha, beta = np.exp(now)
     error = float(np.abs((alpha + beta * size) / seconds - 1).max())
-    return {"alpha_s": alpha, "beta_s_per_byte": beta, "relative_error": error}
+    return {"alpha_s": float(alpha), "beta_s_per_byte": float(beta), "relative_error": error}
+
+
+def fit_of(record: dict[str, Any]) -> dict[str, float | None]:
+    """The fit to the medians of a record of kind "collective"; None in its place where there is one size only."""
+    found = fit([(s["bytes"], s["median"]) for s in record["sizes"]])
+    return {**found} if found else dict.fromkeys(("alpha_s", "beta_s_per_byte", "relative_error"))
 
 
 def of(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -51,7 +66,7 @@ def of(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 **{k: r["case"][k] for k in ("collective", "world", "hosts")},
                 "ranks_per_host": r["launch"]["local_world"],
                 **{"backend": r["launch"]["backend"], "device": r["machine"]["device"], "labels": r["labels"]},
-                **(r["fit"] or {"alpha_s": None, "beta_s_per_byte": None, "relative_error": None}),
+                **fit_of(r),
                 "bytes": [r["sizes"][0]["bytes"], r["sizes"][-1]["bytes"]],
                 "bus_factor": what.bus(world),
                 "sent_per_byte": what.sent(world),

@@ -117,10 +117,6 @@ _COLLECTIVE: dict[str, tuple[Any, str]] = {
     "case.reps": (int, "timed repetitions of each size, at most"),
     "sizes": (list, "one entry a size, in rising order: see SIZE"),
     "ended": ((str, _null), "why larger sizes were left out; null if none were"),
-    "fit": (
-        (dict, _null),
-        "of time = alpha + beta size: alpha_s, beta_s_per_byte, relative_error; null for one size",
-    ),
     "wire_missing": ((str, _null), "why no wire bytes were counted"),
 }
 FIELDS = {"attention": _COMMON | _ATTENTION, "collective": _COMMON | _COLLECTIVE}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ringx import bench, machine, provenance, records
+from ringx import bench, provenance, records
 from ringx.algorithms import ALGORITHMS
 from ringx.bench_comm import COLLECTIVES
 
@@ -54,7 +54,6 @@ def collective(name="all_gather", world=2, alpha=1e-4, beta=1e-8, factor=1.5, la
     record = {
         "schema": records.SCHEMA, "kind": "collective", "id": f"collective_{name}_fp32_n{world}_hosts{world}",
         "date": provenance.now(), "case": case, "sizes": sizes, "ended": None, "wire_missing": None, "labels": labels or {},
-        "fit": machine.fit([(s["bytes"], s["median"]) for s in sizes]),
         "launch": {"launcher": "l", "backend": "gloo", "local_world": 1, "environment": {}, "job": None}, **ORIGIN,
     }  # fmt: skip
     return records.validate(record)

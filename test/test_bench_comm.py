@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import math
 
 import invented
 import pytest
@@ -196,9 +197,23 @@ def test_the_fit_is_never_negative():
     """Points of which plain least squares would make a negative latency or a negative time per byte."""
     steep = machine.fit([(10, 1.0), (100, 20.0), (1000, 300.0)])
     flat = machine.fit([(10, 3.0), (100, 2.0), (1000, 1.0)])
-    assert steep["alpha_s"] == 0 and steep["beta_s_per_byte"] > 0
-    assert flat["beta_s_per_byte"] == 0 and 1 < flat["alpha_s"] < 3
+    assert 0 <= steep["alpha_s"] < 1e-9 and steep["beta_s_per_byte"] == pytest.approx((0.1 * 0.2 * 0.3) ** (1 / 3))
+    assert flat["alpha_s"] == pytest.approx(6 ** (1 / 3)) and 0 <= flat["beta_s_per_byte"] < 1e-9
     assert machine.fit([(10, 1.0)]) is None
+
+
+def test_the_fit_is_the_best_one():
+    """Noisy points: no other alpha and beta on a fine grid has a smaller sum of squared logarithms."""
+    noise = [1.3, 0.8, 1.1, 0.7, 1.4, 0.9]
+    points = [(4**k * 1024, n * (5e-4 + 3e-9 * 4**k * 1024)) for k, n in enumerate(noise)]
+    best = machine.fit(points)
+
+    def off(alpha, beta):
+        return sum(math.log((alpha + beta * size) / t) ** 2 for size, t in points)
+
+    least = off(best["alpha_s"], best["beta_s_per_byte"])
+    steps = [1 + 0.02 * i for i in range(-20, 21)]
+    assert all(off(best["alpha_s"] * x, best["beta_s_per_byte"] * y) >= least - 1e-12 for x in steps for y in steps)
 
 
 def test_the_machine_file_answers(tmp_path):
