@@ -36,7 +36,7 @@ from .attention import attention
 from .layout import LAYOUTS, Sharding, name_of
 from .options import DTYPES, MASKS, choices, integers, sift, switches
 from .peak import peak_bytes
-from .stopping import AGAIN, Stopped, Watch
+from .stopping import Stopped, Watch, leave
 
 RECOMMENDED = "recommended"  # among layouts: the one that each algorithm recommends
 RECORD_BYTES = 2**14  # of a record, at most: what an --out folder must have room for
@@ -179,7 +179,7 @@ def _main(args: argparse.Namespace, watch: Watch) -> int:
         told = watch.told or "SIGINT"
     if told:
         done = sum(records.path_of(args.out, c.id).exists() for c in todo)
-        return _stopped(args.out, len(cases) - len(todo) + done, len(cases), done > 0, told, speaks)
+        return _stopped(args.out, len(cases) - len(todo) + done, len(cases), done > 0, told, me)
     if speaks:
         if cases:
             print(table([records.read(records.path_of(args.out, c.id)) for c in cases]))
@@ -187,20 +187,16 @@ def _main(args: argparse.Namespace, watch: Watch) -> int:
     return 0
 
 
-def _stopped(out: Path, there: int, wanted: int, progress: bool, told: str, speaks: bool) -> int:
+def _stopped(out: Path, there: int, wanted: int, progress: bool, told: str, me: launch.World | None) -> int:
     """The last words of a run that was told to stop, and its exit status."""
-    if speaks:
+    if not me or me.rank == 0:
         Console(stderr=True).show_cursor(True)  # the rank that drew the progress bar was ended in the middle of it
         by = "" if told == "SIGINT" else f" by {told}"
         print(f"interrupted{by}: {there} of {wanted} cases are in {out}; the same command with --resume measures the rest")
-    if told == "SIGINT":
-        return 130
-    if not speaks:
-        return 0  # rank 0's status is the job's: srun ends the others at the first that is not 0
-    if not progress:
-        print("ringx bench: not one size was finished: allow more time, or fewer --reps or sizes", file=sys.stderr)
-        return 1  # not AGAIN: a job that starts itself again would do so forever
-    return AGAIN
+        if told != "SIGINT" and not progress:  # not AGAIN: a job that starts itself again would do so forever
+            print("ringx bench: not one size was finished: allow more time, or fewer --reps or sizes", file=sys.stderr)
+            return 1
+    return 130 if told == "SIGINT" else leave(me)
 
 
 # ---- what to measure

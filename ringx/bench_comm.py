@@ -39,7 +39,7 @@ from rich.progress import Progress
 from . import launch, machine, provenance, records, wire
 from .bench import all_of, labelled, remaining
 from .options import choices, integers
-from .stopping import AGAIN, Stopped, Watch
+from .stopping import Stopped, Watch, leave
 
 DTYPE, DTYPE_NAME = torch.float32, "fp32"
 PATTERN = 1021  # values of a checked pass repeat after so many elements, a prime: a shifted or swapped block shows
@@ -218,15 +218,16 @@ def main(args: argparse.Namespace) -> int:
                     break
         except KeyboardInterrupt:
             told = watch.told or "SIGINT"
-        if me and me.rank:
-            return 0  # rank 0's status is the job's: srun ends the others at the first that is not 0
-        if told:
+        chief = not me or me.rank == 0
+        if not told:
+            if chief:
+                print(f"records and {machine.FILE} in {args.out}; `ringx plot {args.out}` draws them")
+            return 0
+        if chief:
             print(f"interrupted by {told}: what is complete is in {args.out}; the same command with --resume measures the rest")
-            if told == "SIGINT":
-                return 130
-            return AGAIN if _count(args.out) > before else 1  # without progress it would come again forever
-        print(f"records and {machine.FILE} in {args.out}; `ringx plot {args.out}` draws them")
-        return 0
+            if told != "SIGINT" and _count(args.out) == before:
+                return 1  # not AGAIN: without progress it would come again forever
+        return 130 if told == "SIGINT" else leave(me)
 
 
 def _count(out: Path, room: int = 0) -> int:

@@ -103,6 +103,7 @@ def test_a_warning_ends_the_job_between_cases_and_it_requeues_itself(healthy, tm
     restarts = {r["case"]["seqlen"]: r["launch"]["job"]["restart"] for r in found(out)}
     assert restarts[64] == 0 and restarts[4096] == 1
     assert "interrupted by SIGUSR1: " in logs(out) and "back into the queue" in logs(out)
+    assert "task 1: Terminated" not in logs(out)  # rank 0, whose status is the job's, leaves last
     assert "not written" not in logs(out) and "Traceback" not in logs(out)
 
 
