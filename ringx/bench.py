@@ -36,7 +36,7 @@ from .attention import attention
 from .layout import LAYOUTS, Sharding, name_of
 from .options import DTYPES, MASKS, choices, integers, sift, switches
 from .peak import peak_bytes
-from .stopping import Stopped, Watch, leave
+from .stopping import AGAIN, Stopped, Watch
 
 RECOMMENDED = "recommended"  # among layouts: the one that each algorithm recommends
 RECORD_BYTES = 2**14  # of a record, at most: what an --out folder must have room for
@@ -196,7 +196,7 @@ def _stopped(out: Path, there: int, wanted: int, progress: bool, told: str, me: 
         if told != "SIGINT" and not progress:  # not AGAIN: a job that starts itself again would do so forever
             print("ringx bench: not one size was finished: allow more time, or fewer --reps or sizes", file=sys.stderr)
             return 1
-    return 130 if told == "SIGINT" else leave(me)
+    return 130 if told == "SIGINT" else AGAIN
 
 
 # ---- what to measure

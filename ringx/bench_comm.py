@@ -39,7 +39,7 @@ from rich.progress import Progress
 from . import launch, machine, provenance, records, wire
 from .bench import all_of, labelled, remaining
 from .options import choices, integers
-from .stopping import Stopped, Watch, leave
+from .stopping import AGAIN, Stopped, Watch
 
 DTYPE, DTYPE_NAME = torch.float32, "fp32"
 PATTERN = 1021  # values of a checked pass repeat after so many elements, a prime: a shifted or swapped block shows
@@ -227,7 +227,7 @@ def main(args: argparse.Namespace) -> int:
             print(f"interrupted by {told}: what is complete is in {args.out}; the same command with --resume measures the rest")
             if told != "SIGINT" and _count(args.out) == before:
                 return 1  # not AGAIN: without progress it would come again forever
-        return 130 if told == "SIGINT" else leave(me)
+        return 130 if told == "SIGINT" else AGAIN
 
 
 def _count(out: Path, room: int = 0) -> int:

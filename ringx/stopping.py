@@ -11,7 +11,6 @@ the ranks.  A program that stopped like this ends with status AGAIN: what it has
 
 import signal
 import threading
-import time
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from .agree import cpu_group
 from .comm import Group
 
 AGAIN = 75  # exit status: stopped early, start it again (EX_TEMPFAIL of sysexits.h)
-LAST = 5.0  # seconds by which the rank that ends with AGAIN leaves after the others
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
@@ -74,16 +72,3 @@ class Watch:
             dist.all_reduce(told, dist.ReduceOp.MAX, group=cpu_group(Group.of(None)))
         if told.item():
             raise Stopped
-
-
-def leave(world: launch.World | None) -> int:
-    """The exit status of a rank that stopped early: AGAIN on rank 0, 0 on the others; `world` None is a process without peers.
-
-    srun --kill-on-bad-exit ends all ranks when the first one ends with another status than 0, and reports how it ended *them*: so
-    only rank 0 says AGAIN, and it leaves last."""
-    if world is None:
-        return AGAIN
-    launch.shutdown()
-    if world.rank == 0 and world.world > 1:
-        time.sleep(LAST)
-    return 0 if world.rank else AGAIN

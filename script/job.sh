@@ -35,8 +35,17 @@ _status=0
 ranks() {
   local told=
   trap 'told=1' USR1
-  # a rank ignores the warning until its program listens; it is repeated until all ranks have ended
-  srun --kill-on-bad-exit=1 "${_srun[@]}" bash -c 'trap "" USR1; exec "$@"' ranks "$@" &
+  # A rank ignores the warning until its program listens; it is repeated until all ranks have ended.  The first rank that ends with a
+  # status other than 0 has srun end the others, and then srun reports how *they* ended: so only rank 0 says 75, after the others.
+  srun --kill-on-bad-exit=1 "${_srun[@]}" bash -c '
+    trap "" USR1
+    "$@"
+    status=$?
+    if [ "$status" = 75 ]; then
+      [ "${SLURM_PROCID:-0}" = 0 ] || exit 0
+      [ "${SLURM_NTASKS:-1}" = 1 ] || sleep 5
+    fi
+    exit "$status"' ranks "$@" &
   local steps=$!
   while :; do
     wait "$steps"
