@@ -219,9 +219,7 @@ def gather(mine: Any, world: World) -> list[Any]:
 
 def announce(world: World) -> None:
     """Rank 0 says on stderr who is where, and which GPUs each rank sees.  Collective; silent where ranks are on one host's CPU."""
-    visible = (
-        os.environ.get("ROCR_VISIBLE_DEVICES") or os.environ.get("HIP_VISIBLE_DEVICES") or os.environ.get("CUDA_VISIBLE_DEVICES")
-    )
+    visible = next((os.environ[name] for name in VISIBLE if os.environ.get(name)), None)
     count = torch.cuda.device_count() if world.device.type == "cuda" else 0
     mine = (socket.gethostname(), str(world.device), count, visible)
     everyone = gather(mine, world)

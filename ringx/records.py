@@ -186,6 +186,9 @@ def _numbers(record):
             if not _positive(record[what].get(key)):
                 yield f"{what}.{key}={record[what].get(key)!r} is no positive number"
     for direction in ("forward", "backward"):
+        for key in ("collectives", "messages"):
+            if not isinstance(record["bytes"][direction].get(key), dict):
+                yield f"bytes.{direction}.{key} is missing"
         for key in ("counted", "closed_form"):
             value = record["bytes"][direction].get(key)
             if not isinstance(value, _number) or isinstance(value, bool) or value < 0:

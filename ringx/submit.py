@@ -172,6 +172,10 @@ def prepare(args: argparse.Namespace, root: Path, python: str) -> tuple[list[Bat
         longest = attempt(partial(where.longest, n))
         if longest and walltime > longest:
             faults.append(f"--time {args.time}: {where.name} gives {n} nodes at most {site.written(longest)}; see --chain")
+    if args.memory_per_rank is not None and not args.memory_per_rank > 0:
+        faults.append(f"--memory-per-rank {args.memory_per_rank} must be a positive number of GiB")
+    if args.memory_per_rank is not None and args.job != "bench":
+        faults.append("--memory-per-rank: bench-comm bounds its sizes by the memory that is free; leave it out")
     if args.dry_run and args.wait:
         faults.append("--wait: with --dry-run there is nothing to wait for")
     matrix = _bench if args.job == "bench" else _bench_comm

@@ -158,6 +158,7 @@ def edits():
     yield "baseline.seconds.total does not hold", lambda r: r["baseline"]["seconds"].pop("total")
     yield "tflops_per_rank.total=None", lambda r: r["tflops_per_rank"].pop("total")
     yield "efficiency_percent.total='90'", lambda r: r["efficiency_percent"].update(total="90")
+    yield "bytes.backward.messages is missing", lambda r: r["bytes"]["backward"].pop("messages")
     yield "bytes.forward.counted", lambda r: r["bytes"]["forward"].pop("counted")
 
 

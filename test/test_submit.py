@@ -130,6 +130,8 @@ def test_everything_wrong_is_named_at_once(capsys):
         ),
         ([*CPU, "--job", "bench-comm", "--nodes", "2", "--options=--label a=b"], "give --label to `ringx submit` itself"),
         ([*CPU, "--array", "3", "--seqlens", "64,128"], "--array 3: there are 2 sizes to measure on 1 nodes"),
+        ([*CPU, "--memory-per-rank", "0"], "--memory-per-rank 0.0 must be a positive number of GiB"),
+        ([*CPU, "--job", "bench-comm", "--nodes", "2", "--memory-per-rank", "4"], "bench-comm bounds its sizes by"),
         ([*CPU, "--dry-run", "--wait"], "there is nothing to wait for"),
         ([*CPU, "--nodes", "1.5"], "'1.5' is no comma-separated list of integers"),
         (["--site", "../frontier"], "site='../frontier' is unknown"),
