@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import kernel as kernels
 from .agree import agree
@@ -209,12 +210,50 @@ class Plan:
         dkv[0, :, :, kh], dkv[1, :, :, kh] = self.attend_backward(dq, dout, q, k, v, out, lse, self.mine, self.mine)
 
 
+# The forward is one operator of the dispatcher, so that selective activation checkpointing can keep its result instead of
+# attending (and communicating) again: name torch.ops.ringx.attention.default in the policy.  `plan` is a key of _plans.
+_library = torch.library.Library("ringx", "DEF")
+_library.define("attention(Tensor q, Tensor k, Tensor v, int plan) -> (Tensor, Tensor)")
+_plans: dict[int, Plan] = {}
+
+
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key: int) -> tuple[torch.Tensor, torch.Tensor]:
+    plan = _plans[key]
+    with phase(plan.algorithm, "forward"):
+        out, lse = pattern(plan.algorithm).forward(q, k, v, plan)
+    return out.to(q.dtype).contiguous(), lse.contiguous()
+
+
+def _attention_shapes(q, k, v, key):
+    return torch.empty_like(q), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=acc_dtype(q.dtype))
+
+
+_library.impl("attention", _attention, "CompositeExplicitAutograd")
+torch.library.register_fake("ringx::attention", _attention_shapes, lib=_library)
+
+
+class SeesInside(TorchDispatchMode):
+    """A dispatch mode that is shown (by ``see``) what happens inside ringx's attention, where others see one operator."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.ringx.attention.default:
+            with self:
+                return _attention(*args)
+        return self.see(func, args, kwargs or {})
+
+    def see(self, func, args, kwargs):
+        """Called with every operator; returns its result."""
+        raise NotImplementedError
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, plan: Plan):
-        with phase(plan.algorithm, "forward"):
-            out, lse = pattern(plan.algorithm).forward(q, k, v, plan)
-        out, lse = out.to(q.dtype).contiguous(), lse.contiguous()
+        _plans[id(plan)] = plan
+        try:
+            out, lse = torch.ops.ringx.attention.default(q, k, v, id(plan))
+        finally:
+            del _plans[id(plan)]
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan = plan
         ctx.set_materialize_grads(False)

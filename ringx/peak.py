@@ -4,8 +4,9 @@ import weakref
 from collections.abc import Callable
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from .attention import SeesInside
 
 ON_GPU = "torch.cuda.max_memory_allocated"
 ON_CPU = "lifetimes of tensors at the dispatcher (buffers inside an operator are not seen)"
@@ -27,7 +28,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> tuple[int, s
     return seen.peak, ON_CPU
 
 
-class _Lifetimes(TorchDispatchMode):
+class _Lifetimes(SeesInside):
     """Adds up the storages that appear as results of operators, each until it is freed."""
 
     def __init__(self):
@@ -35,8 +36,7 @@ class _Lifetimes(TorchDispatchMode):
         self.now = self.peak = 0
         self._known: dict[int, int] = {}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+    def see(self, func, args, kwargs):
         for x in tree_leaves((args, kwargs)):
             self._see(x, counts=False)  # what comes in unseen was there before
         out = func(*args, **kwargs)
