@@ -69,7 +69,7 @@ def rows_in(source: Path) -> list[Row]:
 
 def draw(rows: Iterable[Row], out: Path) -> Iterable[str]:
     """Draws every figure that the rows (of ``collect.rows_of``) allow; yields a line about each."""
-    plt = _matplotlib()
+    plt = pyplot()
     out.mkdir(parents=True, exist_ok=True)
     of_attention: list[Row] = []
     of_collectives: list[Row] = []
@@ -82,7 +82,7 @@ def draw(rows: Iterable[Row], out: Path) -> Iterable[str]:
             same = [r for r in these if tuple(r[k] for k in setting) == kind]
             suffix = "".join(f"_{_slug(setting[i], kind[i])}" for i in differ)
             for name, figure in figures.items():
-                yield _draw(plt, figure, same, out / f"{name}{suffix}")
+                yield draw_figure(plt, figure, same, out / f"{name}{suffix}")
 
 
 def figure(name: str, rows: Sequence[Row]):
@@ -91,7 +91,7 @@ def figure(name: str, rows: Sequence[Row]):
     Raises:
         ValueError: there is no such figure, or the rows lack what it needs; says what."""
     name_of(name, [*FIGURES, *BANDWIDTH], "figure")
-    plt = _matplotlib(None)
+    plt = pyplot(None)
     with plt.rc_context(RC):
         try:
             fig, _ = (FIGURES | BANDWIDTH)[name](plt, _sorted(rows))
@@ -113,7 +113,7 @@ def _sorted(rows: Iterable[Row]) -> list[Row]:
     )
 
 
-def _draw(plt, figure, rows: Sequence[Row], path: Path) -> str:
+def draw_figure(plt, figure, rows: Sequence[Row], path: Path) -> str:
     try:
         with plt.rc_context(RC):
             fig, shown = figure(plt, rows)
@@ -534,7 +534,7 @@ def _not_negative(ends):
     return [[max(0.0, x) for x in side] for side in ends]
 
 
-def _matplotlib(backend: str | None = "agg"):
+def pyplot(backend: str | None = "agg"):
     try:
         import matplotlib
     except ImportError:
