@@ -1,25 +1,50 @@
-"""A Llama.  It knows nothing of ranks: it is given the *global* position of each token it sees, and an attention.
+"""A Llama 3.  It knows nothing of ranks: it is given the *global* position of each token it sees, and an attention.
 
 Parameters are named as in Hugging Face's LlamaForCausalLM (without its leading "model."), and rotated as there.
 """
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from .config import IGNORE, ModelConfig
+from .config import ModelConfig
+from .loss import gather_sequence, head_logits, head_loss
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B, S, H, D], k and v [B, S, Hkv, D] -> [B, S, H, D], causal
 
 
-def rope(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Memory:
+    """What is kept for the backward and what is computed again; ``TrainConfig`` documents the fields."""
+
+    checkpointing: str = "none"
+    loss_chunk: int = 1024
+    mlp_tiles: int = 1
+    offload: bool = False
+
+
+def frequencies(c: ModelConfig, device: "torch.device | str" = "cpu") -> Tensor:
+    """[D/2] fp64: radians a token.  With rope_factor > 1 stretched as in Llama 3.1: a frequency that turns less than rope_low
+    times within rope_original tokens is divided by the factor, one of more than rope_high is left, between them linearly."""
+    f = c.rope_base ** -(torch.arange(0, c.head_dim, 2, dtype=torch.float64, device=device) / c.head_dim)
+    if c.rope_factor == 1:
+        return f
+    turns = c.rope_original * f / (2 * math.pi)
+    kept = ((turns - c.rope_low) / (c.rope_high - c.rope_low)).clamp(0, 1)
+    return kept * f + (1 - kept) * f / c.rope_factor
+
+
+def rope(positions: Tensor, c: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos, sin [S, 1, D/2] of tokens at the global `positions` [S].
 
     Angles are formed in fp64: at position 1,000,000 those of fp32 are off by 0.03."""
-    frequency = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim)
-    angle = (positions.to(torch.float64)[:, None] * frequency)[:, None]
+    angle = (positions.to(torch.float64)[:, None] * frequencies(c, positions.device))[:, None]
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
@@ -36,8 +61,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -51,7 +75,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        out = self.attend(rotate(q, cos, sin), rotate(k, cos, sin), v)  # [B, S, H, D]
+        out = self.attend(rotate(q, cos, sin), rotate(k, cos, sin), v)  # [B, S, H, D]; under tp, a part of the heads
         return self.o_proj(out.flatten(2))
 
 
@@ -67,58 +91,90 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, c: ModelConfig, attend: Attend):
+    def __init__(self, c: ModelConfig, attend: Attend, memory: Memory):
         super().__init__()
         self.input_layernorm = RMSNorm(c.dim, c.norm_eps)
         self.self_attn = Attention(c, attend)
         self.post_attention_layernorm = RMSNorm(c.dim, c.norm_eps)
         self.mlp = MLP(c)
+        self.memory = memory
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        # checkpointed in here and not around the block, so that what wraps the block (FSDP's gathering) happens once a pass
+        if self.memory.checkpointing == "none" or not torch.is_grad_enabled():
+            return self._layers(x, cos, sin)
+        again = partial(checkpoint, self._layers, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+        if self.memory.checkpointing == "selective":
+            again = partial(again, context_fn=partial(create_selective_checkpoint_contexts, _keep_attention))
+        if self.memory.offload:
+            with torch.autograd.graph.save_on_cpu(pin_memory=x.device.type != "cpu"):
+                return again()
+        return again()
+
+    def _layers(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x + self._tiled(self.post_attention_layernorm(x))
+
+    def _tiled(self, x: Tensor) -> Tensor:
+        """The MLP, of one piece of the tokens at a time; the pieces' inner activations never exist together, in backward either."""
+        if self.memory.mlp_tiles == 1:
+            return self.mlp(x)
+        tiles = x.tensor_split(self.memory.mlp_tiles, dim=1)
+        return torch.cat([checkpoint(self.mlp, t, use_reentrant=False, preserve_rng_state=False) for t in tiles], dim=1)
+
+
+def _keep_attention(context, op, *args, **kwargs) -> CheckpointPolicy:
+    """Selective checkpointing: attention's result is kept (its remote blocks are not fetched again); the rest is cheap to redo."""
+    return CheckpointPolicy.MUST_SAVE if op is torch.ops.ringx.attention.default else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Llama(nn.Module):
-    def __init__(self, c: ModelConfig, attend: Attend):
+    def __init__(self, c: ModelConfig, attend: Attend, memory: Memory = Memory()):
         super().__init__()
-        self.config = c
+        self.config, self.memory = c, memory
         self.embed_tokens = nn.Embedding(c.vocab, c.dim)
-        self.layers = nn.ModuleList(Block(c, attend) for _ in range(c.layers))
+        self.layers = nn.ModuleList(Block(c, attend, memory) for _ in range(c.layers))
         self.norm = RMSNorm(c.dim, c.norm_eps)
         self.lm_head = None if c.tied else nn.Linear(c.dim, c.vocab, bias=False)
 
     @classmethod
-    def make(cls, c: ModelConfig, attend: Attend, *, seed: int, dtype: torch.dtype, device: "torch.device | str") -> "Llama":
-        """A new model; equal seeds give equal weights, rounded to dtype, on any device and rank.  (Made without memory first:
-        neither torch's own initialisation nor its global generator is used.)"""
+    def empty(cls, c: ModelConfig, attend: Attend, memory: Memory = Memory(), dtype: torch.dtype = torch.float32) -> "Llama":
+        """A model without memory for its parameters (meta device), to be cut over ranks first."""
         with torch.device("meta"):
-            model = cls(c, attend)
-        model.to(dtype).to_empty(device=device)
-        model.init_weights(torch.Generator().manual_seed(seed))
+            return cls(c, attend, memory).to(dtype)
+
+    @classmethod
+    def make(cls, c: ModelConfig, attend: Attend, *, seed: int, dtype: torch.dtype, memory: Memory = Memory()) -> "Llama":
+        """A new model in this process alone."""
+        model = cls.empty(c, attend, memory, dtype).to_empty(device="cpu")
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(first_weight(name, p.shape, c, seed))
         return model
 
-    @torch.no_grad()
-    def init_weights(self, generator: torch.Generator) -> None:
-        """N(0, 0.02); what is added to the residual stream, by all blocks together, about as much."""
-        for name, p in self.named_parameters():
-            if p.dim() == 1:
-                p.fill_(1.0)
-            else:
-                std = 0.02 / (2 * self.config.layers) ** 0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
-                p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float32) * std)
-
-    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """tokens [B, S] and their global positions [S], in any order that `attend` knows -> logits [B, S, vocab]."""
-        x = self.embed_tokens(tokens)  # [B, S, C]
-        cos, sin = rope(positions, self.config.head_dim, self.config.rope_base, x.dtype)
+    def forward(self, tokens: Tensor, positions: Tensor, labels: "Tensor | None" = None) -> Tensor:
+        """tokens [B, S] and their global positions [S], in any order that `attend` knows -> logits [B, S, vocab]; with `labels`
+        [B, S] the sum of the tokens' cross-entropies instead (fp32 at least), without ever holding all logits."""
+        x = self.embed_tokens(tokens)  # [B, S, C]; under tp [B, S / tp, C]
+        cos, sin = rope(positions, self.config, x.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin)
         head = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(self.norm(x), head)
+        x = gather_sequence(self.norm(x))
+        return head_logits(x, head) if labels is None else head_loss(x, head, labels, chunk=self.memory.loss_chunk)
 
 
-def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum over tokens of the cross-entropy of logits [B, S, vocab] against labels [B, S], in fp32 at least; IGNORE is skipped."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+def first_weight(name: str, shape: torch.Size, c: ModelConfig, seed: int) -> Tensor:
+    """The initial value of a parameter, fp32 on the CPU: N(0, 0.02), what is added to the residual stream by all blocks together
+    about as much, norms 1.  It depends on seed, name and shape alone: equal on any device, rank and mesh."""
+    if len(shape) == 1:
+        return torch.ones(shape)
+    std = 0.02 / (2 * c.layers) ** 0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+    return torch.randn(shape, generator=torch.Generator().manual_seed(_mix(f"{seed} {name}"))) * std
+
+
+def _mix(text: str) -> int:
+    """32 bits of a hash: no more of a seed is heeded by the CPU's generator."""
+    import zlib
+
+    return zlib.crc32(text.encode())

@@ -1,191 +1,307 @@
-"""Train a small Llama on text, its sequence cut over the ranks by ringx.
+"""Train a Llama 3 on text, over context, tensor and data parallel ranks.
 
-    python -m apps.gpt.train --preset tiny --dtype fp64 --out run                     # one process
-    python -m apps.gpt.train --preset tiny --dtype fp64 --out run --nproc 4           # four ranks on this machine
-    torchrun --nproc-per-node 4 -m apps.gpt.train --preset tiny --dtype fp64 --out run
-    srun -n 4 python -m apps.gpt.train --preset tiny --dtype fp64 --out run
+    python -m apps.gpt.train --preset tiny --out run                                   # one process
+    python -m apps.gpt.train --preset tiny --cp 2 --dp 2 --nproc 4 --out run           # four ranks on this machine
+    torchrun --nproc-per-node 4 apps/gpt/train.py --preset tiny --cp 2 --tp 2 --out run
+    srun -n 4 python apps/gpt/train.py --preset tiny --out run
+    python -m apps.gpt.train --resume run --cp 4 --nproc 4                             # go on, on any mesh
+    python -m apps.gpt.train --preset 8b-1m --cp 128 --dp 32 --dry-run                 # what 4,096 ranks would do
 
-Expect of --preset tiny (20 steps of 2 x 512 bytes, seed 0) on the standard library of Python 3.11, the default text there:
+Expect of --preset tiny (20 steps of 4 x 512 tokens, seed 0) on the standard library of Python 3.11, the default text there:
 
-    step     0        4        9        14       19
-    loss     5.3350   4.3550   3.2288   3.3193   2.9658
+{expected}
 
-in fp64 the same to 1e-9 on any number of ranks, with every algorithm and layout; fp32 and bf16 agree to about 1e-6 and 1e-3.
-Other Pythons have other sources: 5.3 falling to about 3.
+in fp64 the same to 1e-9 on any mesh, with every algorithm, layout and engine.  Other Pythons have other sources: about as much.
 
-Tokens, pre-shifted labels and positions are cut by one ``ringx.Sharding``, so that any length runs on any number of ranks.
-Writes OUT/log.jsonl: a header (configuration, versions, launch, data), then a record per step.
+OUT holds config.yaml and run.json (what was run), metrics.jsonl and tensorboard/ (a record per step), checkpoints/, and data/ where
+the text had to be made into tokens first.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import math
-import os
+import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
 
 if __package__ in (None, ""):  # run as a file, not as a module
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import ringx
-from apps.common.gradients import clip_gradients, differing, sum_gradients, sum_over
-from apps.common.log import JsonLog, versions
-from apps.common.schedule import warmup_cosine
-from apps.gpt.config import DTYPES, PRESETS, Config
-from apps.gpt.data import Text, cut, expect_window, read
-from apps.gpt.model import Llama, token_loss
+from apps.common.checkpoint import Checkpoints
+from apps.common.engine import Engine
+from apps.common.log import Metrics, expect_loggers, progress, write_header
+from apps.common.schedule import rate
+from apps.gpt.config import DTYPES, PRESETS, Config, MeshConfig, ModelConfig, TrainConfig, load, preset
+from apps.gpt.data import Batch, Loader, Rows, Tokens, cut, dataset_for, expect_window, open_dataset
+from apps.gpt.flops import flops_per_token, parameters, peak_flops
+from apps.gpt.huggingface import weights_for
+from apps.gpt.parallel import Attend, build
+from ringx.launch import World
+from ringx.mesh import Mesh, Shape
+from ringx.stopping import AGAIN, Stopped, Watch
+
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Run:
+class Job:
     """What the command line asks for besides the configuration."""
 
+    config: Config
+    out: str
     data: str | None = None
-    out: str | None = None
-    save_params: str | None = None
+    resume: str | None = None
+    init: str | None = None
+    tensorboard: bool | str = "auto"
+    wandb: str | None = None
+
+
+# ---- training
 
 
 def train(
     config: Config,
-    text: Text,
+    tokens: Tokens,
+    mesh: Mesh,
+    engine: Engine,
+    attend: Attend,
     *,
-    group: "dist.ProcessGroup | None" = None,
-    device: "torch.device | str" = "cpu",
-    on_step: Callable[[dict[str, Any]], None] = lambda record: None,
-) -> Llama:
-    """The whole training: every rank of `group` calls it with the same arguments and ends with the same parameters."""
-    c, device = config.train, torch.device(device)
-    cp = ringx.comm.Group.of(group)
-    expect_window(text, c.seqlen)
-    fingerprint = torch.tensor([int(text.sha256[:15], 16)], device=device)
-    if differing({"text": fingerprint}, cp):
-        raise RuntimeError("the ranks have read different texts (another Python or file on some node?); name one file with --data.")
+    val: Tokens | None = None,
+    first: int = 0,
+    on_step: Callable[[Record], None] = lambda record: None,
+    before_step: Callable[[int], None] = lambda step: None,
+) -> None:
+    """Steps first, first + 1, ... of the run; every rank calls it with the same arguments.
 
-    layout = ringx.Sharding(c.seqlen, cp.world, c.layout)  # of tokens, labels, positions and attention alike
+    on_step is called after each step with its record, before_step(step) before it and once after the last (step = steps): the
+    place to save and to stop.
 
-    def attend(q, k, v):  # [B, S_local, heads, D]
-        return ringx.attention(
-            q, k, v, group=group, algorithm=c.algorithm, causal=True, layout=layout, kernel=c.kernel, overlap=c.overlap
-        )
+    Raises:
+        FloatingPointError: loss or gradient is not finite; nothing of that step is to be saved."""
+    c = config.train
+    total, micro, passes = config.plan_batch(mesh.shape)
+    mine = range(mesh.dp_rank * micro * passes, (mesh.dp_rank + 1) * micro * passes)  # rows of the global batch
+    count = total * c.seqlen
+    flops, peak = flops_per_token(config.model, c.seqlen), peak_flops(engine.device)
 
-    dtype = DTYPES[c.dtype]
-    master = torch.promote_types(dtype, torch.float32)  # of parameters, gradients and optimizer
-    low_precision = partial(torch.autocast, device.type, dtype=dtype) if dtype != master else contextlib.nullcontext
-    model = Llama.make(config.model, attend, seed=c.seed, dtype=master, device=device)
-    params = list(model.parameters())
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in params if p.dim() > 1], "weight_decay": c.weight_decay},
-            {"params": [p for p in params if p.dim() == 1], "weight_decay": 0.0},
-        ],
-        betas=(c.beta1, c.beta2),
-        eps=c.eps,
-    )
+    def rows(source: Tokens, step: int) -> Rows:
+        return source.rows(step, global_batch=total, seqlen=c.seqlen, seed=c.seed, rows=mine)
 
-    for step in range(c.steps):
-        began = time.perf_counter()
-        tokens, labels = text.batch(step, batch=c.batch, seqlen=c.seqlen, seed=c.seed)  # [B, S], global
-        mine = cut(tokens, labels, layout=layout, group=group, device=device)  # [B, S_local]
-        with low_precision():
-            logits = model(mine.tokens, mine.positions)
-        loss = token_loss(logits, mine.labels) / mine.count  # what this rank's tokens add to the batch's loss
-        loss.backward()
-        sum_gradients(params, cp)
-        norm = clip_gradients(params, c.clip)
-        lr = warmup_cosine(step, steps=c.steps, peak=c.lr, warmup=c.warmup, floor=c.floor)
-        for g in optimizer.param_groups:
-            g["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def parts(read: Rows) -> list[Batch]:
+        pieces = zip(*(x.split(micro) for x in read), strict=True)
+        return [cut(Rows(*piece), layout=attend.layout, group=mesh.cp, device=engine.device) for piece in pieces]
 
-        record = {"step": step, "loss": float(sum_over(loss.detach(), cp)), "grad_norm": float(norm), "lr": lr}
-        seconds = time.perf_counter() - began  # the sums above waited for the slowest rank and the device
-        on_step({**record, "tokens_per_s": c.batch * c.seqlen / seconds, "seconds": seconds})
-        if not math.isfinite(record["loss"] + record["grad_norm"]):
-            raise FloatingPointError(f"step {step}: loss {record['loss']}, gradient norm {record['grad_norm']}; lower --lr?")
+    def validate() -> float:
+        assert val is not None
+        loss = torch.zeros((), dtype=torch.float64, device=engine.device)
+        with torch.no_grad():
+            for i in range(c.val_batches):
+                for b in parts(rows(val, i)):
+                    loss += engine(b.tokens, b.positions, b.labels) / (count * c.val_batches)
+        return float(engine.sum(loss))
 
-    if bad := differing(model.state_dict(), cp):
-        raise RuntimeError(f"after training, these parameters differ between ranks: {', '.join(bad)}.")
-    return model
+    with Loader(tokens, rows, first, c.steps) as batches:
+        for step in range(first, c.steps):
+            before_step(step)
+            began = time.perf_counter()
+            attend.check = step == first  # wrong calls would be wrong in the first step already
+            loss = torch.zeros((), dtype=torch.float64, device=engine.device)
+            for i, b in enumerate(parts(next(batches))):
+                with engine.accumulate(last=i == passes - 1):
+                    part = engine(b.tokens, b.positions, b.labels) / count  # what this rank's tokens add to the batch's loss
+                    engine.backward(part)
+                loss += part.detach()
+            lr = rate(c.schedule, step, steps=c.steps, peak=c.lr, warmup=c.warmup, decay=c.decay, floor=c.floor)
+            norm = float(engine.step(lr, c.clip))
+            record: Record = {"step": step, "loss": float(engine.sum(loss)), "grad_norm": norm, "lr": lr}
+            seconds = time.perf_counter() - began  # the sums above waited for the slowest rank and the device
+            per_rank = count / seconds / mesh.shape.world
+            record |= {
+                "tokens": (step + 1) * count,
+                "tokens_per_s": count / seconds,
+                "seconds": seconds,
+                "data_wait_share": batches.waited / seconds,
+                "peak_memory_bytes": _peak_memory(engine.device),
+                "tflops_per_rank_full": flops.full * per_rank / 1e12,
+                "tflops_per_rank_causal": flops.causal * per_rank / 1e12,
+                "mfu_full": flops.full * per_rank / peak if peak else None,
+                "mfu_causal": flops.causal * per_rank / peak if peak else None,
+            }
+            if not math.isfinite(record["loss"] + norm):
+                raise FloatingPointError(f"step {step}: loss {record['loss']}, gradient norm {norm}; lower --lr?")
+            if val is not None and c.val_every and ((step + 1) % c.val_every == 0 or step + 1 == c.steps):
+                record["val_loss"] = validate()
+            on_step(record)
+        before_step(c.steps)
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Of this rank, bytes: allocated on its GPU; on a CPU, where torch counts nothing, resident in the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # ---- a rank
 
 
-def work(world: Any, config: Config, run: Run) -> None:
-    """One rank's job.  Rank 0 alone writes and prints."""
-    ringx.launch.announce(world)
-    text = read(run.data)
+def work(world: World, job: Job) -> int:
+    """One rank's job; returns the process's exit status.  Rank 0 alone writes and prints."""
     chief = world.rank == 0
-    c = config.train
-    records: list[dict[str, Any]] = []
-    path = Path(run.out) / "log.jsonl" if run.out and chief else None
-    with JsonLog(path) as log, _progress(config, world.world, chief) as show:
-        log.write(
-            kind="header",
-            config=asdict(config),
-            versions=versions(),
-            launch={"world": world.world, "launcher": world.launcher, "backend": world.backend, "device": str(world.device)},
-            data={"source": text.source, "bytes": len(text.tokens), "sha256": text.sha256},
-            started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        )
+    ringx.launch.announce(world)
+    say: Callable[[str], None] = lambda text: print(text, flush=True) if chief else None  # noqa: E731
+    with Watch() as watch, Checkpoints(Path(job.out) / "checkpoints", world, keep=job.config.train.keep, say=say) as checkpoints:
+        try:
+            ready = prepare(world, job, checkpoints, say)
+        except ValueError as e:  # of all ranks alike: what can only be known here
+            if chief:
+                print(f"{PROG}: error: {e}", file=sys.stderr, flush=True)
+            return 2
+        return _train(world, job, checkpoints, watch, say, *ready)
 
-        def on_step(record: dict[str, Any]) -> None:
+
+def prepare(world: World, job: Job, checkpoints: Checkpoints, say: Callable[[str], None]) -> tuple:
+    """Everything before the first step: (config, tokens, val, mesh, engine, attend, first).  Raises ValueError on all ranks."""
+    out, c = Path(job.out), job.config.train
+
+    def ask() -> Path:
+        folder = dataset_for(job.data, out / "data", vocab=job.config.model.vocab)
+        text = open_dataset(folder)
+        text.check_vocab(job.config.model.vocab)
+        text.check_range()
+        expect_window(text, c.seqlen)
+        if c.val_every:
+            expect_window(open_dataset(folder, "val"), c.seqlen)
+        return folder
+
+    folder = ringx.launch.decide(world, ask)
+    tokens = open_dataset(folder)
+    if len(set(ringx.launch.gather(tokens.sha256, world))) > 1:
+        raise ValueError(f"--data: the ranks see different files in {folder}; put it where all nodes see the same.")
+    val = open_dataset(folder, "val") if c.val_every else None
+
+    mesh = Mesh.make(job.config.mesh.fit(world.world), world.device.type)
+    total, *_ = job.config.plan_batch(mesh.shape)
+    config = replace(job.config, train=replace(c, global_batch=total))
+    found = None
+    if job.resume:
+        source = checkpoints if Path(job.resume) == out else Checkpoints(Path(job.resume) / "checkpoints", world, say=say)
+        found = source.newest()
+        if found:
+            ringx.launch.decide(world, lambda: expect_same_run(found[1], config, tokens))
+        held = ringx.launch.decide(world, lambda: any((Path(job.resume) / "checkpoints").glob("step-????????")))
+        if not found and (held or Path(job.resume) != out):
+            raise ValueError(f"--resume {job.resume}: there is no checkpoint in it that can be used; begin again with another --out.")
+
+    if world.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    say(config.to_yaml() + mesh.shape.describe())
+    sizes = parameters(config.model)
+    say(f"data: {tokens.source}, {tokens.length:,} tokens; model: {sizes.total:,} parameters")
+
+    attend = Attend(config, mesh)
+    weights: Any = "new"
+    if found:
+        weights = None  # the checkpoint has them
+    elif job.init:
+        weights = weights_for(job.init, config.model)
+    engine = build(config, mesh, attend, world.device, weights=weights)
+    first = 0
+    if found:
+        path, about = found
+        state = engine.state()
+        source.load(path, state)
+        engine.load(state)
+        first = about["step"]
+        say(f"resumed from {path}, after {first} steps")
+    elif job.resume:
+        say(f"{job.resume} holds no checkpoint yet: starting at step 0")
+    return config, tokens, val, mesh, engine, attend, first
+
+
+def expect_same_run(about: Record, config: Config, tokens: Tokens) -> None:
+    """ValueError naming what a checkpoint's run had that this one has not."""
+    then, now = about["config"], dataclasses.asdict(config)
+    differ = [k for k in now["model"] if then["model"].get(k) != now["model"][k]]
+    if differ:
+        k = differ[0]
+        raise ValueError(f"--resume: the checkpoint is of another model: its {k} is {then['model'].get(k)}, here {now['model'][k]}.")
+    for k in ("seqlen", "global_batch", "seed"):
+        if then["train"][k] != now["train"][k]:
+            raise ValueError(
+                f"--resume: the checkpoint's run has {k} {then['train'][k]}, here it is {now['train'][k]}: the data would come in "
+                f"another order; give --{k.replace('_', '-')} {then['train'][k]}, or start a new run from its weights with --init."
+            )
+    if about["data"] != tokens.sha256:
+        raise ValueError(f"--resume: the checkpoint's run read other data than {tokens.source}; name the same with --data.")
+
+
+def _train(world, job, checkpoints, watch, say, config, tokens, val, mesh, engine, attend, first) -> int:
+    c, out, chief = config.train, Path(job.out), world.rank == 0
+    as_dict = dataclasses.asdict(config)
+    saved = first
+
+    def save(step: int) -> None:
+        nonlocal saved
+        if step > saved:
+            checkpoints.save(step, engine.state(), {"step": step, "config": as_dict, "data": tokens.sha256})
+            saved = step
+
+    def before_step(step: int) -> None:
+        if step == c.steps or (c.save_every and step % c.save_every == 0):
+            save(step)
+        try:
+            watch.meet(world)
+        except Stopped:
+            save(step)
+            raise
+
+    records: list[Record] = []
+    if chief:
+        launch = {"world": world.world, "launcher": world.launcher, "backend": world.backend, "device": str(world.device)}
+        data = {"source": tokens.source, "tokens": tokens.length, "sha256": tokens.sha256}
+        write_header(out, {"config": as_dict, "launch": launch, "data": data, "loss_unit": "nats per token"}, start_step=first)
+    log = Metrics(out if chief else None, start_step=first, tensorboard=job.tensorboard, wandb=job.wandb, config=as_dict)
+    with log, progress(c.steps, first, config.name, chief=chief) as show:
+
+        def on_step(record: Record) -> None:
             records.append(record)
-            log.write(**record)
+            log.write(record)
             show(record)
 
-        model = train(config, text, device=world.device, on_step=on_step)
-    if not chief:
-        return
-    if run.save_params:
-        torch.save({name: p.cpu() for name, p in model.state_dict().items()}, run.save_params)
-    rates = sorted(r["tokens_per_s"] for r in records)
-    size = sum(p.numel() for p in model.parameters())
-    print(
-        f"{config.name}: {size:,} parameters, {c.steps} steps of {c.batch} x {c.seqlen} tokens, {c.algorithm} on {world.world} "
-        f"rank(s), {c.dtype}: loss {records[0]['loss']:.4f} -> {records[-1]['loss']:.4f}, {rates[len(rates) // 2]:,.0f} tokens/s"
-        + (f"; log in {path}" if path else ""),
-        flush=True,
-    )
-
-
-@contextlib.contextmanager
-def _progress(config: Config, world: int, chief: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """What to call with each step's record: a progress bar at a terminal, a line elsewhere, nothing on other ranks."""
-    if not chief:
-        yield lambda record: None
-    elif not sys.stdout.isatty():
-        yield lambda record: print(_line(record), flush=True)
+        try:
+            train(config, tokens, mesh, engine, attend, val=val, first=first, on_step=on_step, before_step=before_step)
+            stopped = False
+        except Stopped:
+            stopped = True
+    checkpoints.finish()
+    if stopped:
+        say(f"stopped by {watch.told or 'another rank'} after {saved} steps, all saved; go on with --resume {out}")
+        return AGAIN if saved > first else 1
+    if records:
+        rates = sorted(r["tokens_per_s"] for r in records)
+        say(
+            f"{config.name}: steps {first} to {c.steps - 1} of {c.global_batch} x {c.seqlen} tokens, {c.algorithm} on {world.world} "
+            f"rank(s), {c.dtype}: loss {records[0]['loss']:.4f} -> {records[-1]['loss']:.4f}, "
+            f"{rates[len(rates) // 2]:,.0f} tokens/s; in {out}"
+        )
     else:
-        from rich.progress import Progress
-
-        with Progress() as bar:
-            task = bar.add_task(f"{config.name} on {world} rank(s)", total=config.train.steps)
-
-            def show(record: dict[str, Any]) -> None:
-                bar.console.print(_line(record), highlight=False)
-                bar.advance(task)
-
-            yield show
-
-
-def _line(r: dict[str, Any]) -> str:
-    return (
-        f"step {r['step']:4d}  loss {r['loss']:.6f}  grad norm {r['grad_norm']:.4f}  lr {r['lr']:.2e}  "
-        f"{r['tokens_per_s']:,.0f} tokens/s"
-    )
+        say(f"{config.name}: all {c.steps} steps were done already; in {out}")
+    return 0
 
 
 # ---- the command line
+
+PROG = "apps.gpt.train"
 
 
 class Parser(argparse.ArgumentParser):
@@ -200,68 +316,130 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser() -> Parser:
-    p = Parser("python -m apps.gpt.train", description="Train a small Llama on text, its sequence cut over the ranks by ringx.")
-    p.add_argument("--preset", default="tiny", choices=sorted(PRESETS), help="model and training to start from (default: tiny)")
-    p.add_argument(
-        "--nproc", type=int, help="ranks to start on this machine (default: 1, or the ranks of torchrun, srun or mpirun)"
-    )
+    p = Parser(PROG, description="Train a Llama 3 on text, over context, tensor and data parallel ranks.")
+    p.add_argument("--preset", help=f"model and training to start from: {', '.join(PRESETS)} (default: tiny)")
+    p.add_argument("--config", metavar="FILE", help="the same from a YAML file, such as a run's config.yaml")
+    p.add_argument("--data", help="text, JSONL, Parquet, a folder of such, or one made by apps/gpt/prepare.py (default: this "
+                   "Python's standard library)")  # fmt: skip
+    p.add_argument("--out", metavar="DIR", help="folder of the run (default: the resumed one, or gpt_out)")
+    p.add_argument("--resume", metavar="DIR", help="go on with the run in DIR from its newest whole checkpoint")
+    p.add_argument("--init", metavar="DIR", help="first weights: a Hugging Face Llama folder, a run, or a checkpoint")
+    p.add_argument("--nproc", type=int, help="ranks to start here (default: 1, or the ranks of torchrun, srun or mpirun)")
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto")
-    p.add_argument("--data", metavar="FILE", help="text to train on (default: this Python's standard library)")
-    p.add_argument("--out", metavar="DIR", help="write DIR/log.jsonl, replacing an older one")
-    p.add_argument("--save-params", metavar="FILE", help="save the final parameters with torch.save")
-    t = p.add_argument_group("in place of the preset's")
-    t.add_argument("--algorithm", help=", ".join(ringx.algorithms()))
-    t.add_argument("--layout", help="zigzag, contiguous or striped; uneven shards where the length asks for them")
-    t.add_argument("--kernel", help="local attention kernel, or auto")
-    t.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=None, help="communicate while computing")
-    t.add_argument("--steps", type=int)
-    t.add_argument("--seqlen", type=int, help="global sequence length")
-    t.add_argument("--batch", type=int, help="sequences per step")
-    t.add_argument("--lr", type=float, help="peak learning rate")
-    t.add_argument("--warmup", type=int, help="steps of linear warm-up")
-    t.add_argument("--dtype", help=", ".join(DTYPES))
-    t.add_argument("--seed", type=int)
+    p.add_argument("--timeout", type=float, default=600.0, help="seconds that ranks wait for each other (default: 600)")
+    p.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default="auto", help="default: where it is installed")
+    p.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases, too")
+    p.add_argument("--estimate", action="store_true", help="print the memory that a rank needs, and end; needs no GPU")
+    p.add_argument("--dry-run", action="store_true", help="print mesh, memory, bytes and FLOPs of a step, and end; needs no GPU")
+    for title, kind in (("mesh", MeshConfig), ("training, in place of the preset's", TrainConfig)):
+        group = p.add_argument_group(title)
+        for f in dataclasses.fields(kind):
+            flag, about = "--" + f.name.replace("_", "-"), f.metadata["help"]
+            if f.type is bool:
+                group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=about)
+                continue
+            choices = f.metadata["choices"]
+            if choices:
+                about = f"{about}: {', '.join(choices)}"
+            group.add_argument(flag, type=f.type, default=None, metavar=None if choices else "N", help=about)  # type: ignore[arg-type]
     return p
 
 
-def configure(args: argparse.Namespace) -> tuple[Config, Run]:
-    """Everything that can be known to be wrong before ranks start raises ValueError or NotImplementedError here."""
-    config = PRESETS[args.preset]
-    given = {name: value for name, value in vars(args).items() if hasattr(config.train, name) and value is not None}
-    config = replace(config, train=replace(config.train, **given))
-    c, m = config.train, config.model
-    world = ringx.launch.world_size(args.nproc) or 1  # 0: this MPI does not say before the ranks have met
-    device = ringx.launch.detect(device=args.device).device
-    ringx.Sharding(c.seqlen, world, c.layout)
-    expect_window(read(args.data), c.seqlen)
-    if device.type == "cpu":  # can the kernel do it?  (on GPUs the ranks find out: this process need not hold one)
-        q, k = (torch.zeros(1, 2, heads, m.head_dim, dtype=DTYPES[c.dtype], requires_grad=True) for heads in (m.heads, m.kv_heads))
-        ringx.attention(q, k, k, algorithm=c.algorithm, causal=True, layout="contiguous", kernel=c.kernel, check=False)
-    for flag, file in (("--out", args.out and Path(args.out) / "log.jsonl"), ("--save-params", args.save_params)):
-        if file:
-            _expect_writable(flag, Path(file))
-    return config, Run(args.data, args.out, args.save_params)
+def configure(args: argparse.Namespace) -> tuple[Job, Shape | None]:
+    """(the job, its mesh if it is known yet).  Everything that can be known to be wrong before ranks start raises ValueError or
+    NotImplementedError here."""
+    if args.preset and args.config:
+        raise ValueError("--preset and --config: give one; a YAML file may itself start from a preset.")
+    config = base_of(args)
+    flags = {name: value for name, value in vars(args).items() if value is not None}
+    axes = {"cp", "tp", "dp"}
+    if args.resume and axes & set(flags):  # the old mesh's other axes are not meant
+        config = replace(config, mesh=replace(config.mesh, cp=0, tp=0, dp=0))
+    config = config.changed(flags)
+    planning = args.estimate or args.dry_run
+    if planning:
+        m = config.mesh
+        world = max(m.cp, 1) * max(m.tp, 1) * max(m.dp, 1)
+    else:
+        world = ringx.launch.world_size(args.nproc) or 0  # 0: this MPI does not say before the ranks have met
+        if args.resume and world and not axes & set(flags) and _misfits(config.mesh, world):
+            config = replace(config, mesh=replace(config.mesh, cp=0, tp=0, dp=0))
+    shape = config.mesh.fit(world) if world else None
+    if shape:
+        config.expect_fits(shape)
+    out = args.out or args.resume or "gpt_out"
+    job = Job(config, out, args.data, args.resume, args.init, args.tensorboard, args.wandb)
+    if not planning:
+        _expect_runnable(job, args)
+    return job, shape
 
 
-def _expect_writable(flag: str, file: Path) -> None:
-    """Makes the file's directory; ValueError if it could not be written."""
+def base_of(args: argparse.Namespace) -> Config:
+    """What the flags change: a preset, a YAML file, or the configuration of the run that is resumed."""
+    if args.config:
+        return load(args.config)
+    if args.resume and not args.preset and (Path(args.resume) / "config.yaml").exists():
+        return load(str(Path(args.resume) / "config.yaml"))
+    return preset(args.preset or "tiny")
+
+
+def _misfits(mesh: MeshConfig, world: int) -> bool:
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        mesh.fit(world)
+    except ValueError:
+        return True
+    return False
+
+
+def _expect_runnable(job: Job, args: argparse.Namespace) -> None:
+    c, m = job.config.train, job.config.model
+    expect_loggers(job.tensorboard, job.wandb)
+    device = ringx.launch.detect(device=args.device).device
+    if device.type == "cpu":  # can the kernel do it?  (on GPUs the ranks find out: this process need not hold one)
+        heads = (m.heads, m.kv_heads)
+        q, k = (torch.zeros(1, 2, n, m.head_dim, dtype=DTYPES[c.dtype], requires_grad=True) for n in heads)
+        ringx.attention(q, k, k, algorithm=c.algorithm, causal=True, layout="contiguous", kernel=c.kernel, check=False)
+        if c.offload:
+            raise ValueError("--offload moves activations from a GPU to its host; this run is on the CPU.")
+    if c.offload and c.checkpointing == "none":
+        raise ValueError("--offload keeps the inputs of checkpointed blocks on the host; give --checkpointing selective or full too.")
+    out = Path(job.out)
+    if job.init and job.resume:
+        raise ValueError("--init and --resume: a resumed run has its weights; give one.")
+    if job.init:
+        weights_for(job.init, m)
+    if job.resume and Path(job.resume) != out and not (Path(job.resume) / "checkpoints").is_dir():
+        raise ValueError(f"--resume {job.resume}: there is no run in it (no checkpoints/).")
+    if job.resume and not args.out and not Path(job.resume).is_dir():
+        raise ValueError(f"--resume {job.resume}: there is no such folder; name a run's, or give --out {job.resume} too, to begin it.")
+    held = (out / "checkpoints").is_dir() and any((out / "checkpoints").glob("step-*"))
+    if held and not job.resume:
+        raise ValueError(f"--out {out} holds a run with checkpoints; go on with --resume {out}, or take another folder.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out / ".writable", "w"):
+            pass
+        (out / ".writable").unlink(missing_ok=True)
     except OSError as e:
-        raise ValueError(f"{flag}: {file.parent} is no directory and cannot be made: {e.strerror}.") from None
-    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise ValueError(f"{flag}: {file} cannot be written.")
+        raise ValueError(f"--out {out} cannot be written: {e.strerror}.") from None
 
 
 def main(argv: "list[str] | None" = None) -> int:
     p = parser()
     args = p.parse_args(argv)
     try:
-        config, run = configure(args)
+        job, shape = configure(args)
+        if args.estimate or args.dry_run:
+            from apps.gpt.plan import make_plan  # here: it imports torch's testing tools
+
+            assert shape is not None
+            if args.dry_run:
+                print(job.config.to_yaml() + shape.describe())
+            print(make_plan(job.config, shape).table(memory_only=not args.dry_run))
+            return 0
     except (ValueError, NotImplementedError) as e:
         p.error(str(e))
-    ringx.launch.run(work, args.nproc, config, run, device=args.device)
-    return 0
+    return max(ringx.launch.run(work, args.nproc, job, device=args.device, timeout=args.timeout))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,284 @@
+"""DeepSpeed's ZeRO 1 to 3 behind the interface of ``engine.Engine``: over all ranks with other tokens, dp x cp.
+
+1 cuts the optimizer's state over the ranks, 2 also the gradients, 3 also the parameters.  DeepSpeed is asked for nothing else: its
+process group is the one that exists, passes and learning rate are told to it before each pass and step.
+
+Computing in bfloat16, parameters are bfloat16 and DeepSpeed keeps float32 masters of them, cut over the ranks.  Gradients are
+summed over ranks in `reduce_dtype` and over passes in float32; ZeRO 2 and 3 sum over ranks in every pass, not only the last.
+"""
+
+import contextlib
+import importlib.util
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from apps.common.engine import Engine, MakeOptimizer, fill
+from ringx.mesh import Mesh
+
+# torch to DeepSpeed, once a process: nothing that the user of either could change here
+warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor.* is deprecated", category=FutureWarning)
+warnings.filterwarnings("ignore", message=r".*reduce_scatter_tensor.* is deprecated", category=FutureWarning)
+
+STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+MOMENTS = ("exp_avg", "exp_avg_sq")
+OPTIONS = ("lr", "betas", "eps", "weight_decay")  # what a checkpoint says of a parameter group; how to compute it is this run's
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+def expect_possible(kind: str, *, optimizer: str, dtype: torch.dtype, reduce_dtype: torch.dtype = torch.float32) -> None:
+    """ValueError naming what DeepSpeed cannot do here.  Imports nothing: for the process that starts the ranks, too."""
+    if kind not in STAGES:
+        return
+    use = "use --dp-engine fsdp"
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ValueError(f"--dp-engine {kind}: DeepSpeed is not installed; pip install deepspeed, or {use}.")
+    if optimizer != "adamw":
+        raise ValueError(
+            f"--dp-engine {kind} cannot be combined with --optimizer {optimizer}: ZeRO's flat partitions do not know where a "
+            f"parameter ends, and LAMB needs the norm of each; use --optimizer adamw, or {use}."
+        )
+    if dtype not in NAMES:
+        raise ValueError(f"--dp-engine {kind}: DeepSpeed keeps parameters in float32, not {_name(dtype)}; {use}.")
+    if dtype is torch.bfloat16 and reduce_dtype not in NAMES:
+        raise ValueError(f"--dp-engine {kind}: DeepSpeed sums gradients in float32 or bfloat16, not {_name(reduce_dtype)}; {use}.")
+
+
+class ZeroEngine(Engine):
+    """As ``Engine``, whose arguments it takes; a process group must exist.  `kind` is of STAGES, the optimizer an AdamW.
+
+    state() gives DTensors in host memory, cut over the ranks: one whole tensor exists at a time, gathered from the partitions.
+    load() gathers each again.  So a checkpoint costs a rank 12 bytes a parameter / ranks of host memory, and time for messages."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mesh: Mesh,
+        kind: str,
+        *,
+        blocks: Iterable[nn.Module],
+        weights: Callable[[str, torch.Size], torch.Tensor] | None,
+        make_optimizer: MakeOptimizer,
+        dtype: torch.dtype,
+        reduce_dtype: torch.dtype = torch.float32,
+        device: "torch.device | str" = "cpu",
+        allocating: "contextlib.AbstractContextManager[Any] | None" = None,
+    ):
+        if allocating is not None:
+            raise ValueError(f"--dp-engine {kind}: DeepSpeed cannot be tried without memory; use --dp-engine fsdp.")
+        self.mesh, self.device, self.module = mesh, torch.device(device), model
+        assert mesh.data_mesh is not None and mesh.shape.tp == 1
+        self.ranks = mesh.data_mesh.size()
+        self._stage = STAGES[kind]
+        expect_possible(kind, optimizer="adamw", dtype=dtype, reduce_dtype=reduce_dtype)
+        with _environment(self.device):
+            import deepspeed
+            from deepspeed.accelerator import get_accelerator
+
+            if get_accelerator().device_name() != self.device.type:
+                raise ValueError(
+                    f"--dp-engine {kind}: DeepSpeed computes on {get_accelerator().device_name()}, not on {self.device.type}; set "
+                    f"DS_ACCELERATOR={self.device.type}, or leave it unset."
+                )
+            deepspeed.utils.logger.setLevel(logging.WARNING)
+            if self.device.type == "cpu":  # of use in inference only, and compiled for a minute and a half
+                deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            half = dtype is torch.bfloat16
+            config = self._config(half, reduce_dtype if half else torch.float32)
+            deepspeed.init_distributed(get_accelerator().communication_backend_name(), dist_init_required=False, verbose=False)
+            model.to(dtype)
+            names = {p: name for name, p in model.named_parameters()}
+            stand_ins = {name: nn.Parameter(torch.empty([0] * p.dim(), dtype=dtype, device=self.device)) for p, name in names.items()}
+            self.optimizer = make_optimizer(list(stand_ins.values()))
+            if not isinstance(self.optimizer, torch.optim.AdamW):
+                raise ValueError(f"--dp-engine {kind} takes torch's AdamW, not {type(self.optimizer).__name__}; use --dp-engine fsdp.")
+            if self._stage == 3:
+                self._partition(deepspeed, config, weights)
+                inner = {p for block in blocks for p in block.parameters()}
+                for p in model.parameters():
+                    if p not in inner:  # used by the model's own forward: gathered for all of it
+                        deepspeed.zero.register_external_parameter(model, p)
+            else:
+                model.to_empty(device=self.device)
+                if weights is not None:
+                    fill(model, weights)
+            self._params = dict(model.named_parameters())
+            name_of = {stand_in: name for name, stand_in in stand_ins.items()}
+            self._groups = [[name_of[p] for p in g["params"]] for g in self.optimizer.param_groups]
+            for group, members in zip(self.optimizer.param_groups, self._groups, strict=True):
+                group["params"] = [self._params[name] for name in members]
+            self._engine, *_ = deepspeed.initialize(
+                model=model, optimizer=self.optimizer, config=config, dist_init_required=False
+            )
+        self.model = self._engine
+        self._ds = deepspeed
+        self._zero = self._engine.optimizer
+        self._begin()
+        if half and weights is not None:  # the masters, which DeepSpeed copied from bfloat16
+            for name, p in self._params.items():
+                self._set(p, weights(name, self._shape(p)).to(self.device))
+            self._masters_changed()
+
+    def _config(self, half: bool, reduce_dtype: torch.dtype) -> dict[str, Any]:
+        return {
+            "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only divides by it
+            "gradient_accumulation_steps": 1,  # accumulate() says which pass is the last
+            "gradient_clipping": 0.0,  # step() says
+            "zero_optimization": {"stage": self._stage},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "communication_data_type": NAMES[reduce_dtype],
+            "data_types": {"grad_accum_dtype": "fp32"},
+            # a gradient that is no number must skip the step and show, as it does in fp32
+            "bf16": {"enabled": half} | ({"check_grad_overflow": True} if half else {}),
+        }
+
+    @torch.no_grad()
+    def _partition(self, deepspeed: Any, config: dict[str, Any], weights: Any) -> None:
+        """Fills every parameter and cuts it over the ranks, one after another: no rank ever holds two whole ones."""
+        at = {name: module for name, module in self.module.named_modules()}
+        for name, p in list(self.module.named_parameters()):
+            full = torch.empty(p.shape, dtype=p.dtype, device=self.device)
+            if weights is not None:
+                full.copy_(weights(name, p.shape))
+            owner, _, attribute = name.rpartition(".")
+            holder = nn.Module()
+            holder.p = nn.Parameter(full)
+            del full
+            deepspeed.zero.Init(module=holder, config_dict_or_path=config)
+            setattr(at[owner], attribute, holder.p)
+
+    def __call__(self, *args: Any) -> torch.Tensor:
+        with _environment(self.device):
+            return self._engine(*args)
+
+    @contextlib.contextmanager
+    def accumulate(self, last: bool) -> Iterator[None]:
+        self._engine.set_gradient_accumulation_boundary(last)
+        yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        with _environment(self.device):
+            self._engine.backward(loss * self.ranks)  # DeepSpeed averages gradients
+
+    def step(self, lr: float, clip: float) -> torch.Tensor:
+        """As ``Engine.step``; where the gradient is not finite, the norm is inf or nan and no parameter changes."""
+        self._zero.clip_grad = clip
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
+
+    # ---- checkpoints
+
+    def state(self) -> dict[str, Any]:
+        model = {name: self._cut(self._ds.utils.safe_get_full_fp32_param(p)) for name, p in self._params.items()}
+        step = next(iter(self.optimizer.state.values()))["step"]
+        moments = {
+            name: {
+                "step": step.detach().cpu().clone(),
+                **{key: self._cut(self._ds.utils.safe_get_full_optimizer_state(p, key)) for key in MOMENTS},
+            }
+            for name, p in self._params.items()
+        }
+        groups = [
+            {key: value for key, value in group.items() if key != "params"} | {"params": list(names)}
+            for group, names in zip(self.optimizer.param_groups, self._groups, strict=True)
+        ]
+        return {"model": model, "optimizer": {"state": moments, "param_groups": groups}}
+
+    def load(self, state: dict[str, Any]) -> None:
+        moments, groups = state["optimizer"]["state"], state["optimizer"]["param_groups"]
+        for name, p in self._params.items():
+            self._set(p, self._whole(state["model"][name]))
+            for key in MOMENTS:
+                self._set(p, self._whole(moments[name][key]), key)
+        self._masters_changed()
+        for group, names in zip(self.optimizer.param_groups, self._groups, strict=True):
+            said = next(g for g in groups if names[0] in g["params"])
+            group.update({key: said[key] for key in OPTIONS})
+        step = moments[next(iter(self._params))]["step"]
+        for kept in self.optimizer.state.values():
+            kept["step"].fill_(float(step))
+
+    def _begin(self) -> None:
+        """Makes the optimizer's state now, which DeepSpeed's helpers know only after a first step."""
+        flat = self._zero.fp32_partitioned_groups_flat if self._stage == 3 else [g["params"][0] for g in self.optimizer.param_groups]
+        for p in flat:
+            where = p.device if self.optimizer.defaults["fused"] else "cpu"
+            self.optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=where)}
+            self.optimizer.state[p] |= {key: torch.zeros_like(p, requires_grad=False) for key in MOMENTS}
+        if self._stage < 3:
+            self._zero._lazy_init_hp_params_optimizer_state()
+
+    @staticmethod
+    def _shape(p: nn.Parameter) -> torch.Size:
+        return getattr(p, "ds_shape", p.shape)
+
+    def _cut(self, full: torch.Tensor) -> DTensor:
+        """This rank's part of a tensor that all ranks hold, as FSDP2 would cut it."""
+        mesh = self.mesh.data_mesh
+        assert mesh is not None
+        shape, offset = compute_local_shape_and_global_offset(full.shape, mesh, [Shard(0)])
+        part = full.detach()[tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))].cpu().clone()
+        return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=full.shape, stride=full.stride())
+
+    def _whole(self, t: torch.Tensor) -> torch.Tensor:
+        if isinstance(t, DTensor):
+            local = t.to_local().to(self.device)
+            t = DTensor.from_local(local, t.device_mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride()).full_tensor()
+        return t.to(self.device, torch.float32)
+
+    @torch.no_grad()
+    def _set(self, p: nn.Parameter, full: torch.Tensor, moment: str | None = None) -> None:
+        """This rank's part of a master, or of a moment."""
+        utils = self._ds.utils
+        if self._stage < 3:
+            return utils.safe_set_full_optimizer_state(p, full, moment) if moment else utils.safe_set_full_fp32_param(p, full)
+        # DeepSpeed's own way fails on the padding of what the ranks do not divide
+        size = p.ds_tensor.numel()
+        part = torch.zeros(size, dtype=torch.float32, device=self.device)
+        mine = full.flatten()[dist.get_rank(self.mesh.data) * size :][:size]
+        part[: mine.numel()] = mine
+        if moment:
+            return utils.safe_set_local_optimizer_state(p, part, moment)
+        utils.safe_set_local_fp32_param(p, part)
+        with self._ds.zero.GatheredParameters([p], modifier_rank=0):
+            p.copy_(full)
+
+    def _masters_changed(self) -> None:
+        if self._stage < 3:
+            self._zero.update_lp_params()
+
+
+@contextlib.contextmanager
+def _environment(device: torch.device) -> Iterator[None]:
+    """DeepSpeed asks the environment which device is this rank's, whoever started it; and at its import, of which kind."""
+    ours = {"LOCAL_RANK": str(device.index or 0), "OMPI_COMM_WORLD_LOCAL_RANK": None, "DS_ACCELERATOR": device.type}
+    before = {name: os.environ.get(name) for name in ours}
+    ours["DS_ACCELERATOR"] = before["DS_ACCELERATOR"] or device.type
+    try:
+        _put(ours)
+        yield
+    finally:
+        _put(before)
+
+
+def _put(variables: dict[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,514 @@
+"""Models on disk: a folder of Hugging Face's (config.json, *.safetensors), a run's folder, a checkpoint; read and written.
+
+    source = open_model("Llama-3.2-1B")                      # or a run, or run/checkpoints/step-00001000
+    build(config, mesh, attend, weights=source.weights)      # on any mesh: each rank reads one tensor at a time
+    save("out", source.model, source.weights, torch.bfloat16)
+
+Our parameters are named as Hugging Face's without the leading "model.", and hold the same numbers: nothing is permuted.
+"""
+
+import contextlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from apps.common.checkpoint import MANIFEST, Checkpoints, read_about
+from apps.common.engine import fill
+from ringx.launch import World, decide
+
+from .config import ModelConfig
+from .data import INDEX, ByteTokenizer, JsonTokenizer, load_tokenizer
+from .model import Attend, Llama
+
+ReadWeight = Callable[[str, torch.Size], Tensor]  # (name, shape) -> the full tensor
+
+ONE, SHARDS = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+NAMED = 3  # faults that an error names
+STEP = re.compile(r"step-\d{8,}(\.old)?")
+
+
+# ---- what is there
+
+
+class Stored:
+    """Parameters in files, read when they are asked for.
+
+    ``weights(name, shape)`` is the whole tensor on the CPU, as it is stored; ValueError if it is not there or of another shape."""
+
+    def __init__(self, folder: Path, stored: dict[str, tuple[tuple[int, ...], torch.dtype]]):
+        self.folder, self._stored = folder, stored
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The narrowest that holds all of them without loss."""
+        kinds = [dtype for _, dtype in self._stored.values()]
+        dtype = kinds[0]
+        for other in kinds[1:]:
+            dtype = torch.promote_types(dtype, other)
+        return dtype
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __call__(self, name: str, shape: torch.Size) -> Tensor:
+        if name not in self._stored:
+            raise ValueError(f"{self.folder}: {name} is missing.")
+        if self._stored[name][0] != tuple(shape):
+            raise ValueError(f"{self.folder}: {name} is {list(self._stored[name][0])}, not {list(shape)}.")
+        return self._read(name)
+
+    def _read(self, name: str) -> Tensor:
+        raise NotImplementedError
+
+    def check(self, config: ModelConfig) -> None:
+        """ValueError if these are not the parameters of such a model: names the first that are missing, unexpected, misshapen.
+        Reads no tensor."""
+        want = shapes(config)
+        faults = [f"{name} is missing" for name in want if name not in self._stored]
+        faults += [f"{name} is unexpected" for name in self._stored if name not in want]
+        faults += [
+            f"{name} is {list(self._stored[name][0])}, not {list(shape)}"
+            for name, shape in want.items()
+            if name in self._stored and self._stored[name][0] != shape
+        ]
+        if faults:
+            more = f"; and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
+            raise ValueError(
+                f"{self.folder} does not hold this model: {'; '.join(faults[:NAMED])}{more}. Take the configuration of its weights."
+            )
+
+
+class Weights(Stored):
+    """The parameters of a Hugging Face Llama: one safetensors file, or shards with an index.
+
+    Left out: RoPE's frequencies, which old files hold, and the output projection where the configuration ties it.
+
+    Raises ValueError if there are no such files, or they cannot be read."""
+
+    def __init__(self, folder: "str | Path"):
+        folder = Path(folder)
+        self._files = {_ours(name): file for name, file in _files_of(folder).items()}
+        stored = {}
+        for file in dict.fromkeys(self._files.values()):
+            with _opened(file) as f:
+                for name in f.keys():  # noqa: SIM118 - it is no dict
+                    piece = f.get_slice(name)
+                    if self._files.get(_ours(name)) == file:
+                        stored[_ours(name)] = (tuple(piece.get_shape()), _dtype(file, name, piece.get_dtype()))
+        if lost := [name for name in self._files if name not in stored]:
+            raise ValueError(f"{self._files[lost[0]]} lacks {lost[0]}, which {SHARDS} says is in it; download or write it again.")
+        ignored = {name for name in stored if name.endswith("rotary_emb.inv_freq")}
+        if stored and (folder / "config.json").exists() and model_config(folder).tied:
+            ignored.add("lm_head.weight")
+        super().__init__(folder, {name: about for name, about in stored.items() if name not in ignored})
+        if not self._stored:
+            raise ValueError(f"{folder} holds no parameters.")
+
+    def _read(self, name: str) -> Tensor:
+        with _opened(self._files[name]) as f:
+            return f.get_tensor(name if name.startswith("lm_head.") else f"model.{name}")
+
+
+class CheckpointWeights(Stored):
+    """The parameters in a checkpoint of a run on any mesh, without the optimizer's state.
+
+    Raises ValueError if it holds none."""
+
+    def __init__(self, folder: "str | Path"):
+        self._reader = _Reader(folder)
+        try:
+            saved = self._reader.read_metadata().state_dict_metadata
+        except Exception as error:  # noqa: BLE001 - a pickle of anything
+            raise ValueError(f"{folder} cannot be read as a checkpoint: {' '.join(str(error).split())}.") from None
+        stored = {
+            name.removeprefix("model."): (tuple(about.size), about.properties.dtype)
+            for name, about in saved.items()
+            if name.startswith("model.") and isinstance(about, TensorStorageMetadata)
+        }
+        if not stored:
+            raise ValueError(f"{folder} holds no model.")
+        super().__init__(Path(folder), stored)
+
+    def _read(self, name: str) -> Tensor:
+        shape, dtype = self._stored[name]
+        tensor = torch.empty(shape, dtype=dtype)
+        dcp.load({"model": {name: tensor}}, storage_reader=self._reader, no_dist=True)
+        return tensor
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads the metadata once, not for each tensor."""
+
+    _metadata: Any = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        if self._metadata is None:
+            self._metadata = super().read_metadata(*args, **kwargs)
+        return self._metadata
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on disk."""
+
+    folder: Path  # of Hugging Face's files, or the checkpoint
+    model: ModelConfig
+    weights: Stored
+    seqlen: int  # the context that it was trained for
+    bos: int | None  # the token that a text begins with
+    eos: tuple[int, ...]  # the tokens that end one
+    tokenizer: Path | None  # for ``open_tokenizer``, where it was kept with the model
+    data: Path | None  # the prepared text that it was trained on, likewise
+
+    def make(self, attend: Attend, *, dtype: torch.dtype, device: "torch.device | str" = "cpu") -> Llama:
+        """The model in this process alone, for inference."""
+        llama = Llama.empty(self.model, attend, dtype=dtype).to_empty(device=device).requires_grad_(False)
+        fill(llama, self.weights)
+        return llama
+
+
+def open_model(path: "str | Path", *, step: int | None = None, world: World | None = None) -> Source:
+    """The model at `path`; reads no tensor yet.
+
+    Args:
+        path: a Hugging Face folder; a run's folder, of which the newest checkpoint without damage is taken; or a checkpoint, which
+            is taken as it is.
+        step: of a run: the checkpoint of this step, as it is.
+        world: of ``ringx.launch.init``: where all ranks call this, they share the search for damage.
+
+    Raises:
+        ValueError: there is no such model, or it is none that apps/gpt can be; on every rank."""
+    path = Path(path)
+    checkpoint, run = path, path.parent.parent
+    if (path / "checkpoints").is_dir():
+        checkpoint, run = _chosen(path, step, world), path
+    elif step is not None:
+        raise ValueError(f"--step {step}: {path} is no run's folder (with checkpoints/ in it); leave --step out.")
+    elif not (path / ".metadata").is_file():
+        return decide(world, lambda: _hugging_face(path))
+    return decide(world, lambda: _checkpoint(checkpoint, run))
+
+
+def weights_for(path: "str | Path", model: ModelConfig, world: World | None = None) -> Stored:
+    """The weights at `path` (as for ``open_model``) for such a model, on any mesh.  RoPE may be another: that is how a context is
+    made longer.
+
+    Raises ValueError naming what differs."""
+    source = open_model(path, world=world)
+    for f in fields(ModelConfig):
+        there, here = getattr(source.model, f.name), getattr(model, f.name)
+        if there != here and not f.name.startswith("rope_"):
+            raise ValueError(f"{path} has {f.name} {there}, but this model has {f.name} {here}; give the --config of its sizes.")
+    source.weights.check(model)
+    return source.weights
+
+
+def open_tokenizer(path: "str | Path") -> "ByteTokenizer | JsonTokenizer":
+    """ "bytes", a folder made by apps/gpt/prepare.py, a tokenizer.json, or the folder of one; ValueError if it is none of these."""
+    if str(path) == "bytes":
+        return ByteTokenizer()
+    path = Path(path)
+    if (path / INDEX).exists():
+        return load_tokenizer(path)
+    file = path / TOKENIZER[0] if path.is_dir() else path
+    said = _json(file.with_name(TOKENIZER[1])).get("eos_token") if file.with_name(TOKENIZER[1]).exists() else None
+    return JsonTokenizer(file, said["content"] if isinstance(said, dict) else said)
+
+
+def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Of every parameter."""
+    return {name: tuple(p.shape) for name, p in Llama.empty(config, lambda q, k, v: q).named_parameters()}
+
+
+def _chosen(run: Path, step: int | None, world: World | None) -> Path:
+    folder = run / "checkpoints"
+    if step is not None:
+        path = folder / f"step-{step:08d}"
+        if not path.is_dir():
+            there = sorted(p.name for p in folder.iterdir() if STEP.fullmatch(p.name))
+            raise ValueError(f"--step {step}: {path} is not there; there are {', '.join(there) or 'none'}.")
+        return path
+    with Checkpoints(folder, world, say=lambda text: print(text, flush=True)) as checkpoints:
+        found = checkpoints.newest()
+    if found is None:
+        raise ValueError(f"{run} holds no checkpoint that can be used.")
+    return found[0]
+
+
+def _checkpoint(path: Path, run: Path) -> Source:
+    about = read_about(path)
+    if not (path / MANIFEST).exists():
+        raise ValueError(f"{path} is no complete checkpoint ({MANIFEST} is missing); take another step.")
+    try:
+        said = about["config"]
+        model, seqlen = ModelConfig(**said["model"]), int(said["train"]["seqlen"])
+    except (TypeError, KeyError, ValueError) as e:
+        raise ValueError(f"{path} was not written by this version of apps.gpt.train: {type(e).__name__}: {e}.") from None
+    weights = CheckpointWeights(path)
+    weights.check(model)
+    tokenizer = next((p for p in (run / "data", run / TOKENIZER[0]) if (p / INDEX).exists() or p.is_file()), None)
+    eos, bos = about.get("eos"), about.get("bos")
+    if eos is None and tokenizer is not None:  # in prepared text, documents follow the end of another
+        bos = open_tokenizer(tokenizer).eos
+        eos = [bos]
+    data = run / "data" if (run / "data" / INDEX).exists() else None
+    return Source(path, model, weights, seqlen, bos, tuple(eos or ()), tokenizer, data)
+
+
+# ---- Hugging Face's files
+
+
+def model_config(folder: "str | Path") -> ModelConfig:
+    """The shape of the Llama in a Hugging Face folder, from its config.json (of transformers 4 or 5).
+
+    Raises ValueError naming what apps/gpt's model cannot do: other architectures, biases, RoPE types and activations."""
+    file = Path(folder) / "config.json"
+    c = _json(file)
+    kinds = c.get("architectures") or ["LlamaForCausalLM"]
+    if kinds != ["LlamaForCausalLM"] or c.get("model_type", "llama") != "llama":
+        raise ValueError(f"{file}: {', '.join(kinds)} ({c.get('model_type')}) is not LlamaForCausalLM, the only one known here.")
+    for name, known in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu"), ("quantization_config", None)):
+        if c.get(name, known) != known:
+            raise ValueError(f"{file}: {name}={c[name]!r} is not supported, only {known!r}.")
+    try:
+        return ModelConfig(
+            dim=c["hidden_size"],
+            layers=c["num_hidden_layers"],
+            heads=c["num_attention_heads"],
+            kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
+            ffn=c["intermediate_size"],
+            vocab=c["vocab_size"],
+            head_dim=c.get("head_dim") or 0,
+            norm_eps=c.get("rms_norm_eps", 1e-6),
+            tied=c.get("tie_word_embeddings", False),
+            **_rope(file, c),
+        )
+    except KeyError as e:
+        raise ValueError(f"{file}: {e.args[0]} is missing.") from None
+    except ValueError as e:
+        raise ValueError(str(e) if str(e).startswith(str(file)) else f"{file}: {e}") from None
+
+
+def _rope(file: Path, c: dict[str, Any]) -> dict[str, Any]:
+    """transformers 5 says all in rope_parameters, 4 has rope_theta and rope_scaling, whose rope_type once was named type."""
+    said = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    kind = said.get("rope_type", said.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"{file}: RoPE of type {kind!r} is not supported, only default and llama3.")
+    if (part := said.get("partial_rotary_factor", c.get("partial_rotary_factor", 1.0))) != 1:
+        raise ValueError(f"{file}: partial_rotary_factor={part} is not supported, only 1.")
+    base = {"rope_base": float(said.get("rope_theta", c.get("rope_theta", 10_000.0)))}
+    if kind == "default":
+        return base
+    return base | {
+        "rope_factor": said["factor"],
+        "rope_low": said["low_freq_factor"],
+        "rope_high": said["high_freq_factor"],
+        "rope_original": said["original_max_position_embeddings"],
+    }
+
+
+def save(
+    folder: "str | Path",
+    config: ModelConfig,
+    tensors: "ReadWeight | Mapping[str, Tensor]",
+    dtype: torch.dtype,
+    max_shard_size: "int | str" = "5GB",
+    *,
+    seqlen: int = 8192,
+    bos: int | None = None,
+    eos: Collection[int] = (),
+    tokenizer: "str | Path | None" = None,
+) -> None:
+    """Writes a folder that transformers.LlamaForCausalLM.from_pretrained loads: aside, as FOLDER.partial, then renamed.
+
+    Args:
+        folder: new, or empty.
+        tensors: by our names: a dict, or what ``build`` takes as weights; then one shard is in memory at a time.
+        dtype: of the files.
+        max_shard_size: of a file, in bytes or as "5GB".
+        seqlen: the context that the model was trained for; others are told.
+        bos, eos: tokens that begin and end a text; others are told.
+        tokenizer: a tokenizer.json to put beside it.
+
+    Raises ValueError if `folder` holds something, or max_shard_size makes no sense."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    folder, read = Path(folder), tensors if callable(tensors) else (lambda name, shape: tensors[name])
+    expect_new(folder)
+    want = {_theirs(name): (name, torch.Size(shape)) for name, shape in shapes(config).items()}
+    try:
+        plan = split_torch_state_dict_into_shards(
+            {theirs: torch.empty(shape, dtype=dtype, device="meta") for theirs, (_, shape) in want.items()},
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as e:
+        raise ValueError(f"max_shard_size={max_shard_size!r} must be bytes, or as 5GB: {e}") from None
+    with _aside(folder) as aside:
+        for file, names in plan.filename_to_tensors.items():
+            part = {name: read(*want[name]).detach().to("cpu", dtype).contiguous() for name in names}
+            save_file(part, aside / file, metadata={"format": "pt"})
+        if plan.is_sharded:
+            _put(aside / SHARDS, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+        _put(aside / "config.json", _config_json(config, dtype, seqlen, bos, eos))
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, aside)
+
+
+def copy_tokenizer(tokenizer: "str | Path", to: Path) -> None:
+    """A tokenizer.json, and what says how transformers is to read it."""
+    file = Path(tokenizer)
+    file = file / TOKENIZER[0] if file.is_dir() else file
+    if not file.exists():
+        raise ValueError(f"{file} is not there.")
+    for name in TOKENIZER:
+        source = file if name == TOKENIZER[0] else file.with_name(name)
+        if source.exists():
+            shutil.copyfile(source, to / name)
+    if not (to / TOKENIZER[1]).exists():
+        _put(to / TOKENIZER[1], {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def expect_new(folder: Path) -> None:
+    """ValueError if there is something already."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already; name a new or an empty folder.")
+
+
+def _config_json(c: ModelConfig, dtype: torch.dtype, seqlen: int, bos: int | None, eos: Collection[int]) -> dict[str, Any]:
+    """In the words of transformers 4, which 5 and all others understand."""
+    scaling = None
+    if c.rope_factor != 1:
+        scaling = {
+            "rope_type": "llama3",
+            "factor": c.rope_factor,
+            "low_freq_factor": c.rope_low,
+            "high_freq_factor": c.rope_high,
+            "original_max_position_embeddings": c.rope_original,
+        }
+    ends = list(eos)
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": c.dim,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "head_dim": c.head_dim,
+        "intermediate_size": c.ffn,
+        "vocab_size": c.vocab,
+        "rms_norm_eps": c.norm_eps,
+        "tie_word_embeddings": c.tied,
+        "rope_theta": c.rope_base,
+        "rope_scaling": scaling,
+        "max_position_embeddings": seqlen,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": bos,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _hugging_face(folder: Path) -> Source:
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} holds no model: neither a Hugging Face folder (config.json), nor a run (checkpoints/), nor a checkpoint."
+        )
+    model, weights = model_config(folder), Weights(folder)
+    weights.check(model)
+    said = _json(folder / "config.json")
+    more = _json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
+    ends = more.get("eos_token_id", said.get("eos_token_id"))
+    eos = () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
+    tokenizer = folder / TOKENIZER[0]
+    bos, seqlen = said.get("bos_token_id"), said.get("max_position_embeddings", 2048)
+    return Source(folder, model, weights, seqlen, bos, eos, tokenizer if tokenizer.exists() else None, None)
+
+
+def _files_of(folder: Path) -> dict[str, Path]:
+    """Their name of each tensor -> its file."""
+    if (folder / SHARDS).exists():
+        index = _json(folder / SHARDS)
+        if not isinstance(index.get("weight_map"), dict):
+            raise ValueError(f"{folder / SHARDS} has no weight_map; download or write it again.")
+        return {name: folder / file for name, file in index["weight_map"].items()}
+    if not (folder / ONE).exists():
+        pickled = "pytorch_model.bin" if any(folder.glob("pytorch_model*.bin")) else None
+        raise ValueError(
+            f"{folder} has no {ONE}"
+            + (f", only {pickled}, which is not read; save the model with transformers again." if pickled else f" and no {SHARDS}.")
+        )
+    with _opened(folder / ONE) as f:
+        return dict.fromkeys(f.keys(), folder / ONE)
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as f:
+            yield f
+    except OSError as e:
+        raise ValueError(f"{file} cannot be read: {e.strerror or e}.") from None
+    except SafetensorError as e:
+        raise ValueError(f"{file} is damaged: {e}; download or write it again.") from None
+
+
+def _dtype(file: Path, name: str, kind: str) -> torch.dtype:
+    known = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    if kind not in known:
+        raise ValueError(f"{file}: {name} is {kind}; only {', '.join(known)} are known here.")
+    return known[kind]
+
+
+def _ours(name: str) -> str:
+    return name.removeprefix("model.")
+
+
+def _theirs(name: str) -> str:
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ValueError(f"{file} cannot be read: {e.strerror}.") from None
+    except ValueError as e:
+        raise ValueError(f"{file} is no JSON: {e}.") from None
+    if not isinstance(said, dict):
+        raise ValueError(f"{file} is no JSON object.")
+    return said
+
+
+def _put(file: Path, what: dict[str, Any]) -> None:
+    file.write_text(json.dumps(what, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _aside(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `folder` if all goes well."""
+    aside = folder.with_name(folder.name + ".partial")
+    if aside.exists():
+        raise ValueError(f"{aside} is there, of a process that is writing or was killed; delete it.")
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        aside.rename(folder)  # over nothing or an empty folder, never over files
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
