@@ -22,7 +22,9 @@ STEPS = (
     ),
     ("Plots", "ringx plot {out}/bench --out {out}/plots"),
 )
-TRAIN = "apps.gpt.train --preset tiny --nproc {n} --steps 20 --dtype fp64 --out {out}/gpt_cp{n}"
+TRAIN = (
+    "apps.gpt.train --preset tiny --nproc {n} --cp {n} --steps 20 --dtype float64 --out {out}/gpt_cp{n} --resume {out}/gpt_cp{n}"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +52,7 @@ def main(args: argparse.Namespace) -> int:
             return status
     _compare_losses(out, ranks)
     print(f"\nDone in {time.monotonic() - start:.0f} s.  Look at:")
-    for path in sorted([*out.glob("verify.json"), *out.glob("plots/*.png"), *out.glob("gpt_cp*/log.jsonl")]):
+    for path in sorted([*out.glob("verify.json"), *out.glob("plots/*.png"), *out.glob("gpt_cp*/metrics.jsonl")]):
         print(f"  {path}")
     return 0
 
@@ -63,8 +65,8 @@ def _words(command: str, **values: object) -> list[str]:
 def _compare_losses(out: Path, ranks: list[str]) -> None:
     curves = []
     for n in ranks:
-        lines = (out / f"gpt_cp{n}/log.jsonl").read_text().splitlines()
-        curves.append([r["loss"] for r in map(json.loads, lines) if "loss" in r])
+        lines = (out / f"gpt_cp{n}/metrics.jsonl").read_text().splitlines()
+        curves.append([json.loads(line)["loss"] for line in lines])
     apart = max(abs(a - b) for curve in curves for a, b in zip(curves[0], curve, strict=True))
     fell = f"The loss fell from {curves[0][0]:.3f} to {curves[0][-1]:.3f}"
     print(f"\n{fell}; on {', '.join(ranks)} ranks it differs by at most {apart:.1e}.")

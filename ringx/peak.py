@@ -3,7 +3,7 @@
 import itertools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -67,13 +67,11 @@ class Lifetimes(SeesInside):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def see(self, func, args, kwargs):
-        for x in tree_leaves((args, kwargs)):
-            if isinstance(x, torch.Tensor):
-                self.meet(x.untyped_storage(), new=False)  # what comes in unseen was there before
+        for storage in _storages((args, kwargs)):
+            self.meet(storage, new=False)  # what comes in unseen was there before
         out = func(*args, **kwargs)
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor):
-                self.meet(x.untyped_storage(), new=True)
+        for storage in _storages(out):
+            self.meet(storage, new=True)
         return out
 
     def meet(self, storage: torch.UntypedStorage, new: bool) -> Alive:
@@ -92,7 +90,13 @@ class Lifetimes(SeesInside):
         return known
 
     def _freed(self, key: int) -> None:
-        self.now -= self.alive.pop(key).bytes
+        self.now -= max(0, self.alive.pop(key).bytes)  # what was there before still counts as there
+
+
+def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
+    for x in tree_leaves(tree):
+        if isinstance(x, torch.Tensor) and not x.is_meta:  # a fake tensor says that it is not, and counts
+            yield x.untyped_storage()
 
 
 # ---- resizes of storages, which do not pass the dispatcher.  Threads may count at once: each hears of its own

@@ -114,6 +114,6 @@ def test_demo(tmp_path, capfd, monkeypatch):
     assert cli.main(["demo", "--ranks", "1,2", "--out", str(out)]) == 0
     said = capfd.readouterr().out
     assert float(said.split("differs by at most ")[1].split()[0].rstrip(".")) < 1e-9
-    for name in ("verify.json", "gpt_cp1/log.jsonl", "gpt_cp2/log.jsonl", "plots/bytes.png"):
+    for name in ("verify.json", "gpt_cp1/metrics.jsonl", "gpt_cp2/metrics.jsonl", "plots/bytes.png"):
         assert (out / name).exists()
         assert name in said

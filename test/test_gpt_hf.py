@@ -261,9 +261,10 @@ def test_tokenizer_goes_along(tmp_path):
 
 
 BASE = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 8,
-    "num_key_value_heads": 4, "intermediate_size": 48, "vocab_size": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
-}  # fmt: skip
+    **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64},
+    **{"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 48, "rms_norm_eps": 1e-5},
+    "tie_word_embeddings": True,
+}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 
 

@@ -69,7 +69,7 @@ def test_greedy_equals_transformers(folder):
     theirs.generation_config.eos_token_id = end = want[20]
     short = theirs.generate(torch.tensor([PROMPT]), do_sample=False, max_new_tokens=60, pad_token_id=0)[0, len(PROMPT) :].tolist()
     assert short == want[: want.index(end) + 1]
-    assert generate.generate(model_of(folder), PROMPT, 60, temperature=0, eos=[end, 299]) == short
+    assert generate.generate(model_of(folder), PROMPT, 60, temperature=0, eos=[end]) == short
 
 
 def test_cached_logits_equal_recomputation(folder):
@@ -141,7 +141,7 @@ class Fixed(Llama):
 
 
 def test_what_is_drawn_has_that_distribution():
-    model, n = Fixed(), 8000
+    model, n = Fixed(), 1000
     p = generate.probabilities(Fixed.logits, 0.8, 0.9)
     assert (p > 0).sum() == 3
     drawn = generate.generate(model, [1], n, temperature=0.8, top_p=0.9, generator=torch.Generator().manual_seed(0))
@@ -177,24 +177,12 @@ def test_text_comes_in_whole_characters():
 
 
 def test_the_command_prints_the_text(folder, capsys):
-    tokenizer = ByteTokenizer()
-    arguments = [
-        str(folder),
-        "--prompt",
-        "some é",
-        "--tokens",
-        "30",
-        "--temperature",
-        "0",
-        "--tokenizer",
-        "bytes",
-        "--device",
-        "cpu",
-    ]
+    tokenizer, prompt = ByteTokenizer(), "some é"
+    arguments = [str(folder), "--prompt", prompt, "--tokens=30", "--temperature=0", "--tokenizer=bytes", "--device=cpu"]
     assert generate.main(arguments) == 0
-    want = generate.generate(model_of(folder), tokenizer.encode("some é"), 30, temperature=0, eos=[0])
+    want = generate.generate(model_of(folder), tokenizer.encode(prompt), 30, temperature=0, eos=[0])
     shown = tokenizer.decode([i for i in want if i < tokenizer.vocab])
-    assert capsys.readouterr().out == "some é" + shown + "\n"
+    assert capsys.readouterr().out == prompt + shown + "\n"
 
 
 def test_mistakes_of_generate_are_one_line_and_exit_2(folder, tmp_path, capsys):
@@ -255,7 +243,7 @@ def test_evaluation_equals_a_direct_computation(world, layout, folder, text):
         for context, mean in got.items():
             torch.testing.assert_close(mean, want[context].mean(0), rtol=0, atol=1e-10)
     rows = {(r["context"], r["from"], r["to"]): r for r in evaluate.summarize(got, 3)}
-    assert (want[128][:, :8] == want[128][:, :8]).all() and len(rows) == 4 * 9
+    assert len(rows) == 4 * 9
     for (context, start, end), row in rows.items():
         assert math.isclose(row["loss"], want[context][:, start:end].mean().item(), rel_tol=1e-10)
         assert math.isclose(row["perplexity"], math.exp(row["loss"])) and row["tokens"] == 3 * (end - start)
@@ -278,21 +266,9 @@ def test_table_fits_100_columns():
     assert sum("524,288-1,048,575" in line for line in table) == 1
 
 
+@pytest.mark.parametrize("folder", [True], indirect=True, ids=["tied"])
 def test_the_command_on_two_processes_equals_one(folder, text, tmp_path):
-    arguments = [
-        "--data",
-        str(text),
-        "--seqlen",
-        "96",
-        "--windows",
-        "2",
-        "--contexts",
-        "48,12",
-        "--dtype",
-        "fp64",
-        "--device",
-        "cpu",
-    ]
+    arguments = f"--data {text} --seqlen 96 --windows 2 --contexts 48,12 --dtype fp64 --device cpu".split()
     found = []
     for nproc in (1, 2):
         out = tmp_path / str(nproc)

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from apps.gpt import train
+from apps.gpt.config import PRESETS
 from ringx import bench, bench_comm, environ
 
 SCRIPT = Path(__file__).parent.parent / "script"
-SHELL = sorted([*SCRIPT.glob("*.sbatch"), *SCRIPT.glob("*.sh"), SCRIPT.parent / "test/slurm/cluster", SCRIPT.parent / ".ci/run"])
+SHELL = sorted([*SCRIPT.glob("*.sbatch"), SCRIPT.parent / "apps/gpt/job.sbatch", *SCRIPT.glob("*.sh"), SCRIPT.parent / "test/slurm/cluster", SCRIPT.parent / ".ci/run"])
 LISTS = ["login", "n[1-3,07-09]", "gpu[001-004,7]-ib,login", "r[1-2]n[01,3]", "n[8-11],m2", "node-1.site.org,x[2]", "a,b[3-4]"]
 
 
@@ -98,7 +100,7 @@ def test_batch_scripts_call_what_there_is(slurm, name, folder):
     if name == "test":
         assert said == ["test/test_ringx3.py"] and (SCRIPT.parent / said[0]).exists()
     elif name == "gpt":
-        assert said == ["-m", "apps.gpt.train", "--preset", "tiny", "--out", "gpt_out"]
+        assert said == "-m apps.gpt.train --preset tiny --out gpt_7 --resume gpt_7".split()
     else:
         module = {"bench": bench, "collectives": bench_comm}[name]
         parser = argparse.ArgumentParser()
@@ -111,6 +113,18 @@ def test_batch_scripts_call_what_there_is(slurm, name, folder):
             assert len({c.size for c in bench.examine(args, 2, None)[0]}) == int(array[1]) + 1
         else:
             assert bench_comm.examine(args) == (["ring"], [])
+
+
+@pytest.mark.parametrize(
+    "words, preset",
+    [("", "tiny"), ("llama3-8b-1m --cp 128", "8b-1m --cp 128"), ("160m --steps 3", "160m --steps 3"), ("--preset 1b", "1b")],
+)
+def test_the_gpt_job_takes_a_recipe_by_its_name(slurm, words, preset):
+    folder = SCRIPT.parent / "apps/gpt"
+    done = bash(f"bash {folder}/job.sbatch {words}", cwd="/", SLURM_SUBMIT_DIR=str(folder), OUT="my run", **slurm)
+    assert done.stdout.splitlines()[-1] == f"-m apps.gpt.train --preset {preset} --out my run --resume my run"
+    args = train.parser().parse_args(done.stdout.split()[2:6])
+    assert args.preset in PRESETS
 
 
 def test_the_vit_script_says_what_is_missing(slurm):

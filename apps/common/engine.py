@@ -40,7 +40,7 @@ class Engine:
         weights: weights(name, shape) -> the full tensor of a parameter, the same on every rank.
         dtype: of the computation.  Where parameters are wider: with FSDP2 they are gathered in it and their gradients summed in
             `reduce_dtype`; otherwise autocast.
-        allocating: a context around the allocation of the parameters, such as a dry run's FakeTensorMode.
+        allocating: a context around what allocates parameters and buckets of gradients, such as a dry run's FakeTensorMode.
     """
 
     def __init__(
@@ -72,11 +72,11 @@ class Engine:
             fully_shard(model, mesh=mesh.shard_mesh, mp_policy=policy)
         with allocating or contextlib.nullcontext():
             model.to_empty(device=self.device)
-        if weights is not None:
-            fill(model, weights)
-        self.model = model
-        if kind == "ddp" and self.ranks > 1:
-            self.model = nn.parallel.DistributedDataParallel(model, process_group=mesh.data)
+            if weights is not None:
+                fill(model, weights)
+            self.model = model
+            if kind == "ddp" and self.ranks > 1:
+                self.model = nn.parallel.DistributedDataParallel(model, process_group=mesh.data)
         self.optimizer = make_optimizer(list(model.parameters()))
 
     def __call__(self, *args: Any) -> torch.Tensor:

@@ -88,7 +88,7 @@ class ZeroEngine(Engine):
                     f"--dp-engine {kind}: DeepSpeed computes on {get_accelerator().device_name()}, not on {self.device.type}; set "
                     f"DS_ACCELERATOR={self.device.type}, or leave it unset."
                 )
-            deepspeed.utils.logger.setLevel(logging.WARNING)
+            deepspeed.utils.logger.setLevel(logging.ERROR)
             if self.device.type == "cpu":  # of use in inference only, and compiled for a minute and a half
                 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             half = dtype is torch.bfloat16

@@ -176,7 +176,6 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def _figure(plt, rows: list[dict[str, Any]]):
     """Perplexity against position, a line for each length of windows."""
-    rows = [r for r in rows if "all" not in r]
     contexts = sorted({r["context"] for r in rows})
     seqlen = contexts[-1]
     fig, ax = plt.subplots(figsize=(house.WIDTH, 4.4))
@@ -192,7 +191,9 @@ def _figure(plt, rows: list[dict[str, Any]]):
         shown += mine
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
-    house._plain_log(ax)
+    ax.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("")
     ax.set(title="Perplexity by position", xlabel=f"position in windows of {seqlen:,} tokens", ylabel="perplexity")
     fig.legend(loc="outside lower center", ncols=max(1, min(3, len(contexts))))
     return fig, shown
@@ -257,10 +258,10 @@ def _write(out: Path, model: Path, tokens: Tokens, dtype: torch.dtype, world: Wo
     file = out / "evaluation.json"
     put(file, json.dumps(what, indent=1) + "\n", replace=True)
     try:
-        plt = house.matplotlib()
+        plt = house.pyplot()
     except ImportError as e:
         return [str(file), f"skipped perplexity: {e}"]
-    return [str(file), house.draw(plt, _figure, rows, out / "perplexity")]
+    return [str(file), house.draw_figure(plt, _figure, rows, out / "perplexity")]
 
 
 # ---- the command line

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from testbed import PROGRAMS, ROOT, wait_for
 
+from apps.common.log import read_metrics, read_sessions
 from ringx import collect, records
 
 pytestmark = pytest.mark.slurm
@@ -169,8 +170,7 @@ def test_batch_scripts_by_hand(cluster, tmp_path):
     for job in jobs:
         assert cluster.await_job(job)["JobState"] == "COMPLETED", [p.read_text() for p in tmp_path.glob("log_*")]
     assert "ringx1: 24 cases on 2 ranks equal full attention in fp64" in (tmp_path / "log_ringx-test").read_text()
-    steps = [json.loads(line) for line in (tmp_path / "gpt/log.jsonl").read_text().splitlines()]
-    assert steps[0]["launch"]["world"] == 2 and len([s for s in steps if "loss" in s]) == 2
+    assert read_sessions(tmp_path / "gpt")[0]["launch"]["world"] == 2 and len(read_metrics(tmp_path / "gpt")) == 2
 
 
 def test_an_environment_is_staged_to_every_node(cluster, tmp_path):
