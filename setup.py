@@ -11,7 +11,8 @@ version = next(
 
 extras = {
     "plot": ["matplotlib>=3.7", "pandas>=2", "pyarrow>=14"],
-    "apps": [],  # what the trainers need beyond ringx: nothing yet
+    # what the trainers need; Weights & Biases and DeepSpeed only where they are asked for by name
+    "apps": ["pyyaml>=6", "tokenizers>=0.20", "safetensors>=0.4", "huggingface_hub>=0.24", "pyarrow>=14", "tensorboard>=2.15"],
     "hpc": ["mpi4py>=4"],  # NVIDIA/ROCm apex is built from source and detected at run time: PyPI's apex is another project
     # transformers: an independent Llama to compare with; mpich: a real mpiexec for the launch tests
     # nbclient, nbformat, ipykernel: the notebooks in results/ are executed

@@ -77,7 +77,9 @@ class Shape:
         """The rank map, a line per place along the slower axes, for people."""
         fast, *slow = self.order.split("-")
         sizes = {"cp": self.cp, "tp": self.tp, "dp": self.dp}
-        lines = [f"mesh: cp {self.cp} x tp {self.tp} x dp {self.dp} ({self.replicate} replicas), {self.world} ranks, order {self.order}"]
+        lines = [
+            f"mesh: cp {self.cp} x tp {self.tp} x dp {self.dp} ({self.replicate} replicas), {self.world} ranks, order {self.order}"
+        ]
         number = self.world // sizes[fast]
         for i in range(min(number, rows)):
             first, second = i % sizes[slow[0]], i // sizes[slow[0]]

@@ -55,7 +55,9 @@ def parameters(out: Path) -> dict[str, torch.Tensor]:
 
 def product(out: Path, work: Path) -> bool:
     cases = [(mesh, "fsdp", "ringx3", kind) for kind in ("fp64", "fp32") for mesh in MESHES]
-    cases += [(mesh, engine, "ringx3", "fp32" if engine != "ddp" else "fp64") for engine in ENGINES for mesh in ((2, 1, 1), (2, 1, 2))]
+    cases += [
+        (mesh, engine, "ringx3", "fp32" if engine != "ddp" else "fp64") for engine in ENGINES for mesh in ((2, 1, 1), (2, 1, 2))
+    ]
     cases += [(mesh, "fsdp", a, "fp64") for a in ringx.algorithms() if a != "ringx3" for mesh in ((2, 1, 1), (4, 1, 1))]
     alone, rows = {}, []
     for kind, flags in (("fp64", FP64), ("fp32", FP32)):
@@ -74,14 +76,22 @@ def product(out: Path, work: Path) -> bool:
             row["loss"] = max(abs(a - b) for a, b in zip(want[0], got[0], strict=True))
             row["parameters"] = max((got[1][k] - p).abs().max().item() for k, p in want[1].items())
             row["fell"] = got[0][0] - got[0][-1]
-            row["ok"] = row["fell"] >= 0.3 and (max(row["loss"], row["parameters"]) <= 1e-9 if kind == "fp64" else row["loss"] <= 1e-4)
+            row["ok"] = row["fell"] >= 0.3 and (
+                max(row["loss"], row["parameters"]) <= 1e-9 if kind == "fp64" else row["loss"] <= 1e-4
+            )
         rows.append(row)
         print(row, flush=True)
     (out / "product.json").write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
-    lines = ["| cp | tp | dp | engine | algorithm | dtype | largest difference of a loss | of a parameter | loss fell by | as promised |"]
+    lines = [
+        "| cp | tp | dp | engine | algorithm | dtype | largest difference of a loss | of a parameter | loss fell by | as promised |"
+    ]
     lines += ["|---|---|---|---|---|---|---|---|---|---|"]
     for r in rows:
-        end = [r["refused"], "", "", "refused"] if "refused" in r else [*(f"{r[k]:.1e}" for k in ("loss", "parameters")), f"{r['fell']:.2f}"]
+        end = (
+            [r["refused"], "", "", "refused"]
+            if "refused" in r
+            else [*(f"{r[k]:.1e}" for k in ("loss", "parameters")), f"{r['fell']:.2f}"]
+        )
         end += [] if "refused" in r else ["yes" if r["ok"] else "NO"]
         lines.append("| " + " | ".join([*(str(r[k]) for k in ("cp", "tp", "dp", "engine", "algorithm", "dtype")), *end]) + " |")
     (out / "product.md").write_text("\n".join(lines) + "\n")

@@ -95,7 +95,22 @@ def test_torchrun_as_the_issue_names_it(alone, small, data, tmp_path):
     text, out = tmp_path / "some text.txt", tmp_path / "run"
     text.write_text("".join(p.read_text() for p in sorted((ROOT / "ringx").glob("*.py"))))
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "apps/gpt/train.py"]
-    words = ["--preset", "tiny", "--steps", 2, "--seqlen", 512, "--global-batch", 4, "--seed", 0, "--dtype", "float32", "--data", text]
+    words = [
+        "--preset",
+        "tiny",
+        "--steps",
+        2,
+        "--seqlen",
+        512,
+        "--global-batch",
+        4,
+        "--seed",
+        0,
+        "--dtype",
+        "float32",
+        "--data",
+        text,
+    ]
     ran(*torchrun, *words, "--cp", 1, "--tp", 2, "--dp", 1, "--out", out)
     ran("apps/gpt/train.py", *words, "--out", tmp_path / "one")
     assert losses(out) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)

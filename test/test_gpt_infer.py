@@ -81,8 +81,8 @@ def test_cached_logits_equal_recomputation(folder):
         got = []
         with generate.attending(model, lambda: generate.Cache(40)):
             for start, end in [(0, 25), *((i, i + 1) for i in range(25, 33)), (33, 40)]:
-                x = generate.hidden(model, tokens[:, start:end], torch.arange(start, end))
-                got.append(generate.head_logits(x, generate.head_of(model)))
+                x = model.hidden(tokens[:, start:end], torch.arange(start, end))
+                got.append(generate.head_logits(x, model.head))
     assert all(layer.self_attn.attend is sdpa for layer in model.layers)
     torch.testing.assert_close(torch.cat(got, 1), want, rtol=0, atol=1e-12)
 
@@ -249,6 +249,17 @@ def test_evaluation_equals_a_direct_computation(world, layout, folder, text):
         assert math.isclose(row["perplexity"], math.exp(row["loss"])) and row["tokens"] == 3 * (end - start)
     assert rows[8, 0, 1]["loss"] == pytest.approx(rows[128, 0, 1]["loss"])  # no other context yet
     assert abs(rows[8, 64, 128]["loss"] - rows[128, 64, 128]["loss"]) > 1e-3
+
+
+def test_another_tokenizer_is_noticed(text, tmp_path):
+    from tokenizers import Tokenizer, models, trainers
+
+    made = Tokenizer(models.BPE())
+    made.train_from_iterator(["text"], trainers.BpeTrainer(vocab_size=60, special_tokens=["</s>"]))
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokens = open_dataset(text, "val")
+    assert evaluate.same_tokenizer(tokens, text) and not evaluate.same_tokenizer(tokens, tmp_path)
+    assert evaluate.same_tokenizer(tokens, tmp_path / "none")  # cannot be told
 
 
 def test_buckets_double():

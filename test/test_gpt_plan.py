@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import ringx
@@ -17,14 +18,23 @@ from apps.gpt.flops import flops_per_token, parameters, peak_flops
 from apps.gpt.model import Llama
 from apps.gpt.parallel import Attend, build
 from apps.gpt.plan import _alone, make_plan
+from ringx import peak
 from ringx.mesh import Mesh, Shape
 from ringx.peak import Lifetimes
 
 MODEL = ModelConfig(dim=128, layers=3, heads=4, kv_heads=2, ffn=384, vocab=512, tied=False)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def config(model=MODEL, mesh=None, **train) -> Config:
-    defaults = dict(seqlen=1024, global_batch=2, dtype="float32", loss_chunk=128)
+    defaults = dict(seqlen=512, global_batch=2, dtype="float32", loss_chunk=128)
     return Config("test", model, TrainConfig(**(defaults | train)), MeshConfig(**(mesh or {})))
 
 
@@ -89,7 +99,7 @@ def test_peak_and_bytes_of_attention_are_those_of_a_real_run(shape, changes):
 def test_bytes_equal_closed_forms(algorithm):
     shape, c = Shape(4, 1, 2), config(algorithm=algorithm, checkpointing="selective", global_batch=4)
     plans = [make_plan(c, shape, rank) for rank in range(4)]
-    form = ringx.algorithms()[algorithm].bytes(2, 1024, MODEL.heads, MODEL.kv_heads, MODEL.head_dim, 4, 4, True, "zigzag")
+    form = ringx.algorithms()[algorithm].bytes(2, 512, MODEL.heads, MODEL.kv_heads, MODEL.head_dim, 4, 4, True, "zigzag")
     for direction, want in zip(("forward", "backward"), form, strict=True):
         got = [sum(p.sent[f"attention {direction}"].values()) for p in plans]
         assert sum(got) / 4 == pytest.approx(MODEL.layers * want)
@@ -110,7 +120,7 @@ def test_what_is_kept_equals_closed_forms(engine):
     tensors = 2 + 9 * MODEL.layers + 1
     assert plan.memory.parameters == plan.memory.gradients == 4 * number
     assert plan.memory.optimizer == 2 * 4 * number + 4 * tensors  # and each one's count of steps
-    assert plan.memory.remote_blocks == 2 * 2 * 1024 * MODEL.kv_heads * MODEL.head_dim * 4 // 2  # all keys and values of a sequence
+    assert plan.memory.remote_blocks == 2 * 2 * 512 * MODEL.kv_heads * MODEL.head_dim * 4 // 2  # all keys and values of a sequence
     if engine == "ddp":
         assert plan.sent["gradients"] == {"all_reduce": 2 * 4 * number * 3 / 4}
 
@@ -176,7 +186,7 @@ def test_lifetimes_heed_resized_storages():
         assert sorted(seen.at_peak.values()) == [50, 100] and len(seen.resized) == 1
         del x, y
         assert seen.now == 0
-    assert "resize_" not in torch.UntypedStorage.resize_.__name__ or torch.UntypedStorage(4).resize_(8).nbytes() == 8
+    assert torch.UntypedStorage.resize_ is peak._resize  # torch's own again
 
 
 # ---- FLOPs and parameters
@@ -193,12 +203,10 @@ def test_flops_and_parameters_are_those_that_torch_counts(tied):
     llama = Llama.make(model, plain, seed=0, dtype=torch.float32)
     assert parameters(model).total == sum(p.numel() for p in llama.parameters())
     S = 256
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # those of its kernel for CPUs it does not know
         llama(torch.zeros(2, S, dtype=torch.long), torch.arange(S)).sum().backward()
-    # torch counts what its backward of attention computes: the scores once more, 5 matrix products for the convention's 4
-    again = 2 * model.layers * model.heads * model.head_dim * S
     per_token = flops_per_token(model, S)
-    assert counter.get_total_flops() == 2 * S * (per_token.full + again)
+    assert counter.get_total_flops() == 2 * S * per_token.full
     assert per_token.full - per_token.causal == 6 * model.layers * model.heads * model.head_dim * S
 
 

@@ -17,7 +17,15 @@ from apps.gpt.config import PRESETS
 from ringx import bench, bench_comm, environ
 
 SCRIPT = Path(__file__).parent.parent / "script"
-SHELL = sorted([*SCRIPT.glob("*.sbatch"), SCRIPT.parent / "apps/gpt/job.sbatch", *SCRIPT.glob("*.sh"), SCRIPT.parent / "test/slurm/cluster", SCRIPT.parent / ".ci/run"])
+SHELL = sorted(
+    [
+        *SCRIPT.glob("*.sbatch"),
+        SCRIPT.parent / "apps/gpt/job.sbatch",
+        *SCRIPT.glob("*.sh"),
+        SCRIPT.parent / "test/slurm/cluster",
+        SCRIPT.parent / ".ci/run",
+    ]
+)
 LISTS = ["login", "n[1-3,07-09]", "gpu[001-004,7]-ib,login", "r[1-2]n[01,3]", "n[8-11],m2", "node-1.site.org,x[2]", "a,b[3-4]"]
 
 
@@ -100,7 +108,7 @@ def test_batch_scripts_call_what_there_is(slurm, name, folder):
     if name == "test":
         assert said == ["test/test_ringx3.py"] and (SCRIPT.parent / said[0]).exists()
     elif name == "gpt":
-        assert said == "-m apps.gpt.train --preset tiny --out gpt_7 --resume gpt_7".split()
+        assert said == ["-m", "apps.gpt.train", "--preset", "tiny", "--out", "gpt_7", "--resume", "gpt_7"]
     else:
         module = {"bench": bench, "collectives": bench_comm}[name]
         parser = argparse.ArgumentParser()

@@ -57,7 +57,7 @@ def expect_same(results, expected, tolerance=1e-4):
 @pytest.mark.parametrize("kind", KINDS)
 def test_twenty_steps_equal_one_process(kind, shape, alone):
     expect_same(on(shape, kind), alone)
-    assert alone[0][0][0] > 1.05 * alone[0][-1][2]
+    assert alone[0][0][0] - alone[0][-1][2] > 0.3
     assert any(norm > 0.5 for _, norm, _ in alone[0][1::2]), "nothing was clipped"
 
 
@@ -71,7 +71,9 @@ def test_passes_and_partitions_that_nothing_divides(kind):
 
 @needs_deepspeed
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how", [{"checkpointing": "selective", "mlp_tiles": 3}, {"checkpointing": "full"}], ids=["selective", "full"])
+@pytest.mark.parametrize(
+    "how", [{"checkpointing": "selective", "mlp_tiles": 3}, {"checkpointing": "full"}], ids=["selective", "full"]
+)
 def test_activations_computed_again(kind, how):
     expect_same(on(CP2, kind, steps=3, **how), on(Shape(), "fsdp", steps=3)[0])
 

@@ -74,9 +74,10 @@ class Engine:
             model.to_empty(device=self.device)
             if weights is not None:
                 fill(model, weights)
-            self.model = model
+            self.model: Any = model
             if kind == "ddp" and self.ranks > 1:
-                self.model = nn.parallel.DistributedDataParallel(model, process_group=mesh.data)
+                # no rank needs another's parameters: they are the same on every rank
+                self.model = nn.parallel.DistributedDataParallel(model, process_group=mesh.data, init_sync=False)
         self.optimizer = make_optimizer(list(model.parameters()))
 
     def __call__(self, *args: Any) -> torch.Tensor:

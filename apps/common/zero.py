@@ -9,6 +9,7 @@ summed over ranks in `reduce_dtype` and over passes in float32; ZeRO 2 and 3 sum
 
 import contextlib
 import importlib.util
+import io
 import logging
 import os
 import warnings
@@ -96,10 +97,14 @@ class ZeroEngine(Engine):
             deepspeed.init_distributed(get_accelerator().communication_backend_name(), dist_init_required=False, verbose=False)
             model.to(dtype)
             names = {p: name for name, p in model.named_parameters()}
-            stand_ins = {name: nn.Parameter(torch.empty([0] * p.dim(), dtype=dtype, device=self.device)) for p, name in names.items()}
+            stand_ins = {
+                name: nn.Parameter(torch.empty([0] * p.dim(), dtype=dtype, device=self.device)) for p, name in names.items()
+            }
             self.optimizer = make_optimizer(list(stand_ins.values()))
             if not isinstance(self.optimizer, torch.optim.AdamW):
-                raise ValueError(f"--dp-engine {kind} takes torch's AdamW, not {type(self.optimizer).__name__}; use --dp-engine fsdp.")
+                raise ValueError(
+                    f"--dp-engine {kind} takes torch's AdamW, not {type(self.optimizer).__name__}; use --dp-engine fsdp."
+                )
             if self._stage == 3:
                 self._partition(deepspeed, config, weights)
                 inner = {p for block in blocks for p in block.parameters()}
@@ -115,9 +120,10 @@ class ZeroEngine(Engine):
             self._groups = [[name_of[p] for p in g["params"]] for g in self.optimizer.param_groups]
             for group, members in zip(self.optimizer.param_groups, self._groups, strict=True):
                 group["params"] = [self._params[name] for name in members]
-            self._engine, *_ = deepspeed.initialize(
-                model=model, optimizer=self.optimizer, config=config, dist_init_required=False
-            )
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints how much memory there is, twenty times
+                self._engine, *_ = deepspeed.initialize(
+                    model=model, optimizer=self.optimizer, config=config, dist_init_required=False
+                )
         self.model = self._engine
         self._ds = deepspeed
         self._zero = self._engine.optimizer
@@ -211,7 +217,9 @@ class ZeroEngine(Engine):
 
     def _begin(self) -> None:
         """Makes the optimizer's state now, which DeepSpeed's helpers know only after a first step."""
-        flat = self._zero.fp32_partitioned_groups_flat if self._stage == 3 else [g["params"][0] for g in self.optimizer.param_groups]
+        flat = (
+            self._zero.fp32_partitioned_groups_flat if self._stage == 3 else [g["params"][0] for g in self.optimizer.param_groups]
+        )
         for p in flat:
             where = p.device if self.optimizer.defaults["fused"] else "cpu"
             self.optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=where)}
@@ -234,7 +242,9 @@ class ZeroEngine(Engine):
     def _whole(self, t: torch.Tensor) -> torch.Tensor:
         if isinstance(t, DTensor):
             local = t.to_local().to(self.device)
-            t = DTensor.from_local(local, t.device_mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride()).full_tensor()
+            t = DTensor.from_local(
+                local, t.device_mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride()
+            ).full_tensor()
         return t.to(self.device, torch.float32)
 
     @torch.no_grad()

@@ -96,12 +96,12 @@ class MeshConfig:
         _at_least(self, 1, "dp_replicate")
         _known(self)
         if self.dp_engine != "fsdp" and self.dp_replicate > 1:
-            raise ValueError(f"dp_replicate={self.dp_replicate} is FSDP2's; --dp-engine {self.dp_engine} has no replicas of shards.")
+            raise ValueError(
+                f"dp_replicate={self.dp_replicate} is FSDP2's; --dp-engine {self.dp_engine} has no replicas of shards."
+            )
 
     def fit(self, world: int) -> Shape:
-        return Shape.fit(
-            world, cp=self.cp, tp=self.tp, dp=self.dp, replicate=self.dp_replicate, order=self.parallel_order
-        )
+        return Shape.fit(world, cp=self.cp, tp=self.tp, dp=self.dp, replicate=self.dp_replicate, order=self.parallel_order)
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,9 @@ class TrainConfig:
     seed: int = option(0, "of the weights and of the order of the data")
     dtype: str = option("bfloat16", "of the computation; parameters, gradients and optimizer are kept in float32 at least", DTYPES)
     reduce_dtype: str = option("float32", "in which gradients of a bfloat16 computation are summed over ranks", DTYPES)
-    optimizer: str = option("adamw", "lamb is for large batches; lamb_apex and lamb_deepspeed are fused versions for GPUs", OPTIMIZERS)
+    optimizer: str = option(
+        "adamw", "lamb is for large batches; lamb_apex and lamb_deepspeed are fused versions for GPUs", OPTIMIZERS
+    )
     lr: float = option(3e-4, "peak learning rate")
     schedule: str = option("cosine", "after the warm-up: half a cosine, or constant and then a linear decay (wsd)", SCHEDULES)
     warmup: int = option(0, "steps of linear warm-up")
@@ -201,7 +203,9 @@ class Config:
         mine = total // shape.dp
         micro = self.train.micro_batch or mine
         if mine % micro:
-            raise ValueError(f"micro_batch={micro} must divide the {mine} sequences of a dp group (global_batch={total}, dp={shape.dp}).")
+            raise ValueError(
+                f"micro_batch={micro} must divide the {mine} sequences of a dp group (global_batch={total}, dp={shape.dp})."
+            )
         return total, micro, mine // micro
 
     def expect_fits(self, shape: Shape) -> None:

@@ -19,10 +19,10 @@ import torch
 if __package__ in (None, ""):  # run as a file, not as a module
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from apps.common.arguments import Parser
 from apps.common.checkpoint import Checkpoints
 from apps.gpt.config import DTYPES, SHORT, Config, TrainConfig
 from apps.gpt.huggingface import TOKENIZER, Source, copy_tokenizer, expect_new, open_model, save, shapes
-from apps.gpt.train import Parser
 
 
 def to_hf(

@@ -23,12 +23,12 @@ if __package__ in (None, ""):  # run as a file, not as a module
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import ringx
+from apps.common.arguments import Parser
 from apps.gpt.config import DTYPES, SHORT
 from apps.gpt.data import ByteTokenizer, JsonTokenizer
 from apps.gpt.huggingface import open_model, open_tokenizer
-from apps.gpt.loss import gather_sequence, head_logits
-from apps.gpt.model import Attend, Attention, Llama, rope
-from apps.gpt.train import Parser
+from apps.gpt.loss import head_logits
+from apps.gpt.model import Attend, Attention, Llama
 
 
 class Cache:
@@ -57,15 +57,6 @@ class Cache:
         return out.transpose(1, 2)
 
 
-def hidden(model: Llama, tokens: Tensor, positions: Tensor) -> Tensor:
-    """[B, S, C]: what the output projection is applied to.  Logits of all tokens at once may be too large."""
-    x = model.embed_tokens(tokens)
-    cos, sin = rope(positions, model.config, x.dtype)
-    for layer in model.layers:
-        x = layer(x, cos, sin)
-    return gather_sequence(model.norm(x))
-
-
 @contextlib.contextmanager
 def attending(model: Llama, make: Callable[[], Attend]) -> Iterator[None]:
     """Each layer attends by a make() of its own inside."""
@@ -78,11 +69,6 @@ def attending(model: Llama, make: Callable[[], Attend]) -> Iterator[None]:
     finally:
         for a, attend in zip(attentions, before, strict=True):
             a.attend = attend
-
-
-def head_of(model: Llama) -> Tensor:
-    """[vocab, C]"""
-    return model.embed_tokens.weight if model.lm_head is None else model.lm_head.weight
 
 
 def probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
@@ -126,8 +112,8 @@ def stream(
         at, new = 0, list(tokens)
         for _ in range(n):
             positions = torch.arange(at, at + len(new), device=device)
-            x = hidden(model, torch.tensor([new], device=device), positions)
-            p = probabilities(head_logits(x[:, -1:], head_of(model))[0, 0], temperature, top_p).cpu()
+            x = model.hidden(torch.tensor([new], device=device), positions)
+            p = probabilities(head_logits(x[:, -1:], model.head)[0, 0], temperature, top_p).cpu()
             at += len(new)
             new = [int(p.argmax() if temperature == 0 else torch.multinomial(p, 1, generator=generator))]
             yield new[0]

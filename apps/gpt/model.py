@@ -4,6 +4,7 @@ Parameters are named as in Hugging Face's LlamaForCausalLM (without its leading 
 """
 
 import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -155,13 +156,21 @@ class Llama(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor, labels: "Tensor | None" = None) -> Tensor:
         """tokens [B, S] and their global positions [S], in any order that `attend` knows -> logits [B, S, vocab]; with `labels`
         [B, S] the sum of the tokens' cross-entropies instead (fp32 at least), without ever holding all logits."""
-        x = self.embed_tokens(tokens)  # [B, S, C]; under tp [B, S / tp, C]
+        x = self.hidden(tokens, positions)
+        return head_logits(x, self.head) if labels is None else head_loss(x, self.head, labels, chunk=self.memory.loss_chunk)
+
+    def hidden(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """[B, S, C]: what the output projection is applied to."""
+        x = self.embed_tokens(tokens)  # under tp [B, S / tp, C]
         cos, sin = rope(positions, self.config, x.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin)
-        head = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        x = gather_sequence(self.norm(x))
-        return head_logits(x, head) if labels is None else head_loss(x, head, labels, chunk=self.memory.loss_chunk)
+        return gather_sequence(self.norm(x))
+
+    @property
+    def head(self) -> Tensor:
+        """[vocab, C], the output projection."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
 
 def first_weight(name: str, shape: torch.Size, c: ModelConfig, seed: int) -> Tensor:
@@ -175,6 +184,4 @@ def first_weight(name: str, shape: torch.Size, c: ModelConfig, seed: int) -> Ten
 
 def _mix(text: str) -> int:
     """32 bits of a hash: no more of a seed is heeded by the CPU's generator."""
-    import zlib
-
     return zlib.crc32(text.encode())

@@ -7,6 +7,7 @@ a tp rank holds S / cp / tp tokens there, and S / cp tokens of some heads in att
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.distributed.tensor import Replicate, Shard
@@ -63,7 +64,7 @@ class Attend:
         c = config.train
         self.check = True
         self.layout = ringx.Sharding(c.seqlen, mesh.shape.cp, c.layout)
-        self._how = {
+        self._how: dict[str, Any] = {
             "group": mesh.cp, "algorithm": c.algorithm, "causal": True, "layout": self.layout, "kernel": c.kernel, "overlap": c.overlap
         }  # fmt: skip
 

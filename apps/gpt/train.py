@@ -18,16 +18,16 @@ the text had to be made into tokens first.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import math
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -35,14 +35,15 @@ if __package__ in (None, ""):  # run as a file, not as a module
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import ringx
+from apps.common.arguments import Parser
 from apps.common.checkpoint import Checkpoints
 from apps.common.engine import Engine
 from apps.common.log import Metrics, expect_loggers, progress, write_header
 from apps.common.schedule import rate
-from apps.gpt.config import DTYPES, PRESETS, Config, MeshConfig, ModelConfig, TrainConfig, load, preset
+from apps.gpt.config import DTYPES, PRESETS, Config, MeshConfig, TrainConfig, load, preset
 from apps.gpt.data import Batch, Loader, Rows, Tokens, cut, dataset_for, expect_window, open_dataset
 from apps.gpt.flops import flops_per_token, parameters, peak_flops
-from apps.gpt.huggingface import weights_for
+from apps.gpt.huggingface import open_model, weights_for
 from apps.gpt.parallel import Attend, build
 from ringx.launch import World
 from ringx.mesh import Mesh, Shape
@@ -182,28 +183,33 @@ def prepare(world: World, job: Job, checkpoints: Checkpoints, say: Callable[[str
             expect_window(open_dataset(folder, "val"), c.seqlen)
         return folder
 
-    folder = ringx.launch.decide(world, ask)
-    tokens = open_dataset(folder)
+    prepared = ringx.launch.decide(world, ask)
+    tokens = open_dataset(prepared)
     if len(set(ringx.launch.gather(tokens.sha256, world))) > 1:
-        raise ValueError(f"--data: the ranks see different files in {folder}; put it where all nodes see the same.")
-    val = open_dataset(folder, "val") if c.val_every else None
+        raise ValueError(f"--data: the ranks see different files in {prepared}; put it where all nodes see the same.")
+    val = open_dataset(prepared, "val") if c.val_every else None
 
     mesh = Mesh.make(job.config.mesh.fit(world.world), world.device.type)
     total, *_ = job.config.plan_batch(mesh.shape)
     config = replace(job.config, train=replace(c, global_batch=total))
-    found = None
+    found, source = None, checkpoints
     if job.resume:
         source = checkpoints if Path(job.resume) == out else Checkpoints(Path(job.resume) / "checkpoints", world, say=say)
         found = source.newest()
         if found:
             ringx.launch.decide(world, lambda: expect_same_run(found[1], config, tokens))
-        held = ringx.launch.decide(world, lambda: any((Path(job.resume) / "checkpoints").glob("step-????????")))
+        folder = Path(job.resume) / "checkpoints"
+        held = ringx.launch.decide(world, lambda: any(folder.glob("step-????????")))
         if not found and (held or Path(job.resume) != out):
-            raise ValueError(f"--resume {job.resume}: there is no checkpoint in it that can be used; begin again with another --out.")
+            raise ValueError(
+                f"--resume {job.resume}: there is no checkpoint in it that can be used; begin again with another --out."
+            )
 
     if world.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        if prepared != out / "data" and (prepared / "tokenizer.json").exists():
+            shutil.copyfile(prepared / "tokenizer.json", out / "tokenizer.json")  # for those who take the weights from here
     say(config.to_yaml() + mesh.shape.describe())
     sizes = parameters(config.model)
     say(f"data: {tokens.source}, {tokens.length:,} tokens; model: {sizes.total:,} parameters")
@@ -213,7 +219,7 @@ def prepare(world: World, job: Job, checkpoints: Checkpoints, say: Callable[[str
     if found:
         weights = None  # the checkpoint has them
     elif job.init:
-        weights = weights_for(job.init, config.model)
+        weights = weights_for(job.init, config.model, world)
     engine = build(config, mesh, attend, world.device, weights=weights)
     first = 0
     if found:
@@ -234,7 +240,9 @@ def expect_same_run(about: Record, config: Config, tokens: Tokens) -> None:
     differ = [k for k in now["model"] if then["model"].get(k) != now["model"][k]]
     if differ:
         k = differ[0]
-        raise ValueError(f"--resume: the checkpoint is of another model: its {k} is {then['model'].get(k)}, here {now['model'][k]}.")
+        raise ValueError(
+            f"--resume: the checkpoint is of another model: its {k} is {then['model'].get(k)}, here {now['model'][k]}."
+        )
     for k in ("seqlen", "global_batch", "seed"):
         if then["train"][k] != now["train"][k]:
             raise ValueError(
@@ -304,20 +312,11 @@ def _train(world, job, checkpoints, watch, say, config, tokens, val, mesh, engin
 PROG = "apps.gpt.train"
 
 
-class Parser(argparse.ArgumentParser):
-    """Mistakes in one line, of one rank, and exit status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        with contextlib.suppress(ValueError):  # launcher's variables that make no sense may be what the message is about
-            if ringx.launch.detect(device="cpu").rank:
-                time.sleep(2)  # launchers end all ranks when the first one fails: let rank 0 speak
-                self.exit(2)
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def parser() -> Parser:
     p = Parser(PROG, description="Train a Llama 3 on text, over context, tensor and data parallel ranks.")
-    p.add_argument("--preset", help=f"model and training to start from: {', '.join(PRESETS)} (default: tiny)")
+    p.add_argument(
+        "--preset", help=f"model and training to start from: {', '.join(PRESETS)} (default: the model of --init, or tiny)"
+    )
     p.add_argument("--config", metavar="FILE", help="the same from a YAML file, such as a run's config.yaml")
     p.add_argument("--data", help="text, JSONL, Parquet, a folder of such, or one made by apps/gpt/prepare.py (default: this "
                    "Python's standard library)")  # fmt: skip
@@ -375,11 +374,13 @@ def configure(args: argparse.Namespace) -> tuple[Job, Shape | None]:
 
 
 def base_of(args: argparse.Namespace) -> Config:
-    """What the flags change: a preset, a YAML file, or the configuration of the run that is resumed."""
+    """What the flags change: a preset, a YAML file, the configuration of the run that is resumed, or the model of the weights."""
     if args.config:
         return load(args.config)
     if args.resume and not args.preset and (Path(args.resume) / "config.yaml").exists():
         return load(str(Path(args.resume) / "config.yaml"))
+    if args.init and not args.preset and Path(args.init).is_dir():
+        return Config(Path(args.init).resolve().name, open_model(args.init).model)
     return preset(args.preset or "tiny")
 
 
@@ -402,16 +403,20 @@ def _expect_runnable(job: Job, args: argparse.Namespace) -> None:
         if c.offload:
             raise ValueError("--offload moves activations from a GPU to its host; this run is on the CPU.")
     if c.offload and c.checkpointing == "none":
-        raise ValueError("--offload keeps the inputs of checkpointed blocks on the host; give --checkpointing selective or full too.")
+        raise ValueError(
+            "--offload keeps the inputs of checkpointed blocks on the host; give --checkpointing selective or full too."
+        )
     out = Path(job.out)
     if job.init and job.resume:
         raise ValueError("--init and --resume: a resumed run has its weights; give one.")
-    if job.init:
-        weights_for(job.init, m)
+    if job.init and not Path(job.init).is_dir():
+        raise ValueError(f"--init {job.init}: there is no such folder.")
     if job.resume and Path(job.resume) != out and not (Path(job.resume) / "checkpoints").is_dir():
         raise ValueError(f"--resume {job.resume}: there is no run in it (no checkpoints/).")
     if job.resume and not args.out and not Path(job.resume).is_dir():
-        raise ValueError(f"--resume {job.resume}: there is no such folder; name a run's, or give --out {job.resume} too, to begin it.")
+        raise ValueError(
+            f"--resume {job.resume}: there is no such folder; name a run's, or give --out {job.resume} too, to begin it."
+        )
     held = (out / "checkpoints").is_dir() and any((out / "checkpoints").glob("step-*"))
     if held and not job.resume:
         raise ValueError(f"--out {out} holds a run with checkpoints; go on with --resume {out}, or take another folder.")

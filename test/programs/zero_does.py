@@ -14,7 +14,7 @@ from ringx.mesh import Mesh, Shape
 
 # nothing that 2 or 3 ranks divide: partitions are padded, and cut through parameters
 MODEL = ModelConfig(dim=36, head_dim=10, layers=2, heads=4, kv_heads=2, ffn=49, vocab=65, tied=True)
-TRAIN = TrainConfig(seqlen=48, global_batch=4, steps=20, dtype="float32", lr=1e-2, loss_chunk=7)
+TRAIN = TrainConfig(seqlen=48, global_batch=4, steps=20, dtype="float32", lr=5e-3, loss_chunk=7)
 
 
 def begin(shape: Shape, engine: str, model=None, **train):
@@ -38,7 +38,7 @@ def train(world, shape: Shape, engine: str, model=None, first=0, steps=20, load=
     rows = range(mesh.dp_rank * total // shape.dp, (mesh.dp_rank + 1) * total // shape.dp)
     records = []
     for step in range(first, steps):
-        made = torch.randint(0, MODEL.vocab, (total, c.seqlen + 1), generator=torch.Generator().manual_seed(step))[rows]
+        made = torch.randint(0, MODEL.vocab, (total, c.seqlen + 1), generator=torch.Generator().manual_seed(step % 2))[rows]
         pieces = [
             [ringx.shard(x, group=mesh.cp, layout=attend.layout) for x in (part[:, :-1], part[:, 1:])] for part in made.split(micro)
         ]
@@ -65,7 +65,9 @@ def held(state) -> dict[str, torch.Tensor]:
     for name, moments in state["optimizer"]["state"].items():
         values |= {f"{name} {key}": value for key, value in moments.items()}
     for i, group in enumerate(state["optimizer"]["param_groups"]):
-        values |= {f"group {i} {key}": torch.tensor(group[key], dtype=torch.float64) for key in ("lr", "betas", "eps", "weight_decay")}
+        values |= {
+            f"group {i} {key}": torch.tensor(group[key], dtype=torch.float64) for key in ("lr", "betas", "eps", "weight_decay")
+        }
         values |= {f"group {i} of {name}": torch.tensor(0) for name in group["params"]}
     return {name: (v.full_tensor() if isinstance(v, DTensor) else v.detach()).cpu().clone() for name, v in values.items()}
 

@@ -3,7 +3,6 @@
 python -m pytest test/slurm/test_jobs.py
 """
 
-import json
 import os
 import re
 import subprocess
