@@ -112,8 +112,8 @@ class Mesh:
             raise ValueError(f"cp={shape.cp} x tp={shape.tp} x dp={shape.dp} is {shape.world} ranks, but there are {world}.")
         if not started:
             return cls(shape, 0, 0, 0)
-        # The order of the axes is in the ranks, not in the names: torch slices a mesh only in the order of its axes.  But shard and cp,
-        # which become one axis, must ascend together: a process group sorts its ranks, and FSDP2 would gather them in another order.
+        # The order of the axes is in the ranks, not in the names: torch slices a mesh only in the order of its axes.  But shard and
+        # cp, which become one axis, must ascend together: a process group sorts its ranks, and FSDP2 would gather them otherwise.
         mesh = DeviceMesh(device_type, shape.ranks(), mesh_dim_names=shape.names)
         place = dict(zip(shape.names, mesh.get_coordinate() or (), strict=True))
         shards, data = mesh[shape.names[1:3]]._flatten("fsdp"), mesh[shape.names[:3]]._flatten("data")

@@ -19,7 +19,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import ringx
 from apps.gpt.config import Config, MeshConfig, ModelConfig, TrainConfig
@@ -170,7 +171,7 @@ def main() -> int:
     args = p.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     found = ringx.launch.run({"cp1": cp1, "cp2": cp2}[args.what], 1 if args.what == "cp1" else 2, args.reps, device="cpu")[0]
-    model, seqlen = SIZES[args.what]
+    seqlen = SIZES[args.what][1]
     found |= {"quartiles": {k: spread(v) for k, v in found["seconds"].items()}, "seqlen": seqlen, "torch": torch.__version__}
     (args.out / f"cost_{args.what}.json").write_text(json.dumps(found, indent=1) + "\n")
     print({k: v for k, v in found.items() if k != "seconds"})

@@ -3,11 +3,11 @@
     python script/gpt_proof.py product --out results/gpt_cpu2_202611        # every mesh, engine and algorithm against one process
     python script/gpt_proof.py kills --out results/gpt_cpu2_202611          # kill -9, twenty times, and the curve stays the same
 
-product   20 steps of the tiny preset (4 x 512 tokens, the default text) on each mesh with FSDP2 and ringx3, in fp64 (losses and every
-          parameter equal one process's to 1e-9) and in fp32 at a constant rate of 3e-4 (losses to 1e-4); each other engine on two meshes;
-          each other algorithm on (2, 1, 1) and (4, 1, 1).  Writes product.json and product.md.
-kills     one run of 400 small steps is killed at random moments, also while it saves, and started again; then its curve and its last
-          parameters are compared, bit for bit, with those of a run that was left alone.  Writes kills.json.
+product   20 steps of the tiny preset (4 x 512 tokens, the default text) on each mesh with FSDP2 and ringx3, in fp64 (losses and
+          every parameter equal one process's to 1e-9) and in fp32 at a constant rate of 3e-4 (losses to 1e-4); each other engine
+          on two meshes; each other algorithm on (2, 1, 1) and (4, 1, 1).  Writes product.json and product.md.
+kills     one run of 400 small steps is killed at random moments, also while it saves, and started again; then its curve and its
+          last parameters are compared, bit for bit, with those of a run that was left alone.  Writes kills.json.
 """
 
 import argparse

@@ -128,9 +128,9 @@ def test_what_is_refused_is_named(monkeypatch):
     for optimizer in ("lamb", "lamb_apex", "lamb_deepspeed"):
         with pytest.raises(ValueError, match=rf"--dp-engine zero2 .*--optimizer {optimizer}:.*--optimizer adamw"):
             can("zero2", optimizer=optimizer)
-    with pytest.raises(ValueError, match="--dp-engine zero1: .*not float64"):
+    with pytest.raises(ValueError, match=r"--dp-engine zero1: .*not float64"):
         can("zero1", dtype=torch.float64)
-    with pytest.raises(ValueError, match="--dp-engine zero3: .*not float64"):
+    with pytest.raises(ValueError, match=r"--dp-engine zero3: .*not float64"):
         can("zero3", reduce_dtype=torch.float64)
     can("fsdp", optimizer="lamb", dtype=torch.float64)
 

@@ -150,7 +150,7 @@ class ZeroEngine(Engine):
     @torch.no_grad()
     def _partition(self, deepspeed: Any, config: dict[str, Any], weights: Any) -> None:
         """Fills every parameter and cuts it over the ranks, one after another: no rank ever holds two whole ones."""
-        at = {name: module for name, module in self.module.named_modules()}
+        at = dict(self.module.named_modules())
         for name, p in list(self.module.named_parameters()):
             full = torch.empty(p.shape, dtype=p.dtype, device=self.device)
             if weights is not None:
@@ -254,7 +254,7 @@ class ZeroEngine(Engine):
         if self._stage < 3:
             return utils.safe_set_full_optimizer_state(p, full, moment) if moment else utils.safe_set_full_fp32_param(p, full)
         # DeepSpeed's own way fails on the padding of what the ranks do not divide
-        size = p.ds_tensor.numel()
+        size = p.ds_tensor.numel()  # type: ignore[attr-defined]
         part = torch.zeros(size, dtype=torch.float32, device=self.device)
         mine = full.flatten()[dist.get_rank(self.mesh.data) * size :][:size]
         part[: mine.numel()] = mine

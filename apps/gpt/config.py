@@ -220,8 +220,8 @@ class Config:
             for rank in range(shape.cp):
                 if sharding.size(rank) % shape.tp:
                     raise ValueError(
-                        f"seqlen={c.seqlen} leaves {sharding.size(rank)} tokens on a cp rank, which tp={shape.tp} cannot cut evenly; "
-                        f"take a multiple of {2 * shape.cp * shape.tp}."
+                        f"seqlen={c.seqlen} leaves {sharding.size(rank)} tokens on a cp rank, which tp={shape.tp} cannot cut "
+                        f"evenly; take a multiple of {2 * shape.cp * shape.tp}."
                     )
             if self.mesh.dp_engine != "fsdp":
                 raise ValueError(f"dp_engine={self.mesh.dp_engine} cannot be combined with tp={shape.tp}; use --dp-engine fsdp.")

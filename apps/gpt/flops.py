@@ -1,7 +1,7 @@
 """Floating-point operations of a training step, in closed form, and what GPUs can do.
 
-A matrix multiplication [m, k] @ [k, n] is 2 m k n operations; the backward is two such.  Per token that is 6 for each parameter of a
-matrix that multiplies: not for an embedding, which is looked up, but for the output projection even where it is the embedding.
+A matrix multiplication [m, k] @ [k, n] is 2 m k n operations; the backward is two such.  Per token that is 6 for each parameter
+of a matrix that multiplies: not for an embedding, which is looked up, but for the output projection even where it is the embedding.
 Attention adds, per layer, 12 heads head_dim seqlen a token ("full": as if every token saw all; the convention of Chowdhery et al.,
 arXiv 2204.02311, and of torch.utils.flop_counter) or half of that ("causal": what the mask leaves).  What activation checkpointing
 computes again is not work done: it is in neither.

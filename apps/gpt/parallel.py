@@ -65,8 +65,13 @@ class Attend:
         self.check = True
         self.layout = ringx.Sharding(c.seqlen, mesh.shape.cp, c.layout)
         self._how: dict[str, Any] = {
-            "group": mesh.cp, "algorithm": c.algorithm, "causal": True, "layout": self.layout, "kernel": c.kernel, "overlap": c.overlap
-        }  # fmt: skip
+            "group": mesh.cp,
+            "algorithm": c.algorithm,
+            "causal": True,
+            "layout": self.layout,
+            "kernel": c.kernel,
+            "overlap": c.overlap,
+        }
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         out = ringx.attention(q, k, v, check=self.check, **self._how)
@@ -84,7 +89,7 @@ def build(
     mesh: Mesh,
     attend: Callable,
     device: "torch.device | str" = "cpu",
-    weights: "Callable[[str, torch.Size], torch.Tensor] | None | str" = "new",
+    weights: "Callable[[str, torch.Size], torch.Tensor] | str | None" = "new",
     allocating: "contextlib.AbstractContextManager | None" = None,
 ) -> Engine:
     """Model, optimizer and data parallelism of this rank; collective.

@@ -1,9 +1,9 @@
 """What a training step costs each rank, found by running one: without GPU, without memory, without the other ranks.
 
-The step is that of the trainer: the same model, the same attention algorithm, tensor parallelism, FSDP2 or DDP, loss, backward and
-optimizer.  But its tensors have no memory (torch's FakeTensorMode), and its collectives reach nobody (torch's "fake" backend), at the
-full number of ranks.  So all shapes, lifetimes and collectives are those of the real run, and what is left out is what no tensor of
-PyTorch holds: buffers inside an operator or a backend (NCCL's, cuBLAS's), and what the allocator of a GPU loses to fragments.
+The step is that of the trainer: the same model, the same attention algorithm, tensor parallelism, FSDP2 or DDP, loss, backward
+and optimizer.  But its tensors have no memory (torch's FakeTensorMode), and its collectives reach nobody (torch's "fake" backend),
+at the full number of ranks.  So all shapes, lifetimes and collectives are those of the real run, and what is left out is what no
+tensor of PyTorch holds: buffers inside an operator or a backend (cuBLAS's, NCCL's), and what a GPU's allocator loses to fragments.
 
 Each layer makes the same call of the attention: it runs in the first one, and its bytes and peak are added again for the others.
 """
@@ -34,12 +34,12 @@ ENGINES = ("fsdp", "ddp")
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank."""
+    """Bytes of one rank.  peak = parameters + optimizer + gradients_at_peak + unsharded_at_peak + activations."""
 
     parameters: int  # as they are kept: this rank's shards
     gradients: int  # of these parameters, at the end of the backward
     optimizer: int  # state, from the first step on
-    peak: int  # most that is alive at once in a step that is not the run's first; the next three and the two above but one add up to it
+    peak: int  # most that is alive at once in a step that is not the run's first
     gradients_at_peak: int  # those of `gradients` that exist then
     unsharded_at_peak: int  # parameters that FSDP2 has gathered
     activations: int  # all else: activations, attention's remote blocks and working memory, gradients before they are summed
@@ -68,7 +68,7 @@ class Plan:
         """For people: lines of at most 100 columns."""
         s, m = self.shape, self.memory
         lines = [
-            f"{self.name}: {self.parameters:,} parameters on {s.world} ranks; memory of rank {self.rank} in a step ({self.engine}):",
+            f"{self.name}: {self.parameters:,} parameters on {s.world} ranks ({self.engine}); memory of rank {self.rank}:",
             f"  {_size(m.peak)}  peak, of which:",
             f"    {_size(m.parameters)}  parameters (this rank's shards)",
             f"    {_size(m.optimizer)}  optimizer state",
@@ -150,13 +150,17 @@ def _run(config: Config, mesh: Mesh) -> tuple[Memory, dict[str, dict[str, int]]]
         if isinstance(engine.model, torch.nn.parallel.DistributedDataParallel):
             engine.model.register_comm_hook(mesh.data, _sum)
         params = list(engine.module.parameters())
-        for p in params:
-            p.grad = torch.zeros_like(p)
-        engine.step(c.lr, c.clip)  # from now on there is optimizer state
-        watch.begin()
-
         size = (micro, attend.layout.size(mesh.cp_rank))
         batch = [torch.zeros(n, dtype=torch.long) for n in (size, size[1:], size)]  # tokens, positions, labels
+
+        # First what only a run's first step does: it makes the optimizer's state, and DTensor tries out each operator
+        if mesh.shape.tp > 1:
+            engine.backward(engine(*batch))
+        else:
+            for p in params:
+                p.grad = torch.zeros_like(p)
+        engine.step(c.lr, c.clip)
+        watch.begin()
         for i in range(seen):
             with engine.accumulate(last=i == seen - 1):
                 loss = engine(*batch) / c.seqlen
@@ -204,7 +208,7 @@ def _alone(world: int, rank: int) -> Iterator[None]:
 
 
 def _sum(group: ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """What DDP does with a bucket of gradients; its own way does not get along with the fake backend, whose futures hold nothing."""
+    """What DDP does with a bucket of gradients; its own way trips over the fake backend, whose futures hold nothing."""
     dist.all_reduce(bucket.buffer(), group=group)
     done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
     done.set_result(bucket.buffer())
@@ -233,6 +237,8 @@ class _Watch(Lifetimes):
         self.remote_peak = 0
 
     def see(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func is torch.ops._c10d_functional.wait_tensor.default:
+            return args[0]  # as it really is; of a fake tensor it would make another
         out = super().see(func, args, kwargs)
         if func.namespace in ("c10d", "_c10d_functional"):
             self._collective(func._schema.name.split("::")[1], func.namespace == "c10d", args)
@@ -241,8 +247,6 @@ class _Watch(Lifetimes):
     def _collective(self, name: str, in_place: bool, args: tuple) -> None:
         kind = next((kind for kind in _KINDS if kind.replace("_", "") in name.replace("_", "")), None)
         if kind is None:
-            if name in ("wait_tensor", "barrier"):
-                return
             raise NotImplementedError(f"the collective {name} is not known here.")
         group = _group(args)
         parts = kind in ("all_gather", "reduce_scatter", "all_to_all")  # c10d's take output, input
@@ -342,7 +346,7 @@ def _group(args: tuple) -> ProcessGroup:
         if isinstance(x, torch.ScriptObject):
             with contextlib.suppress(RuntimeError):  # a box of something else
                 return ProcessGroup.unbox(x)
-    return dist.distributed_c10d._resolve_process_group(next(x for x in reversed(args) if isinstance(x, str)))
+    return dist.distributed_c10d._resolve_process_group(next(x for x in reversed(args) if isinstance(x, str)))  # type: ignore[arg-type]
 
 
 def _sends(kind: str, group: ProcessGroup, message: Any, args: tuple) -> float:

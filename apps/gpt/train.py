@@ -298,8 +298,8 @@ def _train(world, job, checkpoints, watch, say, config, tokens, val, mesh, engin
     if records:
         rates = sorted(r["tokens_per_s"] for r in records)
         say(
-            f"{config.name}: steps {first} to {c.steps - 1} of {c.global_batch} x {c.seqlen} tokens, {c.algorithm} on {world.world} "
-            f"rank(s), {c.dtype}: loss {records[0]['loss']:.4f} -> {records[-1]['loss']:.4f}, "
+            f"{config.name}: steps {first} to {c.steps - 1} of {c.global_batch} x {c.seqlen} tokens, {c.algorithm} on "
+            f"{world.world} rank(s), {c.dtype}: loss {records[0]['loss']:.4f} -> {records[-1]['loss']:.4f}, "
             f"{rates[len(rates) // 2]:,.0f} tokens/s; in {out}"
         )
     else:

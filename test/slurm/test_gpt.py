@@ -53,8 +53,8 @@ def test_a_warning_and_a_crash_lose_nothing(healthy, job):
         assert healthy.await_job(name, timeout=240)["JobState"] == "COMPLETED", log()
         assert healthy.job(name)["Restarts"] == "1"
         assert [r["loss"] for r in read_metrics(run)] == want
-    first, second = read_sessions(out)
+    _, second = read_sessions(out)
     assert 0 < second["start_step"] < 150
     assert f"stopped by SIGUSR1 after {second['start_step']} steps, all saved" in out.with_suffix(".log").read_text()
-    first, second = read_sessions(lost)
+    _, second = read_sessions(lost)
     assert second["start_step"] >= 10 and second["start_step"] % 10 == 0
