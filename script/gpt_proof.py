@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -114,8 +115,11 @@ def kills(out: Path, work: Path, times: int = 20) -> bool:
     for n in range(times):
         process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
-        first = next((int(line.split()[-2]) for line in process.stdout if line.startswith(("resumed", "step "))), 0) if n else 0
-        time.sleep(chance.uniform(0.0, 0.6) + (6 if not n else 0))
+        begun = (re.match(r"step +(\d+)|resumed from .* after (\d+) steps", line) for line in process.stdout)
+        first = next((int(m[1] or m[2]) for m in begun if m), None)
+        if first is None:
+            break  # it had come to its end
+        time.sleep(chance.uniform(0.0, 0.6))
         saving = n % 2 == 1  # half of them while a checkpoint is being written
         end = time.monotonic() + 10
         while saving and not list((run / "checkpoints").glob("*.partial")) and time.monotonic() < end:
@@ -132,8 +136,8 @@ def kills(out: Path, work: Path, times: int = 20) -> bool:
     same_parameters = all(torch.equal(p, other[k]) for k, p in one.items())
     result = {"kills": seen, "losses_bitwise_equal": same, "parameters_bitwise_equal": same_parameters, "torch": torch.__version__}
     (out / "kills.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{times} kills, {sum(k['while_saving'] for k in seen)} of them while saving: bitwise equal {same} {same_parameters}")
-    return same and same_parameters
+    print(f"{len(seen)} kills, {sum(k['while_saving'] for k in seen)} of them while saving: bitwise equal {same} {same_parameters}")
+    return same and same_parameters and len(seen) == times
 
 
 def main() -> int:

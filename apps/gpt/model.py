@@ -114,14 +114,13 @@ class Block(nn.Module):
 
     def _layers(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        return x + self._tiled(self.post_attention_layernorm(x))
-
-    def _tiled(self, x: Tensor) -> Tensor:
-        """The MLP, of one piece of the tokens at a time; the pieces' inner activations never exist together, in backward either."""
+        h = self.post_attention_layernorm(x)
         if self.memory.mlp_tiles == 1:
-            return self.mlp(x)
-        tiles = x.tensor_split(self.memory.mlp_tiles, dim=1)
-        return torch.cat([checkpoint(self.mlp, t, use_reentrant=False, preserve_rng_state=False) for t in tiles], dim=1)
+            return x + self.mlp(h)
+        # One piece of the tokens at a time; the pieces' inner activations never exist together, in backward either.  Each is added
+        # on its own: that waits for its collective under tp, also where a checkpoint around all this stops after the last piece.
+        pieces = zip(x.tensor_split(self.memory.mlp_tiles, 1), h.tensor_split(self.memory.mlp_tiles, 1), strict=True)
+        return torch.cat([a + checkpoint(self.mlp, b, use_reentrant=False, preserve_rng_state=False) for a, b in pieces], dim=1)
 
 
 def _keep_attention(context, op, *args, **kwargs) -> CheckpointPolicy:
