@@ -23,7 +23,8 @@ STEPS = (
     ("Plots", "ringx plot {out}/bench --out {out}/plots"),
 )
 TRAIN = (
-    "apps.gpt.train --preset tiny --nproc {n} --cp {n} --steps 20 --dtype float64 --out {out}/gpt_cp{n} --resume {out}/gpt_cp{n}"
+    "apps.gpt.train --preset tiny --nproc {n} --cp {n} --steps 20 --global-batch 2 --dtype float64"
+    " --out {out}/gpt_cp{n} --resume {out}/gpt_cp{n}"
 )
 
 

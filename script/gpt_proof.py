@@ -102,7 +102,7 @@ def product(out: Path, work: Path) -> bool:
 SMALL = """
 preset: tiny
 model: {dim: 64, layers: 2, ffn: 128}
-train: {seqlen: 64, global_batch: 2, steps: 400, save_every: 2}
+train: {seqlen: 64, global_batch: 2, steps: 400, save_every: 8}
 """
 
 
@@ -119,7 +119,7 @@ def kills(out: Path, work: Path, times: int = 20) -> bool:
         first = next((int(m[1] or m[2]) for m in begun if m), None)
         if first is None:
             break  # it had come to its end
-        time.sleep(chance.uniform(0.0, 0.6))
+        time.sleep(chance.uniform(0.0, 3.0))
         saving = n % 2 == 1  # half of them while a checkpoint is being written
         end = time.monotonic() + 10
         while saving and not list((run / "checkpoints").glob("*.partial")) and time.monotonic() < end:

@@ -73,7 +73,7 @@ def alone(tokens):
 # ---- the same training
 
 
-@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (3, 1, 1), (4, 1, 1)], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 1), (2, 1, 2), (3, 1, 1)], ids=str)
 def test_twenty_steps_equal_one_process(sizes, tokens, alone):
     for rank in trained(Shape(*sizes), config(), tokens):
         expect_same(alone, rank)
@@ -109,18 +109,16 @@ def test_every_algorithm_and_layout(algorithm, layout, tokens):
     expect_same(one, trained(Shape(2), config(steps=3, algorithm=algorithm, layout=layout, overlap=overlap), tokens)[1])
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
 @pytest.mark.parametrize(
-    "how",
+    "optimizer, how",
     [
-        {"checkpointing": "selective"},
-        {"checkpointing": "full", "mlp_tiles": 3},
-        {"checkpointing": "selective", "mlp_tiles": 2, "micro_batch": 1},
-        {"mlp_tiles": 5, "micro_batch": 2, "loss_chunk": 1000},
+        ("adamw", {"checkpointing": "full", "mlp_tiles": 3}),
+        ("adamw", {"checkpointing": "selective", "mlp_tiles": 2, "micro_batch": 1}),
+        ("lamb", {"mlp_tiles": 5, "micro_batch": 2, "loss_chunk": 1000}),
     ],
     ids=str,
 )
-def test_saving_memory_and_accumulating_change_nothing(how, optimizer, tokens):
+def test_saving_memory_and_accumulating_change_nothing(optimizer, how, tokens):
     one = trained(Shape(), config(steps=3, optimizer=optimizer), tokens)[0]
     expect_same(one, trained(Shape(2), config(steps=3, optimizer=optimizer, **how), tokens)[0])
 

@@ -18,11 +18,12 @@ from apps.gpt.flops import flops_per_token, parameters, peak_flops
 from apps.gpt.model import Llama
 from apps.gpt.parallel import Attend, build
 from apps.gpt.plan import _alone, make_plan
+from apps.gpt.train import main
 from ringx import peak
 from ringx.mesh import Mesh, Shape
 from ringx.peak import Lifetimes
 
-MODEL = ModelConfig(dim=128, layers=3, heads=4, kv_heads=2, ffn=384, vocab=512, tied=False)
+MODEL = ModelConfig(dim=128, layers=2, heads=4, kv_heads=2, ffn=384, vocab=512, tied=False)
 
 
 @pytest.fixture(autouse=True)
@@ -73,17 +74,11 @@ def measured(c: Config, shape: Shape) -> list[tuple[int, float, float]]:
     [
         (Shape(), {}),
         (Shape(), {"checkpointing": "selective", "mlp_tiles": 4, "dtype": "bfloat16"}),
-        (Shape(), {"checkpointing": "full", "micro_batch": 1}),
-        (Shape(4), {}),
         (Shape(4), {"checkpointing": "selective", "mlp_tiles": 4}),
         (Shape(4), {"checkpointing": "full", "dtype": "bfloat16", "algorithm": "ringx4"}),
-        (Shape(4), {"algorithm": "ringx2", "dp_engine": "ddp"}),
         (Shape(2, 1, 2), {"checkpointing": "selective", "dp_engine": "ddp", "dtype": "bfloat16"}),
-        (Shape(2, 1, 2), {"mlp_tiles": 2, "global_batch": 8, "micro_batch": 2}),
-        (Shape(2, 1, 2, 2), {"checkpointing": "full"}),
-        (Shape(2, 2), {}),
-        (Shape(2, 2), {"mlp_tiles": 2}),
-        (Shape(2, 2), {"checkpointing": "selective", "dtype": "bfloat16"}),
+        (Shape(2, 1, 2, 2), {"mlp_tiles": 2, "global_batch": 8, "micro_batch": 2}),
+        (Shape(2, 2), {"checkpointing": "selective", "mlp_tiles": 2}),
         (Shape(2, 2), {"checkpointing": "full"}),
     ],
     ids=str,
@@ -159,6 +154,15 @@ def test_8b_at_a_million_tokens_on_4096_ranks():
     assert max(map(len, plan.table().splitlines())) <= 100
     assert json.loads(json.dumps(dataclasses.asdict(plan)))["memory"]["peak"] == plan.memory.peak
     assert plan.table(memory_only=True) == "\n".join(plan.table().splitlines()[:9])
+
+
+@pytest.mark.parametrize("flag", ["--estimate", "--dry-run"])
+def test_the_command(flag, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--preset", "tiny", "--cp", "2", "--dp", "2", flag]) == 0
+    said = capsys.readouterr().out
+    assert "peak, of which" in said and not list(tmp_path.iterdir())
+    assert ("attention forward" in said and "cp 2 x tp 1 x dp 2" in said) == (flag == "--dry-run")
 
 
 def test_refused():

@@ -33,7 +33,8 @@ def head_logits(x: Tensor, head: Tensor) -> Tensor:
 
 def head_loss(x: Tensor, head: Tensor, labels: Tensor, *, chunk: int) -> Tensor:
     """The sum over tokens of the cross-entropy of x [B, S, C] @ head [vocab, C]^T against labels [B, S], in fp32 at least; IGNORE
-    is skipped.  The same on every tp rank."""
+    is skipped, and any other label that is not in the vocabulary makes it NaN (to look for one would wait for the GPU).  The same
+    on every tp rank."""
     weight, group = _local(head)
     dtype = _compute_dtype(x)
     return _HeadLoss.apply(x.flatten(0, 1).to(dtype), weight.to(dtype), labels.flatten(), chunk, group)
@@ -95,7 +96,9 @@ def _chunk(x: Tensor, weight: Tensor, labels: Tensor, group) -> tuple[Tensor, Te
     sums = torch.stack([z.exp_().sum(1), chosen])
     if group is not None:
         dist.all_reduce(sums, group=group)
-    return (sums[0].log() - sums[1]).where(counts, 0.0), z.div_(sums[0][:, None]), local, mine, counts
+    vocab = weight.shape[0] * (1 if group is None else dist.get_world_size(group))
+    losses = (sums[0].log() - sums[1]).where(counts, 0.0).masked_fill(counts & ((labels < 0) | (labels >= vocab)), torch.nan)
+    return losses, z.div_(sums[0][:, None]), local, mine, counts
 
 
 def _local(head: Tensor) -> tuple[Tensor, "dist.ProcessGroup | None"]:
