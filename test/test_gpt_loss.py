@@ -59,7 +59,13 @@ def test_vocabulary_cut_over_ranks(world, problem):
         out = head_loss(mine, weight, labels, chunk=4)
         (2.5 * out).backward()
         dist.all_reduce(mine.grad)  # each rank's is a part of the sum
-        return out.detach(), mine.grad, weight.grad.full_tensor(), head_logits(x, cut(head)), token_losses(x, cut(head), labels, chunk=3)
+        return (
+            out.detach(),
+            mine.grad,
+            weight.grad.full_tensor(),
+            head_logits(x, cut(head)),
+            token_losses(x, cut(head), labels, chunk=3),
+        )
 
     for out, dx, dw, logits, each in run(world, rank):
         for a, b in zip((out, dx, dw), want, strict=True):

@@ -40,6 +40,7 @@ from apps.common.checkpoint import Checkpoints
 from apps.common.engine import Engine
 from apps.common.log import Metrics, expect_loggers, progress, write_header
 from apps.common.schedule import rate
+from apps.common.zero import expect_possible
 from apps.gpt.config import DTYPES, PRESETS, Config, MeshConfig, TrainConfig, load, preset
 from apps.gpt.data import Batch, Loader, Rows, Tokens, cut, dataset_for, expect_window, open_dataset
 from apps.gpt.flops import flops_per_token, parameters, peak_flops
@@ -395,6 +396,8 @@ def _misfits(mesh: MeshConfig, world: int) -> bool:
 def _expect_runnable(job: Job, args: argparse.Namespace) -> None:
     c, m = job.config.train, job.config.model
     expect_loggers(job.tensorboard, job.wandb)
+    kinds = DTYPES[c.dtype], DTYPES[c.reduce_dtype]
+    expect_possible(job.config.mesh.dp_engine, optimizer=c.optimizer, dtype=kinds[0], reduce_dtype=kinds[1])
     device = ringx.launch.detect(device=args.device).device
     if device.type == "cpu":  # can the kernel do it?  (on GPUs the ranks find out: this process need not hold one)
         heads = (m.heads, m.kv_heads)
