@@ -5,6 +5,8 @@
 2. Every algorithm on 1, 2, 4, 8 ranks against fp64.  The ranks are threads on one device that exchange tensors in memory, since
    one GPU cannot run several NCCL ranks: algo/*.py run as they are, only ``ringx.comm``'s five collectives are replaced.
 3. Times: every kernel, and each algorithm's local kernel calls, rank after rank: the compute side only, no communication.
+4. A training step of apps/gpt on one rank, with each way to save activations: loss and gradient norm against fp64 on the CPU,
+   time and peak memory.
 
 Writes one JSON (schema "ringx-gpu-check/1") and prints tables; exit status 1 if an error is above its bound or a kernel that
 says it can do the job fails.  A kernel's own error may be 2 x LIMIT (relative L2); pieces and algorithms 2 x the kernel's own
@@ -61,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         out.write_text(json.dumps(report, indent=1) + "\n")
 
     print(f"{report['device']['name']}, torch {report['torch']}, ringx {report['ringx']} {report['commit'] or ''}")
-    for part in (check_kernels, check_algorithms, time_kernels, time_algorithms):
+    for part in (check_kernels, check_algorithms, time_kernels, time_algorithms, check_training):
         part(report, device, args)  # each prints its table as it goes
         save()  # an interrupted run keeps what it measured
     print(f"\n{out}: {len(misses)} misses" + "".join(f"\n  {m[:96]}" for m in misses))
@@ -511,6 +513,70 @@ def time_algorithms(report: dict, device: torch.device, args: argparse.Namespace
                 )
 
 
+# ---- 4. training
+
+
+def check_training(report: dict, device: torch.device, args: argparse.Namespace) -> None:
+    try:
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+        from apps.gpt.config import Config, ModelConfig, TrainConfig
+        from apps.gpt.flops import flops_per_token
+        from apps.gpt.parallel import Attend, build
+        from ringx.mesh import Mesh, Shape
+    except ImportError as error:
+        report["training"] = {"refused": str(error)}
+        print(f"\ntraining: not tried: {error}")
+        return
+    if args.quick:
+        model, S, reps = ModelConfig(dim=64, layers=2, heads=4, kv_heads=2, ffn=128, vocab=320), 256, 3
+    else:
+        model, S, reps = ModelConfig(dim=2048, layers=4, heads=16, kv_heads=4, ffn=5632, vocab=32000), 16384, 7
+
+    def step(dtype: str, checkpointing: str, on: torch.device, length: int) -> tuple[Callable[[], tuple[float, float]], Any]:
+        config = Config("check", model, TrainConfig(seqlen=length, global_batch=1, dtype=dtype, checkpointing=checkpointing))
+        attend = Attend(config, Mesh.make(Shape()))
+        engine = build(config, Mesh.make(Shape()), attend, on)
+        x = torch.randint(0, model.vocab, (1, length + 1), generator=torch.Generator().manual_seed(0)).to(on)
+        where = torch.arange(length, device=on)
+
+        def once() -> tuple[float, float]:
+            loss = engine(x[:, :-1], where, x[:, 1:]) / length
+            engine.backward(loss)
+            return float(loss.detach()), float(engine.step(1e-4, 1.0))
+
+        return once, engine
+
+    print(f"\n{'training':10}{'S':>7} {'kept':10}{'loss off by':>12}{'norm off by':>12}{'ms':>10}{'TFLOP/s':>9}{'peak GiB':>10}")
+    short, cases = min(S, 512), []
+    want = step("float64", "none", torch.device("cpu"), short)[0]()
+    for checkpointing in ("none", "selective", "full"):
+        case: dict[str, Any] = {"checkpointing": checkpointing, "S": S, "dtype": "bfloat16", "model": dataclasses.asdict(model)}
+
+        def measure(checkpointing=checkpointing) -> dict[str, Any]:
+            got = step("bfloat16", checkpointing, device, short)[0]()
+            once, _ = step("bfloat16", checkpointing, device, S)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            with torch.enable_grad():
+                ms = _median_ms(lambda: torch.enable_grad()(once)(), device, reps)
+            peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+            off = [abs(a - b) / abs(b) for a, b in zip(got, want, strict=True)]
+            work = flops_per_token(model, S).causal * S
+            return {"loss_off": off[0], "norm_off": off[1], "ms": ms, "tflops_causal": work / ms / 1e9, "peak_bytes": peak}
+
+        case |= _tried(measure)
+        cases.append(case)
+        if "failed" in case or case["loss_off"] > 0.01 or case["norm_off"] > 0.05:
+            report["misses"].append(f"training {checkpointing}: {case.get('failed') or (case['loss_off'], case['norm_off'])}")
+        head = f"{'bf16':10}{S:>7} {checkpointing:10}"
+        if "failed" in case:
+            print((head + " ".join(case["failed"].split()))[:100])
+            continue
+        peak = "" if case["peak_bytes"] is None else f"{case['peak_bytes'] / 2**30:10.2f}"
+        print(head + f"{case['loss_off']:12.1e}{case['norm_off']:12.1e}{case['ms']:10.1f}{case['tflops_causal']:9.2f}{peak}")
+    report["training"] = {"cases": cases}
+
+
 # ---- the machine
 
 
@@ -539,6 +605,7 @@ def _machine(device: torch.device, quick: bool) -> dict[str, Any]:
         "limits": {str(dtype).removeprefix("torch."): limit for dtype, limit in LIMIT.items()},
         "kernels": {},
         "algorithms": {"label": LABEL, "cases": []},
+        "training": {},
         "timings": {"label": LABEL, "kernels": [], "algorithms": []},
         "misses": [],
     }
