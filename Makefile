@@ -8,7 +8,7 @@ TORCH  ?= torch==2.13.0
 RUN    := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint grid speed clean
+.PHONY: demo test lint grid speed gpt-proof clean
 
 demo: $(VENV)/installed
 	$(RUN) -m ringx demo --out demo_out
@@ -29,6 +29,14 @@ grid: $(VENV)/installed
 speed: $(VENV)/installed
 	$(RUN) -m ringx bench --nproc 2 --seqlens 8192 --masks causal,full --layouts zigzag --dtypes bf16 --heads 8 --kv-heads 8 --head-dim 64 \
 	    --reps 7 --out demo_out/speed --resume
+
+# What the GPT trainer promises, with real processes: every mesh and algorithm, 20 kills, the cost of a step (half an hour; 2 idle cores).
+# The rows of DeepSpeed need: .venv/bin/pip install -e .[zero]
+gpt-proof: $(VENV)/installed
+	$(RUN) script/gpt_proof.py product --out demo_out/gpt
+	$(RUN) script/gpt_proof.py kills --out demo_out/gpt
+	$(RUN) script/gpt_cost.py cp1 --out demo_out/gpt
+	$(RUN) script/gpt_cost.py cp2 --out demo_out/gpt
 
 # torch first: everything else must then accept the torch that is there.
 $(VENV)/torch:

@@ -131,7 +131,7 @@ def test_four_processes_equal_one_and_any_mesh_goes_on(alone, small, data, tmp_p
     for path in (out / "checkpoints").iterdir():
         if path.name != "step-00000005":
             shutil.rmtree(path)
-    on = [*words[:2], "--resume", out, "--data", data, "--no-tensorboard"]
+    on = [*words[:2], "--resume", out, "--no-tensorboard"]  # the same data, without naming it
     assert "step-00000005, after 5 steps" in ran(*on, "--cp", 2, "--dp", 2, "--nproc", 4, "--save-every", 8)
     assert losses(out) == pytest.approx(losses(alone[0]), rel=1e-9)
     want = parameters(alone[0], 12)

@@ -39,7 +39,7 @@ import ringx
 from apps.common.arguments import Parser
 from apps.common.checkpoint import Checkpoints
 from apps.common.engine import Engine
-from apps.common.log import Metrics, expect_loggers, progress, write_header
+from apps.common.log import Metrics, expect_loggers, progress, read_sessions, write_header
 from apps.common.schedule import rate
 from apps.common.zero import expect_possible
 from apps.gpt.config import DTYPES, PRESETS, Config, MeshConfig, TrainConfig, load, preset
@@ -279,6 +279,7 @@ def _train(world, job, checkpoints, watch, say, config, tokens, val, mesh, engin
     if chief:
         launch = {"world": world.world, "launcher": world.launcher, "backend": world.backend, "device": str(world.device)}
         data = {"source": tokens.source, "tokens": tokens.length, "sha256": tokens.sha256}
+        data["folder"] = str(tokens.folder.resolve())  # for those who go on without naming it
         write_header(out, {"config": as_dict, "launch": launch, "data": data, "loss_unit": "nats per token"}, start_step=first)
     log = Metrics(out if chief else None, start_step=first, tensorboard=job.tensorboard, wandb=job.wandb, config=as_dict)
     with log, progress(c.steps, first, config.name, chief=chief) as show:
@@ -320,8 +321,8 @@ def parser() -> Parser:
         "--preset", help=f"model and training to start from: {', '.join(PRESETS)} (default: the model of --init, or tiny)"
     )
     p.add_argument("--config", metavar="FILE", help="the same from a YAML file, such as a run's config.yaml")
-    p.add_argument("--data", help="text, JSONL, Parquet, a folder of such, or one made by apps/gpt/prepare.py (default: this "
-                   "Python's standard library)")  # fmt: skip
+    p.add_argument("--data", help="text, JSONL, Parquet, a folder of such, or one made by apps/gpt/prepare.py (default: the "
+                   "resumed run's, or this Python's standard library)")  # fmt: skip
     p.add_argument("--out", metavar="DIR", help="folder of the run (default: the resumed one, or gpt_out)")
     p.add_argument("--resume", metavar="DIR", help="go on with the run in DIR from its newest whole checkpoint")
     p.add_argument("--init", metavar="DIR", help="first weights: a Hugging Face Llama folder, a run, or a checkpoint")
@@ -369,7 +370,8 @@ def configure(args: argparse.Namespace) -> tuple[Job, Shape | None]:
     if shape:
         config.expect_fits(shape)
     out = args.out or args.resume or "gpt_out"
-    job = Job(config, out, args.data, args.resume, args.init, args.tensorboard, args.wandb)
+    data = args.data or (data_of(args.resume) if args.resume else None)
+    job = Job(config, out, data, args.resume, args.init, args.tensorboard, args.wandb)
     if not planning:
         _expect_runnable(job, args)
     return job, shape
@@ -384,6 +386,13 @@ def base_of(args: argparse.Namespace) -> Config:
     if args.init and not args.preset and Path(args.init).is_dir():
         return Config(Path(args.init).resolve().name, open_model(args.init).model)
     return preset(args.preset or "tiny")
+
+
+def data_of(run: str) -> str | None:
+    """The prepared folder that a run has read; None if it is not there any more, or the run has none."""
+    sessions = read_sessions(run)
+    folder = sessions[-1].get("data", {}).get("folder") if sessions else None
+    return folder if folder and Path(folder).is_dir() else None
 
 
 def _misfits(mesh: MeshConfig, world: int) -> bool:

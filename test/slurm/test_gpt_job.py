@@ -1,6 +1,6 @@
 """The GPT app as a Slurm job: warned before its time limit it saves, requeues and goes on; so it does when a node crashes.
 
-python -m pytest test/slurm/test_gpt.py
+python -m pytest test/slurm/test_gpt_job.py
 """
 
 import pytest
