@@ -22,5 +22,5 @@ for run in one cp4 1K 4K 16K; do
   mkdir -p "$out/$run"
   cp "$work/$run"/{metrics.jsonl,config.yaml} "$out/$run/"
 done
-"$python" -m apps.common.plot "$out/one" "$out/cp4" --out "$out/longer"
-"$python" -m apps.common.plot "$out/1K" "$out/4K" "$out/16K" --out "$out/contexts"
+"$python" -m apps.common.plot "$out/one" "$out/cp4" --out "$out/plots/longer"
+"$python" -m apps.common.plot "$out/1K" "$out/4K" "$out/16K" --out "$out/plots/contexts"

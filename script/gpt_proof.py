@@ -6,7 +6,7 @@
 product   20 steps of the tiny preset (4 x 512 tokens, the default text) on each mesh with FSDP2 and ringx3, in fp64 (losses and
           every parameter equal one process's to 1e-9) and in fp32 at a constant rate of 3e-4 (losses to 1e-4); each other engine
           on two meshes; each other algorithm on (2, 1, 1) and (4, 1, 1).  Writes product.json and product.md.
-kills     one run of 400 small steps is killed at random moments, also while it saves, and started again; then its curve and its
+kills     one run of 600 small steps is killed at random moments, also while it saves, and started again; then its curve and its
           last parameters are compared, bit for bit, with those of a run that was left alone.  Writes kills.json.
 """
 
@@ -102,7 +102,7 @@ def product(out: Path, work: Path) -> bool:
 SMALL = """
 preset: tiny
 model: {dim: 64, layers: 2, ffn: 128}
-train: {seqlen: 64, global_batch: 2, steps: 400, save_every: 8}
+train: {seqlen: 64, global_batch: 2, steps: 600, save_every: 8}
 """
 
 
@@ -119,7 +119,7 @@ def kills(out: Path, work: Path, times: int = 20) -> bool:
         first = next((int(m[1] or m[2]) for m in begun if m), None)
         if first is None:
             break  # it had come to its end
-        time.sleep(chance.uniform(0.0, 3.0))
+        time.sleep(chance.uniform(0.0, 1.0))
         saving = n % 2 == 1  # half of them while a checkpoint is being written
         end = time.monotonic() + 10
         while saving and not list((run / "checkpoints").glob("*.partial")) and time.monotonic() < end:

@@ -1,6 +1,9 @@
 """Many ranks in one process: real gloo collectives between threads.  Fast where processes are not what is tested."""
 
 import contextlib
+import functools
+import gc
+import sys
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -47,7 +50,18 @@ def attempt(world: int, call: Callable[..., Any], *args: Any, timeout: float = 3
         for t in threads:
             t.join(timeout + 60)
             assert not t.is_alive(), "a rank hangs"
+        if "torch.distributed.tensor" in sys.modules:
+            _forget_meshes()
         return results
+
+
+def _forget_meshes() -> None:
+    """DTensor's caches hold meshes: their gloo groups would keep threads that wake up often and slow down every later test."""
+    for module in [m for name, m in sys.modules.items() if name.startswith("torch.distributed.tensor")]:
+        for function in list(vars(module).values()):
+            if isinstance(function, functools._lru_cache_wrapper):
+                function.cache_clear()
+    gc.collect()
 
 
 @contextlib.contextmanager

@@ -50,7 +50,8 @@ def trained(shape: Shape, c: Config, tokens, **how):
 
 
 def whole(model):
-    return [(n, p.full_tensor() if hasattr(p, "full_tensor") else p) for n, p in model.named_parameters()]
+    # cloned: what nobody looks at is never waited for, and keeps its process group (and threads) alive
+    return [(n, p.full_tensor().clone() if hasattr(p, "full_tensor") else p) for n, p in model.named_parameters()]
 
 
 def expect_same(a, b, tolerance=1e-9):
