@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -301,6 +302,29 @@ def test_data_that_cannot_be_used_is_named_before_the_first_step(arguments, mess
     assert main(["--preset", "tiny", *arguments.format(tmp=tmp_path).split(), "--out", str(out)]) == 2
     printed = capsys.readouterr()
     assert message in printed.err and printed.err.count("\n") == 1 and "step" not in printed.out
+
+
+def test_weights_alone_are_not_resumed(alone, data, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(alone[0], out)
+    for path in (out / "checkpoints").iterdir():
+        about = json.loads((path / "about.json").read_text())
+        del about["data"]
+        (path / "about.json").write_text(json.dumps(about))
+        manifest = json.loads((path / "complete.json").read_text())
+        content = (path / "about.json").read_bytes()
+        manifest["files"]["about.json"] = {"bytes": len(content), "crc32": f"{zlib.crc32(content):08x}"}
+        (path / "complete.json").write_text(json.dumps(manifest))
+    assert main(["--resume", str(out), "--data", str(data)]) == 2
+    assert "begin from them with --init" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_is_one_line_and_nothing_is_saved(small, data, tmp_path):
+    out = tmp_path / "run"
+    words = ["--config", small, "--data", data, "--out", out, "--lr", "1e300", "--clip", 0, "--no-tensorboard"]
+    said = ran("-m", "apps.gpt.train", *words, status=1)
+    assert "lower --lr?" in said and "Traceback" not in said
+    assert not (out / "checkpoints").exists()
 
 
 def test_an_old_run_is_not_overwritten(alone, capsys):

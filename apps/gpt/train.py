@@ -186,9 +186,16 @@ def prepare(world: World, job: Job, checkpoints: Checkpoints, say: Callable[[str
         return folder
 
     prepared = ringx.launch.decide(world, ask)
-    tokens = open_dataset(prepared)
-    if len(set(ringx.launch.gather(tokens.sha256, world))) > 1:
-        raise ValueError(f"--data: the ranks see different files in {prepared}; put it where all nodes see the same.")
+    try:
+        tokens = open_dataset(prepared)
+        mine = tokens.sha256
+    except ValueError as e:  # of this rank alone: another node may not see the folder
+        mine = str(e)
+    if len(seen := set(ringx.launch.gather(mine, world))) > 1:
+        raise ValueError(
+            f"--data: the ranks see different files in {prepared}; put it (or --out) where all nodes see the same. "
+            f"They see: {'; '.join(sorted(seen))}"
+        )
     val = open_dataset(prepared, "val") if c.val_every else None
 
     mesh = Mesh.make(job.config.mesh.fit(world.world), world.device.type)
@@ -238,6 +245,8 @@ def prepare(world: World, job: Job, checkpoints: Checkpoints, say: Callable[[str
 
 def expect_same_run(about: Record, config: Config, tokens: Tokens) -> None:
     """ValueError naming what a checkpoint's run had that this one has not."""
+    if "data" not in about:
+        raise ValueError("--resume: the checkpoint holds weights alone, as convert.py writes; begin from them with --init.")
     then, now = about["config"], dataclasses.asdict(config)
     differ = [k for k in now["model"] if then["model"].get(k) != now["model"][k]]
     if differ:
@@ -293,7 +302,11 @@ def _train(world, job, checkpoints, watch, say, config, tokens, val, mesh, engin
             train(config, tokens, mesh, engine, attend, val=val, first=first, on_step=on_step, before_step=before_step)
             stopped = False
         except Stopped:
-            stopped = True
+            stopped = saved < c.steps
+        except FloatingPointError as e:  # on all ranks
+            if chief:
+                print(f"{PROG}: error: {e}", file=sys.stderr, flush=True)
+            return 1
     checkpoints.finish()
     if stopped:
         say(f"stopped by {watch.told or 'another rank'} after {saved} steps, all saved; go on with --resume {out}")
