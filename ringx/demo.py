@@ -23,7 +23,7 @@ STEPS = (
     ("Plots", "ringx plot {out}/bench --out {out}/plots"),
 )
 TRAIN = (
-    "apps.gpt.train --preset tiny --nproc {n} --cp {n} --steps 20 --global-batch 2 --dtype float64"
+    "apps.gpt.train --preset tiny --nproc {n} --cp {n} --steps 10 --global-batch 2 --dtype float64"
     " --out {out}/gpt_cp{n} --resume {out}/gpt_cp{n}"
 )
 

@@ -81,7 +81,7 @@ def test_twenty_steps_equal_one_process(sizes, tokens, alone):
     assert alone[0][0]["loss"] - alone[0][-1]["loss"] >= 0.3
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", [ORDERS[3], ORDERS[5]])  # test_mesh.py has them all
 def test_any_order_of_the_axes(order, tokens):
     one = trained(Shape(), config(steps=2), tokens)[0]
     expect_same(one, trained(Shape(2, 1, 2, order=order), config(steps=2), tokens)[3])
@@ -102,8 +102,9 @@ def test_ddp(sizes, tokens):
         expect_same(one, rank)
 
 
-@pytest.mark.parametrize("algorithm", sorted(ringx.algorithms()))
-@pytest.mark.parametrize("layout", ["zigzag", "contiguous", "striped"])
+@pytest.mark.parametrize(
+    "algorithm, layout", [*((a, "zigzag") for a in ringx.algorithms()), ("ringx3", "contiguous"), ("ringx4", "striped")]
+)
 def test_every_algorithm_and_layout(algorithm, layout, tokens):
     one = trained(Shape(), config(steps=3), tokens)[0]
     overlap = layout != "contiguous"
