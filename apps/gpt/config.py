@@ -184,6 +184,14 @@ class Config:
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
 
+    def __post_init__(self):
+        c, engine = self.train, self.mesh.dp_engine
+        if c.reduce_dtype != "float32" and (c.dtype != "bfloat16" or engine == "ddp"):
+            raise ValueError(
+                f"reduce_dtype={c.reduce_dtype} is for dtype=bfloat16 with FSDP2 or ZeRO; with dtype={c.dtype} and {engine} "
+                "gradients are summed in their own dtype: leave it out."
+            )
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(asdict(self), sort_keys=False, width=120)
 

@@ -374,7 +374,7 @@ def configure(args: argparse.Namespace) -> tuple[Job, Shape | None]:
     planning = args.estimate or args.dry_run
     if planning:
         m = config.mesh
-        world = max(m.cp, 1) * max(m.tp, 1) * max(m.dp, 1)
+        world = args.nproc or max(m.cp, 1) * max(m.tp, 1) * max(m.dp, 1)
     else:
         world = ringx.launch.world_size(args.nproc) or 0  # 0: this MPI does not say before the ranks have met
         if args.resume and world and not axes & set(flags) and _misfits(config.mesh, world):
