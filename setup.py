@@ -18,7 +18,7 @@ extras = {
     # transformers: an independent Llama to compare with; mpich: a real mpiexec for the launch tests
     # nbclient, nbformat, ipykernel: the notebooks in results/ are executed
     "dev": [
-        *("pytest>=8", "ruff>=0.17", "mypy>=1.11", "pre-commit>=3"),
+        *("pytest>=8", "pytest-xdist>=3.5", "ruff>=0.17", "mypy>=1.11", "pre-commit>=3"),
         *("transformers>=5", "mpi4py>=4", "mpich", "nbclient>=0.10", "nbformat>=5", "ipykernel>=6"),
     ],
 }

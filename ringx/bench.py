@@ -153,7 +153,7 @@ def add_matrix(parser: argparse._ActionsContainer) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    with Watch(at_once=not launch.launched()) as watch:  # a process that only waits for ranks that it started stops at once
+    with Watch() as watch:
         return _main(args, watch)
 
 
@@ -171,7 +171,8 @@ def _main(args: argparse.Namespace, watch: Watch) -> int:
         for world, group in itertools.groupby(todo, key=lambda c: c.world):
             mine = list(group)
             job = Job(args.out, options, labels, passes_before, passes)
-            told = launch.run(measure, world, mine, job, device=args.device, threads=args.threads, timeout=args.timeout)[0]
+            with watch.at_once(not me):  # a process that only waits for ranks that it started
+                told = launch.run(measure, world, mine, job, device=args.device, threads=args.threads, timeout=args.timeout)[0]
             passes_before += sum(_passes(c) for c in mine)
             if told:
                 break

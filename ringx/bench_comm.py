@@ -203,7 +203,7 @@ def add_matrix(parser: argparse._ActionsContainer) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    with Watch(at_once=not launch.launched()) as watch:
+    with Watch() as watch:
         me = launch.init(device=args.device, timeout=args.timeout) if launch.launched() else None
         names, faults = examine(args)
         worlds = _worlds(args, me.world if me else None, faults)
@@ -213,7 +213,8 @@ def main(args: argparse.Namespace) -> int:
         told = None
         try:
             for world in worlds:
-                told = launch.run(measure, world, names, args, device=args.device, timeout=args.timeout)[0]
+                with watch.at_once(not me):
+                    told = launch.run(measure, world, names, args, device=args.device, timeout=args.timeout)[0]
                 if told:
                     break
         except KeyboardInterrupt:

@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 
 STEPS = (
-    ("Exactness", "ringx verify --nproc {ranks} --seqlens 256,251 --json {out}/verify.json"),
+    ("Exactness", "ringx verify --nproc {ranks} --seqlens 256,251 --dtypes fp64,fp32 --json {out}/verify.json"),
     (
         "Time and bytes",
-        "ringx bench --nproc {ranks} --seqlens 1024,2048 --masks causal --dtypes bf16 --heads 8 --kv-heads 8 --head-dim 64"
+        "ringx bench --nproc {ranks} --seqlens 1024,2048 --masks causal --dtypes fp32 --heads 8 --kv-heads 8 --head-dim 64"
         " --reps 3 --out {out}/bench --resume",
     ),
     ("Plots", "ringx plot {out}/bench --out {out}/plots"),

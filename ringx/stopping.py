@@ -9,8 +9,10 @@ SIGUSR1 is what `sbatch --signal=B:USR1@120` sends to the batch script two minut
 the ranks.  A program that stopped like this ends with status AGAIN: what it has done is kept, and starting it again does the rest.
 """
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ import torch.distributed as dist
 
 from . import launch
 from .agree import cpu_group
-from .comm import Group
+from .comm import Group, Pending
 
 AGAIN = 75  # exit status: stopped early, start it again (EX_TEMPFAIL of sysexits.h)
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
@@ -33,13 +35,10 @@ _told: str | None = None  # once told, this process stays told
 
 class Watch:
     """While it is entered, SIGNALS only set a flag; a second SIGTERM ends the process.  Has no effect in threads other than the
-    main one, which get no signals.
+    main one, which get no signals."""
 
-    at_once: raise KeyboardInterrupt where the signal finds the process, instead of waiting for ``meet``: for a process that only
-        waits for others."""
-
-    def __init__(self, at_once: bool = False):
-        self._at_once = at_once
+    def __init__(self) -> None:
+        self._at_once = False
         self._before: dict[int, Any] = {}
 
     @property
@@ -65,10 +64,32 @@ class Watch:
         if self._at_once:
             raise KeyboardInterrupt
 
+    @contextlib.contextmanager
+    def at_once(self, when: bool) -> Iterator[None]:
+        """Inside, and if ``when``, the signal raises KeyboardInterrupt where it finds the process, and so does one that came
+        before: for a process that only waits for others and does not ``meet`` them."""
+        self._at_once = when
+        try:
+            if when and self.told:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._at_once = False
+
     def meet(self, world: launch.World) -> None:
-        """Waits for all ranks.  Raises Stopped on all of them if one was told to stop before it came here."""
+        """Waits for all ranks.  Raises Stopped on all of them if one was told to stop before it came here.
+
+        Raises:
+            PeerError: a rank did not come within the group's timeout."""
         told = torch.tensor([int(self.told is not None)])
         if world.world > 1:
-            dist.all_reduce(told, dist.ReduceOp.MAX, group=cpu_group(Group.of(None)))
+            group = Group.of(None)
+            pg = cpu_group(group)
+            Pending(
+                group,
+                "the meeting of all ranks between two pieces of work",
+                lambda: dist.all_reduce(told, dist.ReduceOp.MAX, group=pg, async_op=True),
+                told,
+            ).wait()
         if told.item():
             raise Stopped

@@ -105,7 +105,10 @@ def test_as_a_module_and_version():
 
 def test_demo(tmp_path, capfd, monkeypatch):
     """The demo's steps at a small size; `make demo` (in CI) runs them as they are."""
-    small = {"--seqlens 256,251": "--seqlens 16 --algorithms ringx3 --dtypes fp64", "--seqlens 1024,2048": "--seqlens 64"}
+    small = {
+        "--seqlens 256,251 --dtypes fp64,fp32": "--seqlens 16 --algorithms ringx3 --dtypes fp64",
+        "--seqlens 1024,2048": "--seqlens 64",
+    }
     for old, new in small.items():
         assert sum(old in command for _, command in demo.STEPS) == 1
         monkeypatch.setattr(demo, "STEPS", tuple((title, command.replace(old, new)) for title, command in demo.STEPS))

@@ -15,6 +15,7 @@ import ranks
 import torch
 
 from ringx import launch, records, stopping
+from ringx.comm import PeerError
 
 ROOT = Path(__file__).parent.parent
 BENCH = [
@@ -53,6 +54,16 @@ def test_one_rank_is_told_and_all_stop_at_the_same_place(monkeypatch):
     assert ranks.run(world, rank_main) == [3, 3, 3]
 
 
+def test_a_rank_that_does_not_come_is_named_as_in_any_other_collective():
+    def rank_main(rank):
+        me = launch.World(rank, 2, rank, 2, torch.device("cpu"), "gloo", "threads", "", 0)
+        if rank == 0:
+            stopping.Watch().meet(me)
+
+    error = ranks.attempt(2, rank_main, timeout=1)[0]
+    assert isinstance(error, PeerError) and "the meeting of all ranks" in str(error) and "failed on rank 0 of 2" in str(error)
+
+
 def test_signals_are_left_alone_outside():
     program = (
         "import os,signal\nfrom ringx.stopping import Watch\n"
@@ -60,10 +71,11 @@ def test_signals_are_left_alone_outside():
         "assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL\n"
         "with Watch() as w:\n    os.kill(os.getpid(), signal.SIGUSR1); os.kill(os.getpid(), signal.SIGUSR1); print(w.told)\n"
         "os.kill(os.getpid(), signal.SIGUSR1); print('still here')\n"  # the batch script repeats it until the end
-        "with Watch() as w: print(w.told)\n"
+        "with Watch() as w:\n    print(w.told)\n    with w.at_once(False): print('goes on')\n"
+        "    try:\n        with w.at_once(True): print('waits')\n    except KeyboardInterrupt: print('does not wait')\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.stdout.split("\n")[:3] == ["SIGUSR1", "still here", "SIGUSR1"], done.stderr
+    assert done.stdout.split("\n")[:-1] == ["SIGUSR1", "still here", "SIGUSR1", "goes on", "does not wait"], done.stderr
 
 
 @pytest.mark.parametrize("number", stopping.SIGNALS)
