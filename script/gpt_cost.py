@@ -23,7 +23,8 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import ringx
-from apps.gpt.config import Config, MeshConfig, ModelConfig, TrainConfig
+from apps.common.config import MeshConfig
+from apps.gpt.config import Config, ModelConfig, TrainConfig
 from apps.gpt.parallel import Attend, build
 from ringx.mesh import Mesh, Shape
 

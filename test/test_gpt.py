@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from ranks import attempt, run
 
 import ringx
-from apps.gpt.config import Config, MeshConfig, ModelConfig, TrainConfig
+from apps.common.config import MeshConfig
+from apps.gpt.config import Config, ModelConfig, TrainConfig
 from apps.gpt.data import open_dataset
 from apps.gpt.model import Llama
 from apps.gpt.parallel import Attend, build

@@ -19,8 +19,9 @@ import torch
 from ranks import run
 
 import ringx
+from apps.common.loader import Loader
 from apps.gpt import data, prepare
-from apps.gpt.data import Loader, Rows, dataset_for, expect_window, load_tokenizer, open_dataset
+from apps.gpt.data import Rows, dataset_for, expect_window, load_tokenizer, open_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYOUTS = ("zigzag", "contiguous", "striped")
@@ -281,11 +282,11 @@ def test_labels_and_positions_at_shard_edges(layout, world, seqlen, tmp_path):
 def test_the_loader_works_ahead(default):
     tokens, begun = open_dataset(default), [threading.Event() for _ in range(5)]
 
-    def make(given: data.Tokens, step: int) -> Rows:
+    def make(step: int) -> Rows:
         begun[step].set()
-        return given.rows(step, global_batch=2, seqlen=8, seed=0, rows=range(2))
+        return tokens.rows(step, global_batch=2, seqlen=8, seed=0, rows=range(2))
 
-    with Loader(tokens, make, 1, stop=5) as loader:
+    with Loader(make, 1, stop=5) as loader:
         first = next(loader)
         assert begun[2].wait(10) and not begun[0].is_set()  # nobody has asked for it yet
         time.sleep(0.05)
@@ -295,20 +296,20 @@ def test_the_loader_works_ahead(default):
     assert len(got) == 4 and all(torch.equal(a.tokens, b.tokens) for a, b in zip(got, want, strict=True))
 
 
-def test_the_loader_says_how_long_it_was_waited_for(default):
-    with Loader(open_dataset(default), lambda tokens, step: time.sleep(0.2) or step, 7) as loader:
+def test_the_loader_says_how_long_it_was_waited_for():
+    with Loader(lambda step: time.sleep(0.2) or step, 7) as loader:
         assert next(loader) == 7 and 0.1 < loader.waited < 5
         time.sleep(0.4)
         assert next(loader) == 8 and loader.waited < 0.1 < loader.waited_total
 
 
-def test_the_loader_hands_errors_on_and_closes(default):
-    def make(tokens, step):
+def test_the_loader_hands_errors_on_and_closes():
+    def make(step):
         if step == 2:
             raise ValueError("broken at 2")
         return step
 
-    with pytest.raises(ValueError, match="broken at 2"), Loader(open_dataset(default), make, 0) as loader:
+    with pytest.raises(ValueError, match="broken at 2"), Loader(make, 0) as loader:
         assert [next(loader), next(loader)] == [0, 1]
         next(loader)
     assert not [t for t in threading.enumerate() if t.name.startswith("loader")]

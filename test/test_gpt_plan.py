@@ -13,11 +13,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import ringx
-from apps.gpt.config import Config, MeshConfig, ModelConfig, TrainConfig, preset
-from apps.gpt.flops import flops_per_token, parameters, peak_flops
+from apps.common.config import MeshConfig
+from apps.common.flops import peak_flops
+from apps.common.plan import _alone
+from apps.gpt.config import Config, ModelConfig, TrainConfig, preset
+from apps.gpt.flops import flops_per_token, parameters
 from apps.gpt.model import Llama
 from apps.gpt.parallel import Attend, build
-from apps.gpt.plan import _alone, make_plan
+from apps.gpt.plan import make_plan
 from apps.gpt.train import main
 from ringx import peak
 from ringx.mesh import Mesh, Shape

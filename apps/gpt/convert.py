@@ -21,7 +21,8 @@ if __package__ in (None, ""):  # run as a file, not as a module
 
 from apps.common.arguments import Parser
 from apps.common.checkpoint import Checkpoints
-from apps.gpt.config import DTYPES, SHORT, Config, TrainConfig
+from apps.common.config import DTYPES, SHORT
+from apps.gpt.config import Config, TrainConfig
 from apps.gpt.huggingface import TOKENIZER, Source, copy_tokenizer, expect_new, open_model, save, shapes
 
 

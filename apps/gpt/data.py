@@ -14,13 +14,11 @@ Nothing here is read whole: shards are mapped, and windows copied out of them.
 
 import hashlib
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,9 +30,6 @@ INDEX = "dataset.json"
 VERSION = 1  # of the folder's format; another one is refused
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 REPAIR = "delete the folder and prepare it again"
-
-T = TypeVar("T")
-
 
 # ---- tokenizers
 
@@ -364,47 +359,3 @@ def cut(
     """This rank's part of global rows [B, S].  Local, no communication."""
     tokens, labels, documents = (ringx.shard(x, group=group, layout=layout).to(device) for x in rows)
     return Batch(tokens, labels, ringx.positions(rows.tokens.shape[1], group=group, layout=layout).to(device), documents)
-
-
-class Loader(Generic[T]):
-    """make_batch(tokens, step) for step = first_step, first_step + 1, ... (up to `stop`): the next one is made by a thread
-    while this one is used.
-
-    What the thread raises, next() raises.  `make_batch` must not communicate; let it read rows and ``cut`` them afterwards.
-    Use as a context manager: closing waits for the thread."""
-
-    def __init__(self, tokens: Tokens, make_batch: Callable[[Tokens, int], T], first_step: int, stop: "int | None" = None):
-        self.waited = 0.0  # seconds that the last next() waited
-        self.waited_total = 0.0  # seconds
-        self._tokens, self._make, self._step, self._stop = tokens, make_batch, first_step, stop
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
-        self._coming: "Future[T] | None" = self._begin()  # noqa: UP037
-
-    def _begin(self) -> "Future[T] | None":
-        if self._stop is not None and self._step >= self._stop:
-            return None
-        return self._thread.submit(self._make, self._tokens, self._step)
-
-    def __iter__(self) -> Iterator[T]:
-        return self
-
-    def __next__(self) -> T:
-        if self._coming is None:
-            raise StopIteration
-        began = time.perf_counter()
-        batch = self._coming.result()
-        self.waited = time.perf_counter() - began
-        self.waited_total += self.waited
-        self._step += 1
-        self._coming = self._begin()
-        return batch
-
-    def close(self) -> None:
-        self._coming = None
-        self._thread.shutdown(cancel_futures=True)
-
-    def __enter__(self) -> "Loader[T]":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -31,7 +31,7 @@ if __package__ in (None, ""):  # run as a file, not as a module
 
 import ringx
 from apps.common.arguments import Parser
-from apps.gpt.config import DTYPES, SHORT
+from apps.common.config import DTYPES, SHORT
 from apps.gpt.data import Tokens, cut, expect_window, load_tokenizer, open_dataset
 from apps.gpt.generate import attending
 from apps.gpt.huggingface import open_model, open_tokenizer
@@ -112,7 +112,7 @@ def evaluate(
                 rows = tokens.take(range(i * pieces, (i + 1) * pieces), context)  # the same tokens as one long window
                 mine = cut(rows, layout=sharding, group=group, device=device)
                 x = model.hidden(mine.tokens, mine.positions)
-                sums[:, mine.positions] += token_losses(x, model.head, mine.labels, chunk=model.memory.loss_chunk)
+                sums[:, mine.positions] += token_losses(x, model.head, mine.labels, chunk=model.loss_chunk)
         if peers.world > 1:
             dist.all_reduce(sums, group=group)  # of each position, all but one are 0
         means[context] = sums.flatten().cpu() / windows

@@ -4,30 +4,21 @@ Parameters are named as in Hugging Face's LlamaForCausalLM (without its leading 
 """
 
 import math
-import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from apps.common.memory import Memory
+from apps.common.weights import seeded_normal
 
 from .config import ModelConfig
 from .loss import gather_sequence, head_logits, head_loss
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B, S, H, D], k and v [B, S, Hkv, D] -> [B, S, H, D], causal
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What is kept for the backward and what is computed again; ``TrainConfig`` documents the fields."""
-
-    checkpointing: str = "none"
-    loss_chunk: int = 1024
-    mlp_tiles: int = 1
-    offload: bool = False
+NOTHING_AGAIN = Memory()
 
 
 def frequencies(c: ModelConfig, device: "torch.device | str" = "cpu") -> Tensor:
@@ -101,52 +92,32 @@ class Block(nn.Module):
         self.memory = memory
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        # checkpointed in here and not around the block, so that what wraps the block (FSDP's gathering) happens once a pass
-        if self.memory.checkpointing == "none" or not torch.is_grad_enabled():
-            return self._layers(x, cos, sin)
-        again = partial(checkpoint, self._layers, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
-        if self.memory.checkpointing == "selective":
-            again = partial(again, context_fn=partial(create_selective_checkpoint_contexts, _keep_attention))
-        if self.memory.offload:
-            with torch.autograd.graph.save_on_cpu(pin_memory=x.device.type != "cpu"):
-                return again()
-        return again()
+        return self.memory.block(self._layers, x, cos, sin)
 
     def _layers(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        h = self.post_attention_layernorm(x)
-        if self.memory.mlp_tiles == 1:
-            return x + self.mlp(h)
-        # One piece of the tokens at a time; the pieces' inner activations never exist together, in backward either.  Each is added
-        # on its own: that waits for its collective under tp, also where a checkpoint around all this stops after the last piece.
-        pieces = zip(x.tensor_split(self.memory.mlp_tiles, 1), h.tensor_split(self.memory.mlp_tiles, 1), strict=True)
-        return torch.cat([a + checkpoint(self.mlp, b, use_reentrant=False, preserve_rng_state=False) for a, b in pieces], dim=1)
-
-
-def _keep_attention(context, op, *args, **kwargs) -> CheckpointPolicy:
-    """Selective checkpointing: attention's result is kept (its remote blocks are not fetched again); the rest is cheap to redo."""
-    return CheckpointPolicy.MUST_SAVE if op is torch.ops.ringx.attention.default else CheckpointPolicy.PREFER_RECOMPUTE
+        return self.memory.add_mlp(x, self.mlp, self.post_attention_layernorm(x))
 
 
 class Llama(nn.Module):
-    def __init__(self, c: ModelConfig, attend: Attend, memory: Memory = Memory()):
+    def __init__(self, c: ModelConfig, attend: Attend, memory: Memory = NOTHING_AGAIN, loss_chunk: int = 1024):
         super().__init__()
-        self.config, self.memory = c, memory
+        self.config, self.loss_chunk = c, loss_chunk
         self.embed_tokens = nn.Embedding(c.vocab, c.dim)
         self.layers = nn.ModuleList(Block(c, attend, memory) for _ in range(c.layers))
         self.norm = RMSNorm(c.dim, c.norm_eps)
         self.lm_head = None if c.tied else nn.Linear(c.dim, c.vocab, bias=False)
 
     @classmethod
-    def empty(cls, c: ModelConfig, attend: Attend, memory: Memory = Memory(), dtype: torch.dtype = torch.float32) -> "Llama":
+    def empty(cls, c: ModelConfig, attend: Attend, *how: Any, dtype: torch.dtype = torch.float32) -> "Llama":
         """A model without memory for its parameters (meta device), to be cut over ranks first."""
         with torch.device("meta"):
-            return cls(c, attend, memory).to(dtype)
+            return cls(c, attend, *how).to(dtype)
 
     @classmethod
-    def make(cls, c: ModelConfig, attend: Attend, *, seed: int, dtype: torch.dtype, memory: Memory = Memory()) -> "Llama":
+    def make(cls, c: ModelConfig, attend: Attend, *, seed: int, dtype: torch.dtype) -> "Llama":
         """A new model in this process alone."""
-        model = cls.empty(c, attend, memory, dtype).to_empty(device="cpu")
+        model = cls.empty(c, attend, dtype=dtype).to_empty(device="cpu")
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p.copy_(first_weight(name, p.shape, c, seed))
@@ -156,7 +127,7 @@ class Llama(nn.Module):
         """tokens [B, S] and their global positions [S], in any order that `attend` knows -> logits [B, S, vocab]; with `labels`
         [B, S] the sum of the tokens' cross-entropies instead (fp32 at least), without ever holding all logits."""
         x = self.hidden(tokens, positions)
-        return head_logits(x, self.head) if labels is None else head_loss(x, self.head, labels, chunk=self.memory.loss_chunk)
+        return head_logits(x, self.head) if labels is None else head_loss(x, self.head, labels, chunk=self.loss_chunk)
 
     def hidden(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """[B, S, C]: what the output projection is applied to."""
@@ -178,9 +149,4 @@ def first_weight(name: str, shape: torch.Size, c: ModelConfig, seed: int) -> Ten
     if len(shape) == 1:
         return torch.ones(shape)
     std = 0.02 / (2 * c.layers) ** 0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
-    return torch.randn(shape, generator=torch.Generator().manual_seed(_mix(f"{seed} {name}"))) * std
-
-
-def _mix(text: str) -> int:
-    """32 bits of a hash: no more of a seed is heeded by the CPU's generator."""
-    return zlib.crc32(text.encode())
+    return seeded_normal(name, shape, seed) * std

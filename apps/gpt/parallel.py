@@ -7,7 +7,6 @@ a tp rank holds S / cp / tp tokens there, and S / cp tokens of some heads in att
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch.distributed.tensor import Replicate, Shard
@@ -20,14 +19,14 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-import ringx
 from apps.common.engine import Engine
-from apps.common.optim import make_optimizer
-from apps.common.zero import STAGES, ZeroEngine
+from apps.common.memory import Memory
+from apps.common.parallel import Attend as SequenceAttend
+from apps.common.parallel import kept_dtype, make_engine
 from ringx.mesh import Mesh
 
-from .config import DTYPES, Config
-from .model import Llama, Memory, first_weight
+from .config import Config
+from .model import Llama, first_weight
 
 
 def cut_over_tp(model: Llama, mesh: Mesh) -> None:
@@ -57,31 +56,11 @@ def cut_over_tp(model: Llama, mesh: Mesh) -> None:
     parallelize_module(model, mesh.device_mesh["tp"], plan)
 
 
-class Attend:
-    """ringx's attention over the cp group.  `check` compares each call with the other ranks' first: one small message."""
+class Attend(SequenceAttend):
+    """Causal attention over a configuration's sequences."""
 
     def __init__(self, config: Config, mesh: Mesh):
-        c = config.train
-        self.check = True
-        self.layout = ringx.Sharding(c.seqlen, mesh.shape.cp, c.layout)
-        self._how: dict[str, Any] = {
-            "group": mesh.cp,
-            "algorithm": c.algorithm,
-            "causal": True,
-            "layout": self.layout,
-            "kernel": c.kernel,
-            "overlap": c.overlap,
-        }
-
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out = ringx.attention(q, k, v, check=self.check, **self._how)
-        assert isinstance(out, torch.Tensor)
-        return out
-
-
-def memory_of(config: Config) -> Memory:
-    c = config.train
-    return Memory(c.checkpointing, c.loss_chunk, c.mlp_tiles, c.offload)
+        super().__init__(config.train, mesh, seqlen=config.train.seqlen, causal=True)
 
 
 def build(
@@ -97,24 +76,9 @@ def build(
     weights: "new" for those of the seed, a function (name, shape) -> full tensor, or None to leave them as they come.
     allocating: as of Engine."""
     c = config.train
-    dtype = DTYPES[c.dtype]
-    model = Llama.empty(config.model, attend, memory_of(config), torch.promote_types(dtype, torch.float32))
+    model = Llama.empty(config.model, attend, Memory.of(c), c.loss_chunk, dtype=kept_dtype(c))
     cut_over_tp(model, mesh)
     if weights == "new":
         weights = lambda name, shape: first_weight(name, shape, config.model, c.seed)  # noqa: E731
     assert not isinstance(weights, str)
-    zero = config.mesh.dp_engine in STAGES and mesh.data_mesh is not None and mesh.data_mesh.size() > 1
-    return (ZeroEngine if zero else Engine)(
-        model,
-        mesh,
-        config.mesh.dp_engine,
-        blocks=model.layers,
-        weights=weights,
-        make_optimizer=lambda params: make_optimizer(
-            c.optimizer, params, lr=c.lr, weight_decay=c.weight_decay, betas=(c.beta1, c.beta2), eps=c.eps
-        ),
-        dtype=dtype,
-        reduce_dtype=DTYPES[c.reduce_dtype],
-        device=device,
-        allocating=allocating,
-    )
+    return make_engine(config, model, mesh, blocks=model.layers, weights=weights, device=device, allocating=allocating)

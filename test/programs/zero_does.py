@@ -7,7 +7,8 @@ from torch.distributed.tensor import DTensor
 
 import ringx
 from apps.common.checkpoint import Checkpoints
-from apps.gpt.config import Config, MeshConfig, ModelConfig, TrainConfig
+from apps.common.config import MeshConfig
+from apps.gpt.config import Config, ModelConfig, TrainConfig
 from apps.gpt.model import first_weight
 from apps.gpt.parallel import Attend, build
 from ringx.mesh import Mesh, Shape

@@ -1,0 +1,72 @@
+"""What every model here is put together with: attention over the cp group, and an engine over the ranks with other data."""
+
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+import ringx
+from ringx.mesh import Mesh
+
+from .config import DTYPES, RunConfig, Training
+from .engine import Engine
+from .optim import make_optimizer
+from .zero import STAGES, ZeroEngine
+
+
+class Attend:
+    """ringx's attention over the cp group, of sequences of `seqlen` tokens.  `check` compares each call with the other ranks'
+    first: one small message."""
+
+    def __init__(self, c: Training, mesh: Mesh, *, seqlen: int, causal: bool):
+        self.check = True
+        self.layout = ringx.Sharding(seqlen, mesh.shape.cp, c.layout)
+        self._how: dict[str, Any] = {
+            "group": mesh.cp,
+            "algorithm": c.algorithm,
+            "causal": causal,
+            "layout": self.layout,
+            "kernel": c.kernel,
+            "overlap": c.overlap,
+        }
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out = ringx.attention(q, k, v, check=self.check, **self._how)
+        assert isinstance(out, torch.Tensor)
+        return out
+
+
+def make_engine(
+    config: RunConfig,
+    model: nn.Module,
+    mesh: Mesh,
+    *,
+    blocks: Iterable[nn.Module],
+    weights: "Callable[[str, torch.Size], torch.Tensor] | None",
+    device: "torch.device | str" = "cpu",
+    allocating: "contextlib.AbstractContextManager | None" = None,
+) -> Engine:
+    """The engine that a configuration asks for; collective.  The other arguments are the Engine's."""
+    c = config.train
+    zero = config.mesh.dp_engine in STAGES and mesh.data_mesh is not None and mesh.data_mesh.size() > 1
+    return (ZeroEngine if zero else Engine)(
+        model,
+        mesh,
+        config.mesh.dp_engine,
+        blocks=blocks,
+        weights=weights,
+        make_optimizer=lambda params: make_optimizer(
+            c.optimizer, params, lr=c.lr, weight_decay=c.weight_decay, betas=(c.beta1, c.beta2), eps=c.eps
+        ),
+        dtype=DTYPES[c.dtype],
+        reduce_dtype=DTYPES[c.reduce_dtype],
+        device=device,
+        allocating=allocating,
+    )
+
+
+def kept_dtype(c: Training) -> torch.dtype:
+    """In which parameters, gradients and optimizer are kept."""
+    return torch.promote_types(DTYPES[c.dtype], torch.float32)
