@@ -54,9 +54,13 @@ def test_a_shaped_link_carries_so_much_and_no_more(cluster):
 
 
 def test_a_node_that_crashes_comes_back(healthy):
+    """Its neighbours, who had spoken with it before, reach its slurmd as soon as `boot` returns."""
+    knock = ("node", 7, "timeout", "1", "bash", "-c", "echo > /dev/tcp/10.77.0.18/6818")
+    healthy(*knock)
     healthy("crash", 8)
     said = healthy("crash", 8, check=False)
     assert "n8 is down already" in said
     healthy("boot", 8)
+    healthy(*knock)
     healthy("wait", 30)
     assert re.search(r"n8\s+1\s+main\*\s+idle", healthy("status"))
