@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 
 import ringx
 from apps.common.checkpoint import Checkpoints
+from apps.common.weights import CheckpointWeights
 from apps.gpt import convert
 from apps.gpt.config import Config, ModelConfig, TrainConfig
-from apps.gpt.huggingface import CheckpointWeights, Weights, model_config, open_model, open_tokenizer, save, shapes, weights_for
+from apps.gpt.huggingface import Weights, model_config, open_model, open_tokenizer, save, shapes, weights_for
 from apps.gpt.parallel import Attend, build
 from ringx.mesh import Mesh, Shape
 
@@ -99,7 +100,7 @@ def logits(folder, cp=1, tp=1):
         mesh = Mesh.make(Shape(cp=cp, tp=tp))
         attend = Attend(config, mesh)
         weights = Weights(folder)
-        weights.check(config.model)
+        weights.check(shapes(config.model))
         engine = build(config, mesh, attend, weights=weights)
         mine = ringx.shard(tokens(), group=mesh.cp, layout=attend.layout)
         with torch.no_grad():
@@ -223,7 +224,7 @@ def test_reads_lazily_one_file_or_many(tmp_path):
         stored = Weights(tmp_path / folder)
         same({name: stored(name, x.shape) for name, x in weights.items()}, weights)
     stored = Weights(tmp_path / "many")
-    stored.check(MODEL)
+    stored.check(shapes(MODEL))
     for file in (tmp_path / "many").glob("model-*.safetensors"):
         if "model.norm.weight" not in load_file(file):
             file.unlink()
@@ -236,9 +237,9 @@ def test_what_is_left_out(tmp_path):
     file = tmp_path / "hf" / "model.safetensors"
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8), "lm_head.weight": torch.ones(MODEL.vocab, MODEL.dim)}
     save_file(load_file(file) | extra, file)
-    Weights(tmp_path / "hf").check(MODEL)
+    Weights(tmp_path / "hf").check(shapes(MODEL))
     with pytest.raises(ValueError, match=r"lm_head\.weight is missing"):
-        Weights(tmp_path / "hf").check(replace(MODEL, tied=False))
+        Weights(tmp_path / "hf").check(shapes(replace(MODEL, tied=False)))
 
 
 def test_tokenizer_goes_along(tmp_path):
@@ -341,7 +342,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(written):
     names = {"model.norm.weight": None, "model.extra": torch.ones(1), "model.layers.1.mlp.up_proj.weight": torch.ones(3, 4)}
     edit(written, **names)
     with pytest.raises(ValueError) as refusal:
-        Weights(written).check(MODEL)
+        Weights(written).check(shapes(MODEL))
     for part in ("norm.weight is missing", "extra is unexpected", "layers.1.mlp.up_proj.weight is [3, 4], not [48, 32]"):
         assert part in str(refusal.value)
     with pytest.raises(ValueError, match=r"norm\.weight is missing"):
@@ -349,7 +350,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(written):
     with pytest.raises(ValueError, match=r"\[3, 4\], not \[5\]"):
         Weights(written)("layers.1.mlp.up_proj.weight", torch.Size([5]))
     with pytest.raises(ValueError, match="and 18 more"):
-        Weights(written).check(replace(MODEL, layers=4))
+        Weights(written).check(shapes(replace(MODEL, layers=4)))
 
 
 def test_weights_for_another_model_are_refused(written):

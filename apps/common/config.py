@@ -167,11 +167,11 @@ class RunConfig:
         return asdict(self)  # type: ignore[call-overload]
 
     def changed(self: "C", flags: Mapping[str, Any]) -> "C":
-        """With these fields of its parts, but for the model's, in place of its own."""
+        """With these values in place of those of its options."""
         parts = {}
-        for part in parts_of(type(self)):
-            names = {f.name for f in dataclasses.fields(getattr(self, part))}
-            if part != "model" and (values := {k: v for k, v in flags.items() if k in names}):
+        for part, kind in parts_of(type(self)).items():
+            names = {f.name for f in dataclasses.fields(kind) if "help" in f.metadata}
+            if values := {k: v for k, v in flags.items() if k in names}:
                 parts[part] = replace(getattr(self, part), **values)
         return replace(self, **parts)  # type: ignore[type-var]
 
@@ -200,6 +200,12 @@ C = TypeVar("C", bound=RunConfig)
 def parts_of(kind: type[RunConfig]) -> dict[str, Any]:
     """{name: dataclass} of a configuration's parts."""
     return {f.name: f.type for f in dataclasses.fields(kind) if f.name != "name"}  # type: ignore[arg-type]
+
+
+def from_dict(kind: type[C], values: Mapping[str, Any]) -> C:
+    """The inverse of ``to_dict``.  Raises TypeError, KeyError or ValueError for what is none."""
+    parts = {name: part(**values[name]) for name, part in parts_of(kind).items()}
+    return kind(name=values["name"], **parts)  # type: ignore[call-arg]
 
 
 def load(path: str, kind: type[C], presets: Mapping[str, C]) -> C:

@@ -82,7 +82,10 @@ class Run(abc.ABC):
     def work_text(self) -> str:
         """What a step is made of, such as "4 x 512 tokens"."""
 
-    def write_about(self) -> None:  # noqa: B027 - most apps have none
+    def complete(self) -> None:  # noqa: B027 - as below
+        """Fills in what is known of `config` once its global batch is; called after ``open``, on all ranks."""
+
+    def write_about(self) -> None:  # noqa: B027 - some apps have nothing to add
         """More files in `out` that belong to the run; called on rank 0."""
 
     # ---- the run
@@ -108,6 +111,7 @@ class Run(abc.ABC):
         self.mesh = Mesh.make(self.config.mesh.fit(self.world.world), self.world.device.type)
         total, *_ = self.config.plan_batch(self.mesh.shape)
         self.config = replace(self.config, train=replace(self.config.train, global_batch=total))
+        self.complete()
         found, source, resume = None, checkpoints, self.job.resume
         if resume:
             folder = Path(resume) / "checkpoints"

@@ -11,81 +11,29 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from apps.common.checkpoint import MANIFEST, Checkpoints, read_about
 from apps.common.engine import fill
+from apps.common.weights import CheckpointWeights, ReadWeight, Stored
 from ringx.launch import World, decide
 
 from .config import ModelConfig
 from .data import INDEX, ByteTokenizer, JsonTokenizer, load_tokenizer
 from .model import Attend, Llama
 
-ReadWeight = Callable[[str, torch.Size], Tensor]  # (name, shape) -> the full tensor
-
 ONE, SHARDS = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-NAMED = 3  # faults that an error names
 STEP = re.compile(r"step-\d{8,}(\.old)?")
 
 
 # ---- what is there
-
-
-class Stored:
-    """Parameters in files, read when they are asked for.
-
-    ``weights(name, shape)`` is the whole tensor on the CPU, as it is stored; ValueError if it is not there or of another shape."""
-
-    def __init__(self, folder: Path, stored: dict[str, tuple[tuple[int, ...], torch.dtype]]):
-        self.folder, self._stored = folder, stored
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The narrowest that holds all of them without loss."""
-        kinds = [dtype for _, dtype in self._stored.values()]
-        dtype = kinds[0]
-        for other in kinds[1:]:
-            dtype = torch.promote_types(dtype, other)
-        return dtype
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stored)
-
-    def __call__(self, name: str, shape: torch.Size) -> Tensor:
-        if name not in self._stored:
-            raise ValueError(f"{self.folder}: {name} is missing.")
-        if self._stored[name][0] != tuple(shape):
-            raise ValueError(f"{self.folder}: {name} is {list(self._stored[name][0])}, not {list(shape)}.")
-        return self._read(name)
-
-    def _read(self, name: str) -> Tensor:
-        raise NotImplementedError
-
-    def check(self, config: ModelConfig) -> None:
-        """ValueError if these are not the parameters of such a model: names the first that are missing, unexpected, misshapen.
-        Reads no tensor."""
-        want = shapes(config)
-        faults = [f"{name} is missing" for name in want if name not in self._stored]
-        faults += [f"{name} is unexpected" for name in self._stored if name not in want]
-        faults += [
-            f"{name} is {list(self._stored[name][0])}, not {list(shape)}"
-            for name, shape in want.items()
-            if name in self._stored and self._stored[name][0] != shape
-        ]
-        if faults:
-            more = f"; and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
-            raise ValueError(
-                f"{self.folder} does not hold this model: {'; '.join(faults[:NAMED])}{more}. Take the configuration of its weights."
-            )
 
 
 class Weights(Stored):
@@ -117,44 +65,6 @@ class Weights(Stored):
     def _read(self, name: str) -> Tensor:
         with _opened(self._files[name]) as f:
             return f.get_tensor(name if name.startswith("lm_head.") else f"model.{name}")
-
-
-class CheckpointWeights(Stored):
-    """The parameters in a checkpoint of a run on any mesh, without the optimizer's state.
-
-    Raises ValueError if it holds none."""
-
-    def __init__(self, folder: "str | Path"):
-        self._reader = _Reader(folder)
-        try:
-            saved = self._reader.read_metadata().state_dict_metadata
-        except Exception as error:  # noqa: BLE001 - a pickle of anything
-            raise ValueError(f"{folder} cannot be read as a checkpoint: {' '.join(str(error).split())}.") from None
-        stored = {
-            name.removeprefix("model."): (tuple(about.size), about.properties.dtype)
-            for name, about in saved.items()
-            if name.startswith("model.") and isinstance(about, TensorStorageMetadata)
-        }
-        if not stored:
-            raise ValueError(f"{folder} holds no model.")
-        super().__init__(Path(folder), stored)
-
-    def _read(self, name: str) -> Tensor:
-        shape, dtype = self._stored[name]
-        tensor = torch.empty(shape, dtype=dtype)
-        dcp.load({"model": {name: tensor}}, storage_reader=self._reader, no_dist=True)
-        return tensor
-
-
-class _Reader(dcp.FileSystemReader):
-    """Reads the metadata once, not for each tensor."""
-
-    _metadata: Any = None
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        if self._metadata is None:
-            self._metadata = super().read_metadata(*args, **kwargs)
-        return self._metadata
 
 
 @dataclass(frozen=True)
@@ -209,7 +119,7 @@ def weights_for(path: "str | Path", model: ModelConfig, world: World | None = No
         there, here = getattr(source.model, f.name), getattr(model, f.name)
         if there != here and not f.name.startswith("rope_"):
             raise ValueError(f"{path} has {f.name} {there}, but this model has {f.name} {here}; give the --config of its sizes.")
-    source.weights.check(model)
+    source.weights.check(shapes(model))
     return source.weights
 
 
@@ -255,7 +165,7 @@ def _checkpoint(path: Path, run: Path) -> Source:
     except (TypeError, KeyError, ValueError) as e:
         raise ValueError(f"{path} was not written by this version of apps.gpt.train: {type(e).__name__}: {e}.") from None
     weights = CheckpointWeights(path)
-    weights.check(model)
+    weights.check(shapes(model))
     tokenizer = next((p for p in (run / "data", run / TOKENIZER[0]) if (p / INDEX).exists() or p.is_file()), None)
     eos, bos = about.get("eos"), about.get("bos")
     if eos is None and tokenizer is not None:  # in prepared text, documents follow the end of another
@@ -428,7 +338,7 @@ def _hugging_face(folder: Path) -> Source:
             f"{folder} holds no model: neither a Hugging Face folder (config.json), nor a run (checkpoints/), nor a checkpoint."
         )
     model, weights = model_config(folder), Weights(folder)
-    weights.check(model)
+    weights.check(shapes(model))
     said = _json(folder / "config.json")
     more = _json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
     ends = more.get("eos_token_id", said.get("eos_token_id"))
