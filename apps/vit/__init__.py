@@ -1,0 +1,1 @@
+"""A vision transformer that forecasts gridded climate fields.  ``python -m apps.vit.train --help``."""
