@@ -1,0 +1,481 @@
+"""Forecast with a trained ViT on any number of ranks, score the forecasts, and draw them.
+
+    python -m apps.vit.predict --checkpoint run --out forecast                          # the test times
+    torchrun --nproc-per-node 8 apps/vit/predict.py --checkpoint run --out forecast     # each field cut over 8 ranks
+    python -m apps.vit.predict --checkpoint run --out forecast --rollout 120            # its own forecasts as inputs, to 120 h
+
+OUT gets forecasts.nc (or .zarr; CF-1.11): for each channel NAME and NAME_truth by initial time and lead time, of a few initial
+times; scores.csv, over all valid times of the part: the model beside persistence, climatology and the damped anomaly
+(``apps.vit.scores`` defines the scores); spectra.csv where the grid goes around the globe; and maps and curves (``apps.vit.maps``).
+
+A forecast counts where its valid time lies in the part; its initial time may lie before.
+"""
+
+import argparse
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if __package__ in (None, ""):  # run as a file, not as a module
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import ringx
+from apps.common import command
+from apps.common.arguments import Parser
+from apps.common.checkpoint import MANIFEST, Checkpoints, read_about
+from apps.common.config import DTYPES, SHORT, from_dict
+from apps.common.engine import fill
+from apps.common.weights import CheckpointWeights
+from apps.vit import scores
+from apps.vit.config import Config
+from apps.vit.data import Fields, Split
+from apps.vit.model import ViT
+from apps.vit.parallel import Attend
+from apps.vit.samples import Samples
+from apps.vit.statistics import Statistics, statistics
+from apps.vit.train import STATISTICS, open_record, parts_of, samples_of
+from ringx.launch import World
+from ringx.mesh import Mesh, Shape
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+PROG = "apps.vit.predict"
+PARTS = ("test", "val", "train")
+FORMATS = ("nc", "zarr")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the command line asks for."""
+
+    checkpoint: str
+    out: str
+    data: str
+    step: int | None
+    part: str
+    rollout: int
+    save: int
+    format: str
+    batch: int
+    cp: int
+    dtype: str
+    maps: bool
+
+
+# ---- the model
+
+
+class Forecaster:
+    """A whole model on each rank, whose tokens are cut over the cp group.
+
+    Args:
+        config: of the run, with the sizes of its data.
+        weights: (name, shape) -> a parameter."""
+
+    def __init__(self, config: Config, weights: Callable, mesh: Mesh, device: torch.device, dtype: torch.dtype):
+        self._patches, self._mesh, self._device, self._dtype = config.model.patches(), mesh, device, dtype
+        self._attend = Attend(config, mesh)
+        self._model = ViT.empty(config.model, self._attend, dtype=dtype).to_empty(device=device).requires_grad_(False)
+        fill(self._model, weights)
+        self._places = ringx.positions(self._patches.tokens, group=mesh.cp, layout=self._attend.layout)
+        self._leads = len(config.data.lead_hours())
+
+    @torch.no_grad()
+    def __call__(self, inputs: np.ndarray) -> np.ndarray:
+        """[n, Cin, H, W] -> the predicted changes [n, L, C, H, W] float32; every rank of the cp group has the same, and calls it
+        with the same."""
+        x = self._patches.cut(torch.from_numpy(inputs), self._places).to(self._device, self._dtype)
+        out = self._model(x, self._places.to(self._device))
+        self._attend.check = False  # wrong calls would be wrong in the first one already
+        whole = ringx.unshard(out, group=self._mesh.cp, layout=self._attend.layout)
+        return self._patches.join(whole).unflatten(1, (self._leads, -1)).float().cpu().numpy()
+
+
+# ---- forecasts and their scores
+
+
+class Scored:
+    """Scores of a model's forecasts, of its roll-out and of the simple forecasts beside them.
+
+    samples: with where="valid", of the model's leads; their statistics have all of `leads`, too."""
+
+    def __init__(self, samples: Samples, leads: tuple[int, ...]):
+        self.samples, self.leads = samples, leads
+        f = samples.fields
+        self.all = {name: scores.Score(f.channels, leads, f.grid.lat) for name in scores.FORECASTS}
+        self.spectra: dict[tuple[str, int], np.ndarray] = {}  # sums of energy [C, K], by forecast and lead
+        self.counted: dict[tuple[str, int], int] = {}
+
+    def add(self, name: str, lead: int, forecast: np.ndarray, t0s: np.ndarray) -> None:
+        """Scores those of the forecasts [n, C, H, W] whose valid time lies in the part."""
+        s = self.samples
+        lag = lead // s.fields.step_hours
+        counts = (t0s + lag >= s.split.start) & (t0s + lag < s.split.stop)
+        if not counts.any():
+            return
+        t0s, forecast = t0s[counts], forecast[counts]
+        truth, usual = s.fields.read(t0s + lag), s.statistics.climatology(s.fields.times[t0s + lag])
+        self.all[name].add(self.leads.index(lead), forecast, truth, usual)
+        if s.fields.grid.periodic and name in scores.SPECTRA:
+            self._spectrum(name, lead, forecast)
+            if name == "model":
+                self._spectrum("truth", lead, truth)
+
+    def add_simple(self, t0s: np.ndarray, leads: "tuple[int, ...] | None" = None) -> None:
+        """Persistence, climatology and the damped anomaly from these initial times."""
+        s = self.samples
+        now = s.fields.read(t0s)
+        usual = s.statistics.climatology(s.fields.times[t0s])
+        for lead in leads or self.leads:
+            valid = s.fields.times[t0s] + np.timedelta64(lead, "h")
+            later = s.statistics.climatology(valid)
+            damping = s.statistics.damping[s.statistics.lead_index(lead)]
+            self.add("persistence", lead, scores.persistence(now), t0s)
+            self.add("climatology", lead, later, t0s)
+            self.add("damped anomaly", lead, scores.damped_anomaly(now, usual, later, damping), t0s)
+
+    def rows(self) -> list[scores.Row]:
+        units = self.samples.fields.units
+        found = [row for name, score in self.all.items() for row in score.rows(name, units) if row.times]
+        return sorted(found, key=lambda r: (self.samples.fields.channels.index(r.variable), r.lead_hours))
+
+    def spectrum_rows(self) -> list[scores.SpectrumRow]:
+        out = []
+        for (name, lead), energy in self.spectra.items():
+            for channel, mine in zip(self.samples.fields.channels, energy / self.counted[name, lead], strict=True):
+                out += scores.spectrum_rows(channel, lead, name, mine)
+        return out
+
+    def _spectrum(self, name: str, lead: int, field: np.ndarray) -> None:
+        energy = scores.spectrum(field, self.samples.fields.grid.lat)[1].sum(0)
+        self.spectra[name, lead] = self.spectra.get((name, lead), 0) + energy
+        self.counted[name, lead] = self.counted.get((name, lead), 0) + len(field)
+
+    def sums(self) -> tuple[dict, dict, dict]:
+        """What has been added up; of ranks that scored other times, ``take`` adds it."""
+        return {name: score.sums for name, score in self.all.items()}, self.spectra, self.counted
+
+    def take(self, other: tuple[dict, dict, dict]) -> None:
+        for name, sums in other[0].items():
+            self.all[name].sums += sums
+        for key, energy in other[1].items():
+            self.spectra[key] = self.spectra.get(key, 0) + energy
+            self.counted[key] = self.counted.get(key, 0) + other[2][key]
+
+
+def forecast(
+    forecaster: Forecaster,
+    samples: Samples,
+    scored: Scored,
+    t0s: np.ndarray,
+    saved: np.ndarray,
+    *,
+    batch: int,
+    rollout: tuple[int, ...],
+    scores_here: bool,
+    tick: Callable[[int], None],
+) -> dict[int, np.ndarray]:
+    """Forecasts from the initial times `t0s`, and scores them where `scores_here`; {t0: [L, C, H, W]} of those in `saved`.
+
+    rollout: leads, multiples of the model's first, that it reaches by taking its own forecasts as inputs."""
+    kept: dict[int, np.ndarray] = {}
+    first = samples.leads[0]
+    lag = first // samples.fields.step_hours
+    for i in range(0, len(t0s), batch):
+        some = t0s[i : i + batch]
+        now = samples.fields.read(some)
+        ahead = samples.ahead_of(now, forecaster(samples.inputs_of(now, some)))
+        if scores_here:
+            scored.add_simple(some)
+            for j, lead in enumerate(samples.leads):
+                scored.add("model", lead, ahead[:, j], some)
+        kept |= {int(t): ahead[k] for k, t in enumerate(some) if t in saved}
+        state, began = ahead[:, 0], some
+        for k, lead in enumerate(rollout):
+            if k:
+                there = began + k * lag < len(samples.fields)  # what is known of the time is known within the record
+                state, began = state[there], began[there]
+                if not len(began):
+                    break
+                state = samples.ahead_of(state, forecaster(samples.inputs_of(state, began + k * lag)))[:, 0]
+            if scores_here:
+                scored.add("roll-out", lead, state, began)
+        tick(len(some))
+    return kept
+
+
+def to_dataset(samples: Samples, t0s: np.ndarray, ahead: np.ndarray, about: dict[str, str]) -> "xr.Dataset":
+    """Forecasts [n, L, C, H, W] from initial times `t0s` and what then was, as CF-1.11 describes forecasts."""
+    import xarray as xr
+
+    f, steps = samples.fields, np.array(samples.leads) // samples.fields.step_hours
+    times = f.times[t0s].astype("datetime64[ns]")
+    leads = np.array(samples.leads, "timedelta64[h]").astype("timedelta64[ns]")
+    coords = {
+        "time": ("time", times, {"standard_name": "forecast_reference_time", "long_name": "initial time"}),
+        "lead_time": ("lead_time", leads, {"standard_name": "forecast_period", "long_name": "time since the initial time"}),
+        "latitude": ("latitude", f.grid.lat, {"standard_name": "latitude", "units": "degrees_north"}),
+        "longitude": ("longitude", f.grid.lon, {"standard_name": "longitude", "units": "degrees_east"}),
+        "valid_time": (("time", "lead_time"), times[:, None] + leads, {"standard_name": "time", "long_name": "valid time"}),
+    }
+    truth = f.read((t0s[:, None] + steps).ravel()).reshape(ahead.shape)
+    dims, variables = ("time", "lead_time", "latitude", "longitude"), {}
+    for i, name in enumerate(f.channels):
+        long = f.long_names[name] or name
+        attributes = {"units": f.units[name] or "1"}
+        variables[name] = (dims, ahead[:, :, i], {**attributes, "long_name": f"{long}, forecast"})
+        variables[f"{name}_truth"] = (dims, truth[:, :, i], {**attributes, "long_name": f"{long}, as it was"})
+    return xr.Dataset(variables, coords, {"Conventions": "CF-1.11", **about})
+
+
+def write_dataset(dataset: "xr.Dataset", out: Path, kind: str) -> Path:
+    """OUT/forecasts.nc or .zarr, written aside first; one of the other kind from before is removed."""
+    path = out / f"forecasts.{kind}"
+    aside = out / f".forecasts.partial.{kind}"
+    for old in (aside, *(out / f"forecasts.{k}" for k in FORMATS)):
+        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+    hours = {"units": "hours", "dtype": "int32"}
+    encoding: dict[str, Any] = {"lead_time": hours, "time": {"units": "hours since 1970-01-01", "dtype": "int64"}}
+    encoding["valid_time"] = encoding["time"]
+    if kind == "nc":
+        dataset.to_netcdf(aside, encoding=encoding)
+    else:
+        dataset.to_zarr(aside, encoding=encoding, zarr_format=2, consolidated=True)
+    aside.rename(path)
+    return path
+
+
+# ---- a rank
+
+
+def work(world: World, job: Job) -> int:
+    """One rank's job; returns the process's exit status."""
+    ringx.launch.announce(world)
+    try:
+        _work(world, job)
+    except ValueError as e:  # of all ranks alike
+        if world.rank == 0:
+            print(f"{PROG}: error: {e}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def _work(world: World, job: Job) -> None:
+    out, chief = Path(job.out), world.rank == 0
+    path, about = find_checkpoint(job.checkpoint, job.step, world)
+    config = ringx.launch.decide(world, lambda: config_of(path, about))
+    leads = tuple(sorted({*config.data.lead_hours(), *steps_of(job.rollout, config.data.lead_hours()[0])}))
+
+    def prepare() -> tuple[Statistics, str]:
+        fields = open_record(job.data, config.data)
+        if fields.identity != about["data"]:
+            raise ValueError(f"--data: {fields.source} is other data than {path} was trained on; name the same with --data.")
+        split = parts_of(fields, config.data)["train"]
+        folder = path.parent.parent / STATISTICS
+        made = statistics(fields, split, leads, cache=folder if os.access(folder, os.W_OK) else out / STATISTICS)
+        samples_of(fields, config.data, made, job.part, "valid")
+        return made, fields.identity
+
+    made, identity = ringx.launch.decide(world, prepare)
+    try:
+        fields = open_record(job.data, config.data)
+        mine = fields.identity
+    except ValueError as e:  # of this rank alone
+        mine = str(e)
+    if set(ringx.launch.gather(mine, world)) != {identity}:
+        raise ValueError(f"--data {job.data}: the ranks see different files; put it where all nodes see the same.")
+    samples = samples_of(fields, config.data, made, job.part, "valid")
+
+    mesh = Mesh.make(Shape.fit(world.world, cp=job.cp, tp=1, dp=0), world.device.type)
+    config.expect_fits(mesh.shape)
+    dtype = DTYPES[job.dtype] if job.dtype else torch.promote_types(DTYPES[config.train.dtype], torch.float32)
+    forecaster = Forecaster(config, CheckpointWeights(path), mesh, world.device, dtype)
+    t0s = np.unique(np.concatenate([starts_of(samples.split, fields, lead) for lead in leads]))
+    saved = evenly(starts_of(samples.split, fields, max(samples.leads), inside=True), job.save)
+    scored, mine_t0s = Scored(samples, leads), t0s[mesh.dp_rank :: mesh.shape.dp]
+    if chief:
+        print(f"{path}, {len(t0s)} initial times for the {job.part} times\n{mesh.shape.describe()}", flush=True)
+    with _bar(len(mine_t0s), chief) as tick:
+        kept = forecast(
+            forecaster, samples, scored, mine_t0s, saved, batch=job.batch,
+            rollout=steps_of(job.rollout, samples.leads[0]), scores_here=mesh.cp_rank == 0, tick=tick,
+        )  # fmt: skip
+    everyone = ringx.launch.gather((scored.sums(), kept) if mesh.cp_rank == 0 and not chief else None, world)
+    if chief:
+        for other in filter(None, everyone):
+            scored.take(other[0])
+            kept |= other[1]
+        _write(job, samples, scored, saved, kept, {"title": f"Forecasts of {fields.source}", "source": f"ringx, {path}"})
+
+
+def _write(job: Job, samples: Samples, scored: Scored, saved: np.ndarray, kept: dict[int, np.ndarray], about: dict) -> None:
+    out = Path(job.out)
+    out.mkdir(parents=True, exist_ok=True)
+    ahead = np.stack([kept[int(t)] for t in saved])
+    path = write_dataset(to_dataset(samples, saved, ahead, about), out, job.format)
+    rows, spectra = scored.rows(), scored.spectrum_rows()
+    scores.write_scores(out / "scores.csv", rows)
+    print(scores.table([r for r in rows if r.lead_hours in samples.leads]))
+    if rolled := [r for r in rows if r.lead_hours in steps_of(job.rollout, samples.leads[0])]:
+        print("Fed with its own forecasts:\n" + scores.table(rolled, "roll-out"))
+    if spectra:
+        scores.write_spectra(out / "spectra.csv", spectra)
+    if job.maps:
+        from apps.vit.maps import draw  # here: it needs matplotlib
+
+        for line in draw(out, out / "maps"):
+            print(line)
+    print(f"{len(saved)} initial times in {path}; scores.csv{', spectra.csv' if spectra else ''}"
+          f"{' and maps/' if job.maps else ''} beside it")  # fmt: skip
+
+
+# ---- what is asked for
+
+
+def find_checkpoint(given: str, step: "int | None", world: "World | None") -> tuple[Path, Any]:
+    """(folder, what was said about it) of a run's newest good checkpoint or its step, or of the checkpoint that is given.
+
+    Raises ValueError on all ranks."""
+    path = Path(given)
+
+    def named() -> "Path | None":
+        if (path / MANIFEST).exists():
+            return path
+        if not (path / "checkpoints").is_dir():
+            raise ValueError(f"--checkpoint {given}: it is neither a run (no checkpoints/ in it) nor a checkpoint.")
+        if step is None:
+            return None
+        chosen = path / "checkpoints" / f"step-{step:08d}"
+        if not (chosen / MANIFEST).exists():
+            there = ", ".join(sorted(p.parent.name for p in path.glob(f"checkpoints/step-*/{MANIFEST}"))) or "none"
+            raise ValueError(f"--step {step}: {chosen} is not there; there are: {there}.")
+        return chosen
+
+    chosen = ringx.launch.decide(world, named)
+    if chosen is not None:
+        return chosen, ringx.launch.decide(world, lambda: read_about(chosen))
+    with Checkpoints(path / "checkpoints", world, say=lambda text: print(text, flush=True)) as checkpoints:
+        found = checkpoints.newest()
+    if found is None:
+        raise ValueError(f"--checkpoint {given}: there is no checkpoint in it that can be used.")
+    return found
+
+
+def config_of(path: Path, about: Any) -> Config:
+    """The configuration that a checkpoint was trained with."""
+    try:
+        return from_dict(Config, about["config"])
+    except (TypeError, KeyError, ValueError) as e:
+        raise ValueError(f"{path} was not written by this version of apps.vit.train: {type(e).__name__}: {e}.") from None
+
+
+def steps_of(rollout: int, lead: int) -> tuple[int, ...]:
+    """The leads that a roll-out to `rollout` hours reaches; none for 0."""
+    if rollout % lead:
+        raise ValueError(f"--rollout {rollout} must be a multiple of the model's first lead, {lead} h.")
+    return tuple(range(lead, rollout + 1, lead))
+
+
+def starts_of(split: Split, fields: Fields, lead: int, inside: bool = False) -> np.ndarray:
+    """Initial times whose valid time lies in the part; with `inside`, only those in the part."""
+    lag = lead // fields.step_hours
+    return np.arange(split.start if inside else max(split.start - lag, 0), split.stop - lag)
+
+
+def evenly(t0s: np.ndarray, n: int) -> np.ndarray:
+    """n of them, or all if there are fewer, spread evenly."""
+    return t0s[np.unique(np.linspace(0, len(t0s) - 1, min(n, len(t0s))).round().astype(int))]
+
+
+@contextlib.contextmanager
+def _bar(total: int, chief: bool) -> Iterator[Callable[[int], None]]:
+    from rich.progress import Progress
+
+    with Progress(transient=True, disable=not chief or not sys.stdout.isatty()) as progress:
+        task = progress.add_task("forecasts", total=total)
+        yield lambda n: progress.advance(task, n)
+
+
+# ---- the command line
+
+
+def parser() -> Parser:
+    p = Parser(PROG, description="Forecast with a trained ViT on any number of ranks, score the forecasts, and draw them.")
+    p.add_argument("--checkpoint", required=True, metavar="DIR", help="a run of apps.vit.train, or one of its checkpoints")
+    p.add_argument("--out", required=True, metavar="DIR", help="folder for forecasts, scores and maps")
+    p.add_argument("--data", help="the data that it was trained on (default: where it was then)")
+    p.add_argument("--step", type=int, metavar="N", help="the run's checkpoint of this step (default: the newest)")
+    p.add_argument("--part", default="test", choices=PARTS, help="which times are forecast (default: test)")
+    p.add_argument("--rollout", type=int, default=0, metavar="HOURS", help="feed forecasts back, up to this lead (default: 0)")
+    p.add_argument(
+        "--save", type=int, default=4, metavar="N", help="initial times whose fields are kept, spread evenly (default: 4)"
+    )
+    p.add_argument("--format", default="nc", choices=FORMATS, help="of the forecasts: NetCDF or Zarr (default: nc)")
+    p.add_argument("--batch", type=int, default=8, metavar="N", help="initial times at once (default: 8)")
+    p.add_argument("--cp", type=int, default=0, metavar="N", help="ranks that a field is cut over; the others take other times "
+                   "(default: all)")  # fmt: skip
+    p.add_argument("--dtype", choices=(*DTYPES, *SHORT), help="of the computation (default: of the parameters)")
+    p.add_argument("--maps", action=argparse.BooleanOptionalAction, default=True, help="draw maps and curves (default: yes)")
+    p.add_argument("--nproc", type=int, help="ranks to start here (default: 1, or the ranks of torchrun, srun or mpirun)")
+    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto")
+    p.add_argument("--timeout", type=float, default=600.0, help="seconds that ranks wait for each other (default: 600)")
+    return p
+
+
+def configure(args: argparse.Namespace) -> Job:
+    """The job; ValueError for what can be known to be wrong before ranks start."""
+    for name in ("save", "batch"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1.")
+    for name in ("rollout", "cp"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least 0.")
+    world = ringx.launch.world_size(args.nproc) or 0  # 0: this MPI does not say before the ranks have met
+    cp = args.cp or world
+    if world and world % cp:
+        raise ValueError(f"--cp {cp} does not divide the {world} ranks.")
+    given = Path(args.checkpoint)
+    run = given if (given / "checkpoints").is_dir() else given.parent.parent
+    data = args.data or command.resumed_data(str(run)).get("folder")
+    if not data:
+        raise ValueError(f"--checkpoint {given}: {run}/run.json does not say what it was trained on; name it with --data.")
+    dtype = SHORT.get(args.dtype, args.dtype) if args.dtype else ""
+    return Job(
+        args.checkpoint,
+        args.out,
+        data,
+        args.step,
+        args.part,
+        args.rollout,
+        args.save,
+        args.format,
+        args.batch,
+        cp,
+        dtype,
+        args.maps,
+    )
+
+
+def main(argv: "list[str] | None" = None) -> int:
+    p = parser()
+    args = p.parse_args(argv)
+    try:
+        job = configure(args)
+    except ValueError as e:
+        p.error(str(e))
+    return max(ringx.launch.run(work, args.nproc, job, device=args.device, timeout=args.timeout))
+
+
+if __name__ == "__main__":
+    from apps.vit.predict import main  # under its own name, so that started ranks find `work`
+
+    sys.exit(main())

@@ -1,0 +1,365 @@
+"""Train a Vision Transformer to forecast fields on a grid, over context, tensor and data parallel ranks.
+
+    python -m apps.vit.train --preset tiny --out run                                   # one process, data made on the spot
+    python -m apps.vit.train --data era5.nc --patch 1 --leads 6,24 --cp 4 --nproc 4 --out run
+    torchrun --nproc-per-node 4 apps/vit/train.py --data era5.zarr --cp 2 --tp 2 --out run
+    python -m apps.vit.train --resume run --cp 4 --nproc 4                             # go on, on any mesh
+    python -m apps.vit.train --preset 2.6b-p1 --cp 32 --dp 128 --dry-run               # what 4,096 ranks would do
+
+The loss is the mean over samples, leads, channels and points of the squared error of the forecast change, each point weighted by
+cos(latitude) over its mean, each lead and channel divided by the variance of its change in the training times: 1 for a
+forecast of no change, persistence.
+
+OUT holds config.yaml and run.json (what was run), metrics.jsonl and tensorboard/ (a record per step), checkpoints/ and statistics/
+(means, deviations and climatology of the training times).  ``apps/vit/predict.py`` takes it from there.
+"""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+if __package__ in (None, ""):  # run as a file, not as a module
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import ringx
+from apps.common import command
+from apps.common.arguments import Parser
+from apps.common.config import add_flags
+from apps.common.engine import Engine
+from apps.common.loop import Record, Work, run_steps
+from apps.common.parallel import kept_dtype
+from apps.common.run import Job, Run
+from apps.vit.config import PRESETS, Config, DataConfig, ModelConfig, TrainConfig, load, preset
+from apps.vit.data import Fields, open_fields, splits
+from apps.vit.flops import flops_per_token, parameters
+from apps.vit.parallel import Attend, build
+from apps.vit.samples import INPUTS, Samples
+from apps.vit.statistics import Statistics, statistics
+from ringx.launch import World
+from ringx.mesh import Mesh, Shape
+
+PROG = "apps.vit.train"
+STATISTICS = "statistics"  # the folder in a run
+
+
+# ---- the data
+
+
+def default_folder() -> Path:
+    """Where data that is made on the spot is kept: $XDG_CACHE_HOME/ringx, by default ~/.cache/ringx."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ringx"
+
+
+def data_path(data: "str | None") -> str:
+    """What --data names, or the default record, which is made where it is not there yet."""
+    if data:
+        return data
+    from apps.vit.simulate import default_record
+
+    return str(default_record(default_folder()))
+
+
+def open_record(path: str, c: DataConfig) -> Fields:
+    """The fields that a configuration asks for.  ValueError with one line for the user."""
+
+    def words(text: str) -> "list[str] | None":
+        return [w.strip() for w in text.split(",")] if text else None
+
+    levels = words(c.levels)
+    try:
+        wanted = [int(x) for x in levels] if levels else None
+    except ValueError:
+        raise ValueError(f"levels={c.levels!r} must be whole numbers of hPa, such as 500,850.") from None
+    return open_fields(words(path) or path, variables=words(c.variables), levels=wanted, channel_names=words(c.channel_names))
+
+
+def samples_of(fields: Fields, c: DataConfig, made: Statistics, part: str, where: str = "inside") -> Samples:
+    """The samples of the part "train", "val" or "test"."""
+    split = parts_of(fields, c)[part]
+    inputs = c.input_names()
+    if inputs is None:
+        inputs = tuple(name for name in INPUTS if name != "static" or fields.static)
+    return Samples(fields, split, made, c.lead_hours(), inputs, where)
+
+
+def parts_of(fields: Fields, c: DataConfig) -> dict[str, Any]:
+    return splits(fields, c.train_times or None, c.val_times or None, c.test_times or None)
+
+
+def fitted(config: Config, fields: Fields, samples: Samples) -> Config:
+    """With the data's grid and channels in the model."""
+    height, width = fields.grid.shape
+    channels = len(fields.channels) * len(samples.leads)
+    sizes: dict[str, Any] = {"height": height, "width": width, "periodic": bool(fields.grid.periodic)}
+    sizes |= {"in_channels": len(samples.input_names), "out_channels": channels}
+    return replace(config, model=replace(config.model, **sizes))
+
+
+# ---- training
+
+
+def train(
+    config: Config,
+    samples: Samples,
+    mesh: Mesh,
+    engine: Engine,
+    attend: Attend,
+    *,
+    val: Samples | None = None,
+    first: int = 0,
+    on_step: Callable[[Record], None] = lambda record: None,
+    before_step: Callable[[int], None] = lambda step: None,
+) -> None:
+    """``run_steps`` on fields; every rank calls it with the same arguments."""
+    c, patches = config.train, config.model.patches()
+    total, micro, _ = config.plan_batch(mesh.shape)
+    mine = config.my_samples(mesh.shape, mesh.dp_rank)
+    epoch = math.ceil(len(samples) / total)
+    cut = Cut(config, mesh, attend, engine.device, samples)
+
+    def read(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return cut.read(samples, samples.rows(step, total, c.seed)[mine.start : mine.stop])
+
+    def parts(data: tuple[torch.Tensor, torch.Tensor]) -> list[tuple]:
+        return [cut(*piece) for piece in zip(*(x.split(micro) for x in data), strict=True)]
+
+    def validate() -> dict[str, float]:
+        return {} if val is None else validated(val, config, mesh, engine, cut)
+
+    def numbered(record: Record) -> None:
+        on_step({**record, "epoch": (record["step"] + 1) / epoch})
+
+    count = total * math.prod((config.model.out_channels, config.model.height, config.model.width))
+    work = Work(read, parts, count, total * patches.tokens, flops_per_token(config.model), validate)
+    run_steps(c, engine, attend, work, first=first, on_step=numbered, before_step=before_step)
+
+
+class Cut:
+    """This rank's tokens of samples."""
+
+    def __init__(self, config: Config, mesh: Mesh, attend: Attend, device: torch.device, samples: Samples):
+        self._patches, self._device, self._dtype = config.model.patches(), device, kept_dtype(config.train)
+        self.places = ringx.positions(self._patches.tokens, group=mesh.cp, layout=attend.layout)
+        latitudes = torch.from_numpy(samples.fields.grid.weights())
+        self.weights = self._patches.cut_weights(latitudes, self.places).to(device, self._dtype)
+
+    def read(self, samples: Samples, t0s: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs [n, Cin, H, W] and targets [n, L C, H, W] of the samples, whole."""
+        inputs, target = (torch.from_numpy(x) for x in samples.get(t0s))
+        return inputs, target.flatten(1, 2)
+
+    def tokens(self, x: torch.Tensor) -> torch.Tensor:
+        return self._patches.cut(x, self.places).to(self._device, self._dtype)
+
+    def __call__(self, inputs: torch.Tensor, target: torch.Tensor) -> tuple:
+        """What the model is called with."""
+        return self.tokens(inputs), self.places.to(self._device), self.tokens(target), self.weights
+
+
+def validated(val: Samples, config: Config, mesh: Mesh, engine: Engine, cut: Cut) -> dict[str, float]:
+    """val_loss, and the latitude-weighted root mean square error of each channel and lead in its own unit, over samples spread
+    evenly over the validation times; on every rank."""
+    total, micro, _ = config.plan_batch(mesh.shape)
+    starts = val.starts(val.leads[0])
+    chosen = starts[np.linspace(0, len(starts) - 1, min(len(starts), total * config.train.val_batches)).round().astype(int)]
+    mine = chosen[mesh.dp_rank :: mesh.shape.dp]
+    squares = torch.zeros(config.model.out_channels, dtype=torch.float64, device=engine.device)
+    most = math.ceil(len(chosen) / mesh.shape.dp)  # all ranks must make as many passes
+    with torch.no_grad():
+        for i in range(0, most, micro):
+            t0s = mine[i : i + micro]
+            inputs, target = cut.read(val, t0s if len(t0s) else chosen[:1])
+            x, places, wanted, weights = cut(inputs, target)
+            error = (engine(x, places).double() - wanted).unflatten(-1, (config.model.out_channels, -1))
+            if len(t0s):
+                squares += (error.square() * weights[:, None]).sum((0, 1, 3))
+    height, width = config.model.height, config.model.width
+    means = engine.sum(squares) / (len(chosen) * height * width)
+    rmse = (
+        means.sqrt().view(len(val.leads), -1).cpu().numpy()
+        * val.statistics.std_change[[val.statistics.lead_index(lead) for lead in val.leads]]
+    )
+    names = val.fields.channels
+    of_each = {f"val_rmse/{name}+{lead}h": float(rmse[i, j]) for i, lead in enumerate(val.leads) for j, name in enumerate(names)}
+    return {"val_loss": float(means.mean()), **of_each}
+
+
+class VitRun(Run):
+    """A run on gridded fields."""
+
+    prog = PROG
+    loss_unit = "of the variance of the change"
+    same = (
+        *(("train", k, "the data would come in another order") for k in ("global_batch", "seed")),
+        *(("data", k, "the model would forecast something else") for k in ("variables", "levels", "leads", "inputs")),
+        ("data", "train_times", "it would learn from other times"),
+    )
+    config: Config
+
+    def open(self) -> None:
+        c = self.config.data
+
+        def prepare() -> str:
+            path = data_path(self.job.data)
+            fields = open_record(path, c)
+            made = statistics(fields, parts_of(fields, c)["train"], c.lead_hours(), cache=self.cache())
+            samples_of(fields, c, made, "train")
+            if self.config.train.val_every or self.config.train.epochs:
+                samples_of(fields, c, made, "val")
+            return path
+
+        path = ringx.launch.decide(self.world, prepare)
+        try:
+            self.fields = open_record(path, c)
+            split = parts_of(self.fields, c)["train"]
+            made = (
+                statistics(self.fields, split, c.lead_hours(), cache=self.out / "statistics" if self.chief else None)
+                if self.chief
+                else None
+            )
+            mine = self.fields.identity
+        except ValueError as e:  # of this rank alone: another node may not see the files
+            mine, made = str(e), None
+        if len(seen := set(ringx.launch.gather(mine, self.world))) > 1:
+            raise ValueError(
+                f"--data: the ranks see different files in {path}; put it where all nodes see the same. "
+                f"They see: {'; '.join(sorted(seen))}"
+            )
+        made = ringx.launch.decide(self.world, lambda: statistics(self.fields, split, c.lead_hours(), cache=self.cache()))
+        self.path = path
+        self.samples = samples_of(self.fields, c, made, "train")
+        validates = self.config.train.val_every or self.config.train.epochs
+        self.val = samples_of(self.fields, c, made, "val") if validates else None
+        self.config = fitted(self.config, self.fields, self.samples)
+        self.config.expect_fits(self.config.mesh.fit(self.world.world))
+
+    def cache(self) -> Path:
+        return self.out / STATISTICS
+
+    def complete(self) -> None:
+        c = self.config.train
+        if c.epochs:
+            epoch = math.ceil(len(self.samples) / c.global_batch)
+            self.config = replace(self.config, train=replace(c, steps=c.epochs * epoch, val_every=c.val_every or epoch))
+
+    def sha256(self) -> str:
+        return self.fields.identity
+
+    def about_data(self) -> dict[str, Any]:
+        f = self.fields
+        paths = ",".join(str(Path(p).resolve()) for p in self.path.split(","))
+        times = {"first": str(f.times[0]), "last": str(f.times[-1]), "step_hours": f.step_hours, "times": len(f)}
+        return {"source": f.source, **times, "channels": list(f.channels), "sha256": f.identity, "folder": paths}
+
+    def describe(self) -> str:
+        m, f = self.config.model, self.fields
+        about = f"{len(f)} times x {len(f.channels)} channels x {m.height} x {m.width} points, {len(self.samples)} samples"
+        return f"data: {f.source}, {about}; model: {parameters(m).total:,} parameters, {m.patches().tokens:,} tokens a field"
+
+    def build(self, weights: bool) -> Engine:
+        self.attend = Attend(self.config, self.mesh)
+        return build(self.config, self.mesh, self.attend, self.world.device, weights="new" if weights else None)
+
+    def steps(self, first: int, on_step: Callable[[Record], None], before_step: Callable[[int], None]) -> None:
+        how: dict[str, Any] = {"first": first, "on_step": on_step, "before_step": before_step}
+        train(self.config, self.samples, self.mesh, self.engine, self.attend, val=self.val, **how)
+
+    def work_text(self) -> str:
+        return f"{self.config.train.global_batch} fields of {self.config.model.patches().tokens} tokens"
+
+
+def work(world: World, job: Job) -> int:
+    """One rank's job; returns the process's exit status."""
+    return VitRun(world, job).main()
+
+
+# ---- the command line
+
+
+def parser() -> Parser:
+    p = Parser(PROG, description="Train a Vision Transformer to forecast fields on a grid, over context, tensor and data ranks.")
+    command.add_run_flags(
+        p,
+        preset=f"model and training to start from: {', '.join(PRESETS)} (default: tiny)",
+        data="NetCDF, Zarr or HDF5: a file, a folder, a pattern, or several with commas between (default: the resumed run's, or a "
+        "simulation made on the spot)",
+        out="vit_out",
+    )
+    add_flags(p, "data", DataConfig)
+    add_flags(p, "model, in place of the preset's", ModelConfig)
+    add_flags(p, "training, in place of the preset's", TrainConfig)
+    return p
+
+
+def configure(args: argparse.Namespace) -> tuple[Job, Shape | None]:
+    """(the job, its mesh if it is known yet).  Everything that can be known to be wrong before ranks start raises ValueError or
+    NotImplementedError here."""
+    if args.preset and args.config:
+        raise ValueError("--preset and --config: give one; a YAML file may itself start from a preset.")
+    config, shape = command.configure(args, base_of(args))
+    out = args.out or args.resume or "vit_out"
+    job = Job(config, out, args.data or data_of(args.resume), args.resume, None, args.tensorboard, args.wandb)
+    m = config.model
+    if args.estimate or args.dry_run:
+        if args.data or not m.height:
+            config = _fitted_without_reading(config, args.data)
+            job = replace(job, config=config)
+            if shape:
+                config.expect_fits(shape)
+    else:
+        command.expect_runnable(job, args, heads=(m.heads, m.heads), head_dim=m.dim // m.heads, causal=False)
+    return job, shape
+
+
+def _fitted_without_reading(config: Config, data: "str | None") -> Config:
+    """With the sizes of the data, whose values nobody looks at."""
+    if not data:
+        height, width, fields, static = 32, 64, 3, 1  # of the default record
+        periodic = True
+    else:
+        record = open_record(data, config.data)
+        (height, width), fields, static = record.grid.shape, len(record.channels), len(record.static)
+        periodic = record.grid.periodic
+    ahead = len(config.data.lead_hours())
+    extra = {"time_of_day": 2, "time_of_year": 2, "latitude": 1, "static": static, "climatology": fields * (ahead + 1)}
+    seen = config.data.input_names() or tuple(extra)
+    sizes: dict[str, Any] = {"height": height, "width": width, "periodic": periodic, "out_channels": fields * ahead}
+    return replace(config, model=replace(config.model, in_channels=fields + sum(extra[n] for n in seen), **sizes))
+
+
+def base_of(args: argparse.Namespace) -> Config:
+    """What the flags change: a preset, a YAML file, or the configuration of the run that is resumed."""
+    if args.config:
+        return load(args.config)
+    if not args.preset and (resumed := command.resumed_config(args.resume)):
+        return load(resumed)
+    return preset(args.preset or "tiny")
+
+
+def data_of(run: "str | None") -> "str | None":
+    """The files that a run has read; None if it has none yet."""
+    return command.resumed_data(run).get("folder")
+
+
+def plan(config: Config, shape: Shape) -> Any:
+    from apps.vit.plan import make_plan  # here: it imports torch's testing tools
+
+    return make_plan(config, shape)
+
+
+def main(argv: "list[str] | None" = None) -> int:
+    return command.main(parser(), argv, configure, plan, work)
+
+
+if __name__ == "__main__":
+    from apps.vit.train import main  # under its own name, so that started ranks find `work`
+
+    sys.exit(main())
