@@ -14,7 +14,7 @@ extras = {
     # what the trainers need; Weights & Biases and DeepSpeed only where they are asked for by name
     "apps": [
         *("pyyaml>=6", "tokenizers>=0.20", "safetensors>=0.4", "huggingface_hub>=0.24", "pyarrow>=14", "tensorboard>=2.15"),
-        *("xarray>=2024.10", "netCDF4>=1.6", "h5py>=3.10", "zarr>=2.17"),  # gridded fields
+        *("xarray>=2024.10", "netCDF4>=1.6", "scipy>=1.11", "h5py>=3.10", "zarr>=2.17"),  # gridded fields
     ],
     "zero": ["deepspeed==0.19.*"],  # --dp-engine zero1..3; parts of it that it does not document are used
     "hpc": ["mpi4py>=4"],  # NVIDIA/ROCm apex is built from source and detected at run time: PyPI's apex is another project

@@ -5,8 +5,8 @@
 2. Every algorithm on 1, 2, 4, 8 ranks against fp64.  The ranks are threads on one device that exchange tensors in memory, since
    one GPU cannot run several NCCL ranks: algo/*.py run as they are, only ``ringx.comm``'s five collectives are replaced.
 3. Times: every kernel, and each algorithm's local kernel calls, rank after rank: the compute side only, no communication.
-4. A training step of apps/gpt on one rank, with each way to save activations: loss and gradient norm against fp64 on the CPU,
-   time and peak memory.
+4. A training step of apps/gpt and of apps/vit on one rank, with each way to save activations: loss and gradient norm against
+   fp64 on the CPU, time and peak memory.
 
 Writes one JSON (schema "ringx-gpu-check/1") and prints tables; exit status 1 if an error is above its bound or a kernel that
 says it can do the job fails.  A kernel's own error may be 2 x LIMIT (relative L2); pieces and algorithms 2 x the kernel's own
@@ -519,62 +519,97 @@ def time_algorithms(report: dict, device: torch.device, args: argparse.Namespace
 def check_training(report: dict, device: torch.device, args: argparse.Namespace) -> None:
     try:
         sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-        from apps.gpt.config import Config, ModelConfig, TrainConfig
-        from apps.gpt.flops import flops_per_token
-        from apps.gpt.parallel import Attend, build
-        from ringx.mesh import Mesh, Shape
+        apps = {"gpt": _gpt(args.quick), "vit": _vit(args.quick)}
     except ImportError as error:
         report["training"] = {"refused": str(error)}
         print(f"\ntraining: not tried: {error}")
         return
-    if args.quick:
-        model, S, reps = ModelConfig(dim=64, layers=2, heads=4, kv_heads=2, ffn=128, vocab=320), 256, 3
-    else:
-        model, S, reps = ModelConfig(dim=2048, layers=4, heads=16, kv_heads=4, ffn=5632, vocab=32000), 16384, 7
-
-    def step(dtype: str, checkpointing: str, on: torch.device, length: int) -> tuple[Callable[[], tuple[float, float]], Any]:
-        config = Config("check", model, TrainConfig(seqlen=length, global_batch=1, dtype=dtype, checkpointing=checkpointing))
-        attend = Attend(config, Mesh.make(Shape()))
-        engine = build(config, Mesh.make(Shape()), attend, on)
-        x = torch.randint(0, model.vocab, (1, length + 1), generator=torch.Generator().manual_seed(0)).to(on)
-        where = torch.arange(length, device=on)
-
-        def once() -> tuple[float, float]:
-            loss = engine(x[:, :-1], where, x[:, 1:]) / length
-            engine.backward(loss)
-            return float(loss.detach()), float(engine.step(1e-4, 1.0))
-
-        return once, engine
-
+    reps, cases = 3 if args.quick else 7, []
     print(f"\n{'training':10}{'S':>7} {'kept':10}{'loss off by':>12}{'norm off by':>12}{'ms':>10}{'TFLOP/s':>9}{'peak GiB':>10}")
-    short, cases = min(S, 512), []
-    want = step("float64", "none", torch.device("cpu"), short)[0]()
-    for checkpointing in ("none", "selective", "full"):
-        case: dict[str, Any] = {"checkpointing": checkpointing, "S": S, "dtype": "bfloat16", "model": dataclasses.asdict(model)}
+    for app, (model, short, long, step) in apps.items():
+        S = long[1]
+        want = step("float64", "none", torch.device("cpu"), short)()
+        for checkpointing in ("none", "selective", "full"):
+            case: dict[str, Any] = {"app": app, "checkpointing": checkpointing, "S": S, "dtype": "bfloat16", "model": model}
 
-        def measure(checkpointing=checkpointing) -> dict[str, Any]:
-            got = step("bfloat16", checkpointing, device, short)[0]()
-            once, _ = step("bfloat16", checkpointing, device, S)
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            with torch.enable_grad():
-                ms = _median_ms(lambda: torch.enable_grad()(once)(), device, reps)
-            peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-            off = [abs(a - b) / abs(b) for a, b in zip(got, want, strict=True)]
-            work = flops_per_token(model, S).causal * S
-            return {"loss_off": off[0], "norm_off": off[1], "ms": ms, "tflops_causal": work / ms / 1e9, "peak_bytes": peak}
+            def measure(checkpointing=checkpointing, step=step, short=short, long=long, want=want) -> dict[str, Any]:
+                got = step("bfloat16", checkpointing, device, short)()
+                once = step("bfloat16", checkpointing, device, long)
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(device)
+                with torch.enable_grad():
+                    ms = _median_ms(lambda: torch.enable_grad()(once)(), device, reps)
+                peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+                off = [abs(a - b) / abs(b) for a, b in zip(got, want, strict=True)]
+                return {"loss_off": off[0], "norm_off": off[1], "ms": ms, "tflops": long[2] / ms / 1e9, "peak_bytes": peak}
 
-        case |= _tried(measure)
-        cases.append(case)
-        if "failed" in case or case["loss_off"] > 0.01 or case["norm_off"] > 0.05:
-            report["misses"].append(f"training {checkpointing}: {case.get('failed') or (case['loss_off'], case['norm_off'])}")
-        head = f"{'bf16':10}{S:>7} {checkpointing:10}"
-        if "failed" in case:
-            print((head + " ".join(case["failed"].split()))[:100])
-            continue
-        peak = "" if case["peak_bytes"] is None else f"{case['peak_bytes'] / 2**30:10.2f}"
-        print(head + f"{case['loss_off']:12.1e}{case['norm_off']:12.1e}{case['ms']:10.1f}{case['tflops_causal']:9.2f}{peak}")
+            case |= _tried(measure)
+            cases.append(case)
+            if "failed" in case or case["loss_off"] > 0.01 or case["norm_off"] > 0.05:
+                why = case.get("failed") or (case["loss_off"], case["norm_off"])
+                report["misses"].append(f"training {app} {checkpointing}: {why}")
+            head = f"{app + ' bf16':10}{S:>7} {checkpointing:10}"
+            if "failed" in case:
+                print((head + " ".join(case["failed"].split()))[:100])
+                continue
+            peak = "" if case["peak_bytes"] is None else f"{case['peak_bytes'] / 2**30:10.2f}"
+            print(head + f"{case['loss_off']:12.1e}{case['norm_off']:12.1e}{case['ms']:10.1f}{case['tflops']:9.2f}{peak}")
     report["training"] = {"cases": cases}
+
+
+def _gpt(quick: bool) -> tuple:
+    """The model, a short and a long size (grid, tokens, FLOPs), and what makes a step of dtype, checkpointing, device and size."""
+    from apps.gpt.config import Config, ModelConfig, TrainConfig
+    from apps.gpt.flops import flops_per_token
+    from apps.gpt.parallel import Attend, build
+    from ringx.mesh import Mesh, Shape
+
+    model, S = ModelConfig(dim=64, layers=2, heads=4, kv_heads=2, ffn=128, vocab=320), 256
+    if not quick:
+        model, S = ModelConfig(dim=2048, layers=4, heads=16, kv_heads=4, ffn=5632, vocab=32000), 16384
+
+    def step(dtype: str, checkpointing: str, on: torch.device, size: tuple) -> Callable[[], tuple[float, float]]:
+        length = size[1]
+        config = Config("check", model, TrainConfig(seqlen=length, global_batch=1, dtype=dtype, checkpointing=checkpointing))
+        engine = build(config, mesh := Mesh.make(Shape()), Attend(config, mesh), on)
+        x = torch.randint(0, model.vocab, (1, length + 1), generator=torch.Generator().manual_seed(0)).to(on)
+        return lambda: _stepped(engine, (x[:, :-1], torch.arange(length, device=on), x[:, 1:]), length)
+
+    sizes = [(None, n, flops_per_token(model, n).causal * n) for n in (min(S, 512), S)]
+    return dataclasses.asdict(model), *sizes, step
+
+
+def _vit(quick: bool) -> tuple:
+    """The same of a ViT, whose tokens all see each other."""
+    from apps.common.parallel import kept_dtype
+    from apps.vit.config import Config, ModelConfig, TrainConfig
+    from apps.vit.flops import flops_per_token
+    from apps.vit.parallel import Attend, build
+    from ringx.mesh import Mesh, Shape
+
+    shape = dict(dim=64, layers=2, heads=4) if quick else dict(dim=2048, layers=4, heads=16)
+
+    def model_of(grid: tuple[int, int]) -> ModelConfig:
+        return ModelConfig(**shape, patch=1, height=grid[0], width=grid[1], in_channels=20, out_channels=20)
+
+    def step(dtype: str, checkpointing: str, on: torch.device, size: tuple) -> Callable[[], tuple[float, float]]:
+        model, tokens = model_of(size[0]), size[1]
+        config = Config("check", model, train=TrainConfig(global_batch=1, dtype=dtype, checkpointing=checkpointing))
+        engine = build(config, mesh := Mesh.make(Shape()), Attend(config, mesh), on)
+        draw = torch.Generator().manual_seed(0)
+        x, target = (torch.randn(1, tokens, 20, generator=draw).to(on, kept_dtype(config.train)) for _ in range(2))
+        batch = (x, torch.arange(tokens, device=on), target, torch.ones(tokens, 1, dtype=x.dtype, device=on))
+        return lambda: _stepped(engine, batch, 20 * tokens)
+
+    grids = ((8, 16), (8, 16) if quick else (90, 180))
+    sizes = [(g, g[0] * g[1], flops_per_token(model_of(g)).full * g[0] * g[1]) for g in grids]
+    return dataclasses.asdict(model_of(grids[1])), *sizes, step
+
+
+def _stepped(engine: Any, batch: tuple, count: int) -> tuple[float, float]:
+    loss = engine(*batch) / count
+    engine.backward(loss)
+    return float(loss.detach()), float(engine.step(1e-4, 1.0))
 
 
 # ---- the machine

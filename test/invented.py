@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+
 from ringx import bench, provenance, records
 from ringx.algorithms import ALGORITHMS
 from ringx.bench_comm import COLLECTIVES
@@ -57,3 +59,19 @@ def collective(name="all_gather", world=2, alpha=1e-4, beta=1e-8, factor=1.5, la
         "launch": {"launcher": "l", "backend": "gloo", "local_world": 1, "environment": {}, "job": None}, **ORIGIN,
     }  # fmt: skip
     return records.validate(record)
+
+
+def weather(times=60, height=8, width=12):
+    """An xarray dataset of two fields on a small globe, every 6 hours: a wave that wanders east, and noise."""
+    import xarray as xr
+
+    lat, lon = np.linspace(70, -70, height), np.arange(width) * 360 / width
+    time = np.datetime64("2001-01-30", "ns") + np.arange(times) * np.timedelta64(6, "h")
+    wave = np.cos(np.deg2rad(lat))[:, None] * np.sin(np.deg2rad(lon) - 0.3 * np.arange(times)[:, None, None])
+    noise = np.random.default_rng(0).standard_normal((2, *wave.shape))
+    names = ("time", "latitude", "longitude")
+    fields = {
+        "t2m": (names, (280 + 9 * wave + noise[0]).astype("f4"), {"units": "K"}),
+        "u10": (names, (5 * np.roll(wave, 2, 2) + noise[1]).astype("f4"), {"units": "m s-1"}),
+    }
+    return xr.Dataset(fields, {"time": time, "latitude": lat, "longitude": lon})

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -326,6 +327,9 @@ def test_a_damaged_one_is_named_and_passed_over(two_steps, tmp_path, what):
     with Checkpoints(tmp_path, keep=1, say=said.append) as c:
         assert c.newest() == (tmp_path / "step-00000001", {"n": 1})
         assert len(said) == 1 and said[0].startswith(f"checkpoint {tmp_path}/step-00000002 is damaged and passed over: {reason}")
+        assert c.expect_whole(tmp_path / "step-00000001") == {"n": 1}
+        with pytest.raises(ValueError, match=f"step-00000002 is damaged: {re.escape(reason)}"):
+            c.expect_whole(tmp_path / "step-00000002")
         state = small(0)
         c.load(tmp_path / "step-00000001", state)
         assert_equal(leaves(state["a"]), leaves(small(1)["a"]))

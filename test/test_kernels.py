@@ -447,6 +447,8 @@ def test_gpu_check_runs_on_cpu(check, tmp_path, capsys):
     assert {"schema", "device", "torch", "driver", "cuda", "hip", "commit", "kernels", "algorithms", "timings"} <= set(found)
     assert found["misses"] == [] and set(found["kernels"]) == set(KERNELS)
     assert {a["algorithm"] for a in found["algorithms"]["cases"]} == set(ringx.algorithms())
+    ways = {"none", "selective", "full"}
+    assert {(c["app"], c["checkpointing"]) for c in found["training"]["cases"]} == {(a, w) for a in ("gpt", "vit") for w in ways}
     assert max(len(line) for line in capsys.readouterr().out.splitlines()) <= 100
 
 

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+import ringx
 from apps.gpt import train
 from apps.gpt.config import PRESETS
+from apps.vit import train as vit
+from apps.vit.config import load
 from ringx import bench, bench_comm, environ
 
 SCRIPT = Path(__file__).parent.parent / "script"
@@ -21,6 +24,7 @@ SHELL = sorted(
     [
         *SCRIPT.glob("*.sbatch"),
         SCRIPT.parent / "apps/gpt/job.sbatch",
+        *(SCRIPT.parent / "apps/vit").glob("*.sbatch"),
         *SCRIPT.glob("*.sh"),
         SCRIPT.parent / "test/slurm/cluster",
         SCRIPT.parent / ".ci/run",
@@ -97,10 +101,10 @@ def slurm(tmp_path):
 
 
 @pytest.mark.parametrize("folder", [SCRIPT.parent, SCRIPT])
-@pytest.mark.parametrize("name", ["bench", "collectives", "test", "gpt"])
+@pytest.mark.parametrize("name", ["bench", "collectives", "test", "gpt", "vit"])
 def test_batch_scripts_call_what_there_is(slurm, name, folder):
     """With arguments, from the checkout and from script/: the command that the ranks run is one that its program takes."""
-    words = {"bench": "ringx1", "collectives": "ring", "test": "ringx3", "gpt": "--preset tiny"}[name]
+    words = {"bench": "ringx1", "collectives": "ring", "test": "ringx3", "gpt": "--preset tiny", "vit": "--dim 8"}[name]
     task = {"SLURM_ARRAY_TASK_ID": "2"} if name == "bench" else {}
     done = bash(f"bash {SCRIPT}/{name}.sbatch {words}", cwd="/", SLURM_SUBMIT_DIR=str(folder), **slurm, **task)
     assert done.returncode == 0, done.stderr
@@ -109,6 +113,8 @@ def test_batch_scripts_call_what_there_is(slurm, name, folder):
         assert said == ["test/test_ringx3.py"] and (SCRIPT.parent / said[0]).exists()
     elif name == "gpt":
         assert said == ["-m", "apps.gpt.train", "--preset", "tiny", "--out", "gpt_7", "--resume", "gpt_7"]
+    elif name == "vit":
+        assert said == ["-m", "apps.vit.train", "--dim", "8", "--out", "vit_7", "--resume", "vit_7"]
     else:
         module = {"bench": bench, "collectives": bench_comm}[name]
         parser = argparse.ArgumentParser()
@@ -135,11 +141,83 @@ def test_the_gpt_job_takes_a_recipe_by_its_name(slurm, words, preset):
     assert args.preset in PRESETS
 
 
-def test_the_vit_script_says_what_is_missing(slurm):
-    if (SCRIPT.parent / "apps/vit/train.py").exists():
-        pytest.skip("apps/vit is there")
-    done = bash(f"bash {SCRIPT}/vit.sbatch", cwd="/", SLURM_SUBMIT_DIR=str(SCRIPT.parent), **slurm)
-    assert done.returncode == 2 and "apps/vit is not in this checkout yet" in done.stderr
+@pytest.mark.parametrize(
+    "words, base",
+    [("", "--preset tiny"), ("5m --steps 3", "--preset 5m --steps 3"), ("mp_p2_ringx --tp 4", "--config mp_p2_ringx --tp 4")]
+    + [("my.yaml", "--config my.yaml"), ("--config dp_p8", "--config dp_p8")],
+)
+def test_the_vit_job_takes_a_preset_or_a_configuration_by_its_name(slurm, words, base):
+    folder = SCRIPT.parent / "apps/vit"
+    done = bash(f"bash {folder}/submit.sbatch {words}", cwd="/", SLURM_SUBMIT_DIR=str(folder), OUT="my run", **slurm)
+    assert done.stdout.splitlines()[-1] == f"-m apps.vit.train {base} --out my run --resume my run"
+    args = vit.parser().parse_args(base.split())
+    assert args.config == "my.yaml" or vit.base_of(args)
+
+
+# ---- the matrix of the vit
+
+
+MATRIX = SCRIPT.parent / "apps/vit/submit_cp.sbatch"
+TWO = {"ALGORITHMS": "ringx1, ringx4", "PATCHES": "2", "CPS": "1,2"}
+
+
+def test_the_matrix_lists_its_cases():
+    assert bash(f"bash {MATRIX} --list", cwd="/", **TWO).stdout.splitlines() == [
+        "0  ringx1_p2_cp1", "1  ringx1_p2_cp2", "2  ringx4_p2_cp1", "3  ringx4_p2_cp2",
+    ]  # fmt: skip
+    known = bash(f"bash {MATRIX} --list").stdout
+    assert len(known.splitlines()) == 8 and {x.split("_")[0] for x in known.split()[1::2]} <= set(ringx.algorithms())
+    assert f"--array=0-{len(known.splitlines()) - 1} " in MATRIX.read_text()
+
+
+def submitted(slurm, out, words="5m --tp 1", **env):
+    return bash(f"bash {MATRIX} {words}", cwd="/", SLURM_SUBMIT_DIR=str(MATRIX.parent), OUT=str(out), **TWO | slurm | env)
+
+
+def asked(done):
+    return [line for line in done.stdout.splitlines() if line.startswith("-m")]
+
+
+def test_an_array_task_does_its_case_once(slurm, tmp_path):
+    out = tmp_path / "my runs"
+    (out / "ringx4_p2_cp1").mkdir(parents=True)  # as the trainer makes it
+    done = submitted(slurm, out, SLURM_ARRAY_TASK_ID="2")
+    assert done.returncode == 0, done.stderr
+    folder = f"{out}/ringx4_p2_cp1"
+    words = "--preset 5m --tp 1 --algorithm ringx4 --patch 2 --cp 1 --dp 0"
+    assert asked(done) == [f"-m apps.vit.train {words} --out {folder} --resume {folder}"]
+    _, shape = vit.configure(vit.parser().parse_args([*words.split(), "--dry-run", "--nproc", "8"]))
+    assert shape.dp == 8  # what is left
+    assert (out / "ringx4_p2_cp1" / "done").exists()
+    again = submitted(slurm, out, SLURM_ARRAY_TASK_ID="2")
+    assert asked(again) == [] and "ringx4_p2_cp1 is done" in again.stdout
+    assert len(asked(submitted(slurm, out, "5m --tp 1 --steps 9", SLURM_ARRAY_TASK_ID="2"))) == 1  # other words: more to do
+
+
+def test_without_an_array_all_cases_are_done_one_after_another(slurm, tmp_path):
+    for name in ("ringx1_p2_cp1", "ringx1_p2_cp2", "ringx4_p2_cp1", "ringx4_p2_cp2"):
+        (tmp_path / name).mkdir()
+    done = submitted(slurm, tmp_path, "mp_p2_ringx")
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[-1].rpartition("/")[2] for line in asked(done)] == sorted(p.name for p in tmp_path.glob("*_cp*"))
+    assert all(" --config mp_p2_ringx " in line for line in asked(done)) and load("mp_p2_ringx").model.patch == 2
+
+
+def test_cases_that_fail_or_do_not_fit_are_named_and_the_others_done(slurm, tmp_path):
+    done = submitted(slurm, tmp_path, CPS="3,two,1", STATUS="9")
+    assert done.returncode == 9 and len(asked(done)) == 2
+    assert "ringx1_p2_cp3: cp=3 does not divide the 2 ranks" in done.stderr and "ringx4_p2_cptwo: cp=two" in done.stderr
+    assert "ringx4_p2_cp1 ended with status 9" in done.stderr and not list(tmp_path.rglob("done"))
+    alone = submitted(slurm, tmp_path, CPS="3", SLURM_ARRAY_TASK_ID="1")
+    assert alone.returncode == 2 and asked(alone) == [] and "ringx4_p2_cp3: cp=3" in alone.stderr
+    outside = submitted(slurm, tmp_path, SLURM_ARRAY_TASK_ID="4")
+    assert outside.returncode == 2 and "there is no case 4, only --array=0-3" in outside.stderr and asked(outside) == []
+
+
+def test_a_matrix_that_is_stopped_early_is_requeued(slurm, tmp_path):
+    done = submitted(slurm, tmp_path, STATUS="75")
+    assert done.returncode == 75 and len(asked(done)) == 1
+    assert "scontrol requeue 7" in Path(slurm["LOG"]).read_text()
 
 
 @pytest.mark.parametrize(

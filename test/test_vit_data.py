@@ -458,6 +458,8 @@ def test_statistics_are_xarrays(tmp_path, monkeypatch, piece):
         a, b = anomalies[:-lag], anomalies[lag:]
         np.testing.assert_allclose(got.damping[i], [damped(a[:, c], b[:, c]) for c in range(3)], rtol=1e-4)
         assert got.damping_map[i, 2, 1, 3] == pytest.approx(damped(a[:, 2, 1, 3], b[:, 2, 1, 3]), rel=1e-3)
+        left = b - got.damping[i][:, None, None] * a
+        np.testing.assert_allclose(got.std_damped[i], np.sqrt(np.square(left).mean((0, 2, 3))), rtol=1e-4)
 
 
 def test_climatology_by_month(tmp_path):
@@ -585,6 +587,36 @@ def test_inputs_and_targets(prepared):
     assert back.dtype == np.float32
     np.testing.assert_allclose(back, np.stack([x[t0s + 1], x[t0s + 4]], 1), rtol=2e-7)
     np.testing.assert_array_equal(samples.to_fields(target * 0, t0s)[:, 1], x[t0s])
+
+
+def test_history_is_seen_and_the_damped_anomaly_corrected(prepared):
+    data, fields, stats = prepared
+    samples = Samples(fields, Split(200, 250, "val"), stats, (24, 6), ("climatology",), history=(12, 6), base="damped")
+    assert len(samples) == 44 and samples.starts(6)[[0, -1]].tolist() == [202, 245]  # all times of a sample lie in the part
+    x, t0s = stacked(data).astype("f8"), np.array([210, 203])
+    inputs, target = samples.get(t0s)
+    assert samples.input_names[3:9] == tuple(f"{c} since -{hours}h" for hours in (12, 6) for c in ("t2m", "z500", "z850"))
+    by_name = dict(zip(samples.input_names, inputs.swapaxes(0, 1), strict=True))
+    np.testing.assert_allclose(by_name["z500 since -12h"], (x[t0s, 1] - x[t0s - 2, 1]) / stats.std_change[1, 1], atol=2e-5)
+    np.testing.assert_array_equal(samples.inputs_of(samples.seen(t0s), t0s), inputs)
+
+    def usual(t):
+        return stats.climatology(fields.times[t]).astype("f8")
+
+    simple = []
+    for i, steps in ((2, 4), (0, 1)):
+        simple.append(usual(t0s + steps) + stats.damping[i][:, None, None] * (x[t0s] - usual(t0s)))
+        left = (x[t0s + steps] - simple[-1]) / stats.std_damped[i][:, None, None]
+        np.testing.assert_allclose(target[:, len(simple) - 1], left, atol=5e-5)
+    np.testing.assert_allclose(samples.to_fields(target * 0, t0s), np.stack(simple, 1), rtol=2e-7)
+    np.testing.assert_allclose(samples.to_fields(target, t0s), np.stack([x[t0s + 4], x[t0s + 1]], 1), rtol=2e-7)
+
+    valid = Samples(fields, Split(0, 10, "first"), stats, (6,), where="valid", history=(24,))
+    assert valid.starts(6).tolist() == [4, 5, 6, 7, 8] and "t0=3" in refusal(valid.get, [3])
+    assert "history: 7 h" in refusal(Samples, fields, Split(0, 40), stats, (6,), history=(7,))
+    assert "lead 18 h is not in the statistics" in refusal(Samples, fields, Split(0, 40), stats, (6,), history=(18,))
+    assert "base='best'" in refusal(Samples, fields, Split(0, 40), stats, (6,), base="best")
+    assert "too few for a lead of 24 h and a history of 24 h" in refusal(Samples, fields, Split(0, 8), stats, (24,), history=(24,))
 
 
 def test_where_samples_lie(prepared):

@@ -163,18 +163,28 @@ class Checkpoints:
         The same on all ranks; each reads every N-th file of a checkpoint, once."""
         self.finish()
         for path in launch.decide(self._world, self._present):
-            files, fault = launch.decide(self._world, partial(_manifest, path))
-            mine = next((f for name in sorted(files)[self._rank :: self._ranks] if (f := _fault(path / name, files[name]))), None)
-            faults = [mine] * self._ranks
-            if self._pg is not None:
-                dist.all_gather_object(faults, mine, group=self._pg)
-            fault = fault or next((f for f in faults if f), None)
-            if fault is None:
+            if (fault := self._fault_in(path)) is None:
                 return path, launch.decide(self._world, partial(read_about, path))
             self._faulty.add(path)
             if self._rank == 0:
                 self._say(f"checkpoint {path} is damaged and passed over: {fault}.")
         return None
+
+    def expect_whole(self, path: "str | Path") -> Any:
+        """What was said about the checkpoint at `path`, read as ``newest`` does; ValueError on all ranks if it is damaged."""
+        self.finish()
+        if fault := self._fault_in(Path(path)):
+            raise ValueError(f"checkpoint {path} is damaged: {fault}; take another.")
+        return launch.decide(self._world, partial(read_about, path))
+
+    def _fault_in(self, path: Path) -> str | None:
+        """The first thing that is wrong with a checkpoint; the same on all ranks."""
+        files, fault = launch.decide(self._world, partial(_manifest, path))
+        mine = next((f for name in sorted(files)[self._rank :: self._ranks] if (f := _fault(path / name, files[name]))), None)
+        faults = [mine] * self._ranks
+        if self._pg is not None:
+            dist.all_gather_object(faults, mine, group=self._pg)
+        return fault or next((f for f in faults if f), None)
 
     def load(self, path: "str | Path", state: dict[str, Any]) -> None:
         """Fills `state`, which is built as the one that was saved, from the checkpoint at `path`: tensors and DTensors in place,

@@ -40,7 +40,8 @@ def configure(args: argparse.Namespace, base: RunConfig) -> tuple[Any, Shape | N
     config = base
     flags = {name: value for name, value in vars(args).items() if value is not None}
     axes = {"cp", "tp", "dp"}
-    if args.resume and axes & set(flags):  # the old mesh's other axes are not meant
+    resumed = args.resume and not (args.preset or args.config)  # else the mesh is theirs, not the old one
+    if resumed and axes & set(flags):  # the old mesh's other axes are not meant
         config = replace(config, mesh=replace(config.mesh, cp=0, tp=0, dp=0))  # type: ignore[type-var]
     config = config.changed(flags)
     if args.estimate or args.dry_run:
@@ -48,7 +49,7 @@ def configure(args: argparse.Namespace, base: RunConfig) -> tuple[Any, Shape | N
         world = args.nproc or max(m.cp, 1) * max(m.tp, 1) * max(m.dp, 1)
     else:
         world = ringx.launch.world_size(args.nproc) or 0  # 0: this MPI does not say before the ranks have met
-        if args.resume and world and not axes & set(flags) and _misfits(config.mesh, world):
+        if resumed and world and not axes & set(flags) and _misfits(config.mesh, world):
             config = replace(config, mesh=replace(config.mesh, cp=0, tp=0, dp=0))  # type: ignore[type-var]
     shape = config.mesh.fit(world) if world else None
     if shape:

@@ -285,6 +285,7 @@ class _Call(NamedTuple):
     """One call of an attention algorithm, to be repeated without its inside."""
 
     peak: int  # bytes above what was there before it
+    remote: int  # most bytes that it has received from other ranks at once
     sent: Counter
     outputs: list[tuple]  # of each: key and elements of its storage; size, strides, offset, dtype
 
@@ -319,6 +320,7 @@ def _attend_once(watch: _Watch) -> Iterator[None]:
 
 def _first(watch: _Watch, call: Callable, args: tuple) -> tuple[_Call, tuple[torch.Tensor, ...]]:
     before, sent = (watch.peak, watch.at_peak), Counter(watch.sent.get(watch.stage, {}))
+    remote_before, watch.remote_peak = watch.remote_peak, 0
     start = watch.peak = watch.now
     out = tuple(call(*args))
     peak = watch.peak - start
@@ -329,13 +331,16 @@ def _first(watch: _Watch, call: Callable, args: tuple) -> tuple[_Call, tuple[tor
         (x.untyped_storage()._cdata, x.untyped_storage().nbytes() // x.itemsize, x.shape, x.stride(), x.storage_offset(), x.dtype)
         for x in out
     ]
-    return _Call(peak, now_sent, outputs), out
+    remote = watch.remote_peak
+    watch.remote_peak = max(remote, remote_before)
+    return _Call(peak, remote, now_sent, outputs), out
 
 
 def _repeat(watch: _Watch, call: _Call) -> tuple[torch.Tensor, ...]:
     sent = watch.sent.setdefault(watch.stage, Counter())
     for kind, n in call.sent.items():
         sent[kind] += n
+    watch.remote_peak = max(watch.remote_peak, call.remote)
     if watch.now + call.peak > watch.peak:
         watch.peak = watch.now + call.peak
         watch.at_peak = {a.serial: a.bytes for a in watch.alive.values()}

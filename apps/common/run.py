@@ -147,15 +147,15 @@ class Run(abc.ABC):
         if "data" not in about:
             raise ValueError("--resume: the checkpoint holds weights alone, as convert.py writes; begin from them with --init.")
         then, now = about["config"], self.config.to_dict()
-        for k, value in now["model"].items():
-            if then["model"].get(k) != value:
-                raise ValueError(f"--resume: the checkpoint is of another model: its {k} is {then['model'].get(k)}, here {value}.")
         for part, k, why in self.same:
             if (was := then.get(part, {}).get(k)) != now[part][k]:
                 raise ValueError(
                     f"--resume: the checkpoint's run has {k} {was}, here it is {now[part][k]}: {why}; give "
                     f"--{k.replace('_', '-')} {was}, or start a new run with another --out."
                 )
+        for k, value in now["model"].items():
+            if then["model"].get(k) != value:
+                raise ValueError(f"--resume: the checkpoint is of another model: its {k} is {then['model'].get(k)}, here {value}.")
         if about["data"] != self.sha256():
             source = self.about_data()["source"]
             raise ValueError(f"--resume: the checkpoint's run read other data than {source}; name the same with --data.")

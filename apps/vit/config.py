@@ -11,6 +11,7 @@ from ringx.layout import LAYOUTS, name_of
 from ringx.mesh import Shape
 
 from .patches import Patches
+from .samples import BASES
 
 CONFIGS = Path(__file__).parent / "configs"
 POSITIONS = ("learned", "sinusoidal")
@@ -57,10 +58,12 @@ class DataConfig:
     levels: str = option("", "pressure levels in hPa of those that have levels, such as 500,850 (default: all)")
     channel_names: str = option("", "names of the channels of HDF5 files, which hold none, such as u10,v10,t2m")
     leads: str = option("6", "hours ahead, such as 6,24,72; all are forecast at once")
+    history: str = option("", "hours before that are seen too, such as 6 or 1,2,3 (default: none)")
+    base: str = option("persistence", "the simple forecast that the model corrects, and an untrained one makes", BASES)
     inputs: str = option(
         "auto", "what is seen besides the fields: time_of_day, time_of_year, latitude, static, climatology (auto: all there is)"
     )
-    train_times: str = option("", "training times, FIRST/LAST as dates or numbers (default: the first 70 %%)")
+    train_times: str = option("", "training times, START/STOP as dates or indices (default: the first 70 %%)")
     val_times: str = option("", "validation times (default: the next 15 %%)")
     test_times: str = option("", "test times (default: the rest)")
 
@@ -68,19 +71,33 @@ class DataConfig:
         for f in dataclasses.fields(self):
             if not isinstance(getattr(self, f.name), str):
                 object.__setattr__(self, f.name, _words(getattr(self, f.name)))
-        try:
-            leads = self.lead_hours()
-        except ValueError:
-            leads = ()
-        if not leads or min(leads) < 1 or len(set(leads)) < len(leads):
-            raise ValueError(f"leads={self.leads!r} must be different whole numbers of hours above 0, such as 6,24.")
+        known(self)
+        for name, least in (("leads", 1), ("history", 0)):
+            text = getattr(self, name)
+            try:
+                hours = _hours(text)
+            except ValueError:
+                hours = (0,)
+            if len(hours) < least or min(hours, default=1) < 1 or len(set(hours)) < len(hours):
+                raise ValueError(f"{name}={text!r} must be different whole numbers of hours above 0, such as 6,24.")
 
     def input_names(self) -> "tuple[str, ...] | None":
         """None for all that there are."""
         return None if self.inputs == "auto" else tuple(name.strip() for name in self.inputs.split(",") if name.strip())
 
     def lead_hours(self) -> tuple[int, ...]:
-        return tuple(int(x) for x in self.leads.split(","))
+        return _hours(self.leads)
+
+    def history_hours(self) -> tuple[int, ...]:
+        return _hours(self.history)
+
+    def hours(self) -> tuple[int, ...]:
+        """Of all changes that statistics are needed of."""
+        return tuple(sorted({*self.lead_hours(), *self.history_hours()}))
+
+
+def _hours(text: str) -> tuple[int, ...]:
+    return tuple(int(x) for x in text.split(",")) if text else ()
 
 
 def _words(value: object) -> str:
@@ -93,7 +110,7 @@ class TrainConfig(Training):
     """How it is trained.  A sample is the grid at one time."""
 
     layout: str = option("contiguous", "which tokens a rank of the cp group holds", LAYOUTS)
-    epochs: int = option(0, "passes over the training times, in place of --steps; then validates after each one")
+    epochs: int = option(0, "passes over the training times, in place of --steps; validates after each")
 
     def __post_init__(self):
         super().__post_init__()
@@ -123,19 +140,19 @@ class Config(RunConfig):
         if not m.height:
             return
         tokens = m.patches().tokens
+        if shape.cp > tokens:
+            raise ValueError(f"cp={shape.cp} is more than the {tokens} tokens of a field; take a smaller --cp or --patch.")
         sharding = ringx.Sharding(tokens, shape.cp, c.layout)
         least = min(sharding.size(r) for r in range(shape.cp))
-        if least < 1:
-            raise ValueError(f"cp={shape.cp} is more than the {tokens} tokens of a field; take a smaller --cp or --patch.")
         if c.mlp_tiles > -(-least // shape.tp):
             raise ValueError(f"mlp_tiles={c.mlp_tiles} is more than the tokens that a rank holds.")
 
 
 def load(path: str) -> Config:
     """The configuration of a YAML file (see ``apps.common.config.load``), or of one in apps/vit/configs by its name alone."""
-    if not Path(path).exists() and (CONFIGS / f"{path}.yaml").exists():
+    if not Path(path).is_file() and (CONFIGS / f"{path}.yaml").exists():
         path = str(CONFIGS / f"{path}.yaml")
-    elif not Path(path).exists() and Path(path).suffix == "":
+    elif not Path(path).exists() and Path(path).suffix not in (".yaml", ".yml"):
         there = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
         raise ValueError(f"--config {path}: there is no such file, and no such name in apps/vit/configs; names: {there}.")
     return load_yaml(path, Config, PRESETS)
@@ -171,5 +188,6 @@ PRESETS = {
         *(_large(f"2.6b-p{p}", 4096, 32, 12, p) for p in (1, 2, 4, 8)),
     )
 }
-PRESETS["2.6b-p1"] = replace(PRESETS["2.6b-p1"], mesh=MeshConfig(cp=32))
+_P1 = PRESETS["2.6b-p1"]  # a table of 259,200 learned positions would be another billion of parameters
+PRESETS["2.6b-p1"] = replace(_P1, mesh=MeshConfig(cp=32), model=replace(_P1.model, positions="sinusoidal"))
 PRESETS["2.6b-p2"] = replace(PRESETS["2.6b-p2"], mesh=MeshConfig(cp=8))

@@ -109,7 +109,7 @@ class ViT(nn.Module):
         fill = -tokens % self.multiple
         if fill:
             x, places = F.pad(x, (0, 0, 0, fill)), F.pad(places, (0, fill))
-        x = self.embed(x)  # under tp [B, S / tp, C]
+        x = self.embed(x.to(self.embed.weight.dtype))  # FSDP2 casts weights but not this; under tp [B, S / tp, C]
         x = x + self.places(places).to(x.dtype)
         for layer in self.layers:
             x = layer(x, tokens)

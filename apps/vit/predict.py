@@ -30,18 +30,17 @@ if __package__ in (None, ""):  # run as a file, not as a module
 import ringx
 from apps.common import command
 from apps.common.arguments import Parser
-from apps.common.checkpoint import MANIFEST, Checkpoints, read_about
+from apps.common.checkpoint import MANIFEST, Checkpoints
 from apps.common.config import DTYPES, SHORT, from_dict
 from apps.common.engine import fill
 from apps.common.weights import CheckpointWeights
 from apps.vit import scores
 from apps.vit.config import Config
-from apps.vit.data import Fields, Split
 from apps.vit.model import ViT
 from apps.vit.parallel import Attend
 from apps.vit.samples import Samples
-from apps.vit.statistics import Statistics, statistics
-from apps.vit.train import STATISTICS, open_record, parts_of, samples_of
+from apps.vit.statistics import Statistics, expect_room, statistics
+from apps.vit.train import STATISTICS, open_alike, open_record, parts_of, samples_of
 from ringx.launch import World
 from ringx.mesh import Mesh, Shape
 
@@ -125,7 +124,7 @@ class Scored:
         t0s, forecast = t0s[counts], forecast[counts]
         truth, usual = s.fields.read(t0s + lag), s.statistics.climatology(s.fields.times[t0s + lag])
         self.all[name].add(self.leads.index(lead), forecast, truth, usual)
-        if s.fields.grid.periodic and name in scores.SPECTRA:
+        if s.fields.grid.periodic and name in scores.SPECTRA and lead in s.leads:
             self._spectrum(name, lead, forecast)
             if name == "model":
                 self._spectrum("truth", lead, truth)
@@ -188,29 +187,39 @@ def forecast(
 
     rollout: leads, multiples of the model's first, that it reaches by taking its own forecasts as inputs."""
     kept: dict[int, np.ndarray] = {}
-    first = samples.leads[0]
-    lag = first // samples.fields.step_hours
     for i in range(0, len(t0s), batch):
         some = t0s[i : i + batch]
-        now = samples.fields.read(some)
-        ahead = samples.ahead_of(now, forecaster(samples.inputs_of(now, some)))
+        seen = samples.seen(some)
+        ahead = samples.ahead_of(seen[:, 0], some, forecaster(samples.inputs_of(seen, some)))
         if scores_here:
             scored.add_simple(some)
             for j, lead in enumerate(samples.leads):
                 scored.add("model", lead, ahead[:, j], some)
         kept |= {int(t): ahead[k] for k, t in enumerate(some) if t in saved}
-        state, began = ahead[:, 0], some
-        for k, lead in enumerate(rollout):
-            if k:
-                there = began + k * lag < len(samples.fields)  # what is known of the time is known within the record
-                state, began = state[there], began[there]
-                if not len(began):
-                    break
-                state = samples.ahead_of(state, forecaster(samples.inputs_of(state, began + k * lag)))[:, 0]
+        for lead, (state, began) in zip(rollout, rolled(forecaster, samples, ahead[:, 0], some), strict=False):
             if scores_here:
                 scored.add("roll-out", lead, state, began)
         tick(len(some))
     return kept
+
+
+def rolled(forecaster: Forecaster, samples: Samples, state: np.ndarray, t0s: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(forecast [n, C, H, W], its initial times [n]) one, two, three ... of the model's first leads ahead, of which `state` is the
+    first: each takes those before it as inputs.  Ends where the record does: what is known of a time is known within it."""
+    lag = samples.leads[0] // samples.fields.step_hours
+    back = [hours // samples.leads[0] for hours in samples.history]
+    states = [samples.fields.read(t0s), state]  # at t0s, t0s + lag, ...
+    while True:
+        yield states[-1], t0s
+        k = len(states) - 1
+        there = t0s + k * lag < len(samples.fields)
+        if not there.any():
+            return
+        t0s, states = t0s[there], [x[there] for x in states]
+        now = t0s + k * lag
+        past = [states[k - b] if b <= k else samples.fields.read(now - b * lag) for b in back]
+        inputs = samples.inputs_of(np.stack([states[k], *past], 1), now)
+        states.append(samples.ahead_of(states[k], now, forecaster(inputs))[:, 0])
 
 
 def to_dataset(samples: Samples, t0s: np.ndarray, ahead: np.ndarray, about: dict[str, str]) -> "xr.Dataset":
@@ -234,7 +243,7 @@ def to_dataset(samples: Samples, t0s: np.ndarray, ahead: np.ndarray, about: dict
         attributes = {"units": f.units[name] or "1"}
         variables[name] = (dims, ahead[:, :, i], {**attributes, "long_name": f"{long}, forecast"})
         variables[f"{name}_truth"] = (dims, truth[:, :, i], {**attributes, "long_name": f"{long}, as it was"})
-    return xr.Dataset(variables, coords, {"Conventions": "CF-1.11", **about})
+    return xr.Dataset(variables, coords, {"Conventions": "CF-1.11", **about}).sortby("lead_time")  # CF: in order
 
 
 def write_dataset(dataset: "xr.Dataset", out: Path, kind: str) -> Path:
@@ -246,6 +255,7 @@ def write_dataset(dataset: "xr.Dataset", out: Path, kind: str) -> Path:
     hours = {"units": "hours", "dtype": "int32"}
     encoding: dict[str, Any] = {"lead_time": hours, "time": {"units": "hours since 1970-01-01", "dtype": "int64"}}
     encoding["valid_time"] = encoding["time"]
+    encoding["latitude"] = encoding["longitude"] = {"_FillValue": None}  # CF: coordinates have none
     if kind == "nc":
         dataset.to_netcdf(aside, encoding=encoding)
     else:
@@ -273,7 +283,10 @@ def _work(world: World, job: Job) -> None:
     out, chief = Path(job.out), world.rank == 0
     path, about = find_checkpoint(job.checkpoint, job.step, world)
     config = ringx.launch.decide(world, lambda: config_of(path, about))
-    leads = tuple(sorted({*config.data.lead_hours(), *steps_of(job.rollout, config.data.lead_hours()[0])}))
+    first = config.data.lead_hours()[0]
+    leads = tuple(sorted({*config.data.lead_hours(), *steps_of(job.rollout, first)}))
+    if job.rollout and (between := [h for h in config.data.history_hours() if h % first]):
+        raise ValueError(f"--rollout {job.rollout}: the model sees what was {between[0]} h before, and forecasts every {first} h.")
 
     def prepare() -> tuple[Statistics, str]:
         fields = open_record(job.data, config.data)
@@ -281,39 +294,43 @@ def _work(world: World, job: Job) -> None:
             raise ValueError(f"--data: {fields.source} is other data than {path} was trained on; name the same with --data.")
         split = parts_of(fields, config.data)["train"]
         folder = path.parent.parent / STATISTICS
-        made = statistics(fields, split, leads, cache=folder if os.access(folder, os.W_OK) else out / STATISTICS)
-        samples_of(fields, config.data, made, job.part, "valid")
+        hours = sorted({*leads, *config.data.hours()})
+        made = statistics(fields, split, hours, cache=folder if os.access(folder, os.W_OK) else out / STATISTICS)
+        samples = samples_of(fields, config.data, made, job.part, "valid")
+        expect_room(samples.split, max(samples.leads) // fields.step_hours, max(samples.leads))  # forecasts to keep
         return made, fields.identity
 
     made, identity = ringx.launch.decide(world, prepare)
-    try:
-        fields = open_record(job.data, config.data)
-        mine = fields.identity
-    except ValueError as e:  # of this rank alone
-        mine = str(e)
-    if set(ringx.launch.gather(mine, world)) != {identity}:
-        raise ValueError(f"--data {job.data}: the ranks see different files; put it where all nodes see the same.")
+    fields = open_alike(job.data, config.data, identity, world)
     samples = samples_of(fields, config.data, made, job.part, "valid")
 
     mesh = Mesh.make(Shape.fit(world.world, cp=job.cp, tp=1, dp=0), world.device.type)
     config.expect_fits(mesh.shape)
     dtype = DTYPES[job.dtype] if job.dtype else torch.promote_types(DTYPES[config.train.dtype], torch.float32)
     forecaster = Forecaster(config, CheckpointWeights(path), mesh, world.device, dtype)
-    t0s = np.unique(np.concatenate([starts_of(samples.split, fields, lead) for lead in leads]))
-    saved = evenly(starts_of(samples.split, fields, max(samples.leads), inside=True), job.save)
+    t0s = np.unique(np.concatenate([starts_of(samples, lead) for lead in leads]))
+    saved = evenly(starts_of(samples, max(samples.leads), inside=True), job.save)
     scored, mine_t0s = Scored(samples, leads), t0s[mesh.dp_rank :: mesh.shape.dp]
     if chief:
         print(f"{path}, {len(t0s)} initial times for the {job.part} times\n{mesh.shape.describe()}", flush=True)
+    kept, fault = {}, None
     with _bar(len(mine_t0s), chief) as tick:
-        kept = forecast(
-            forecaster, samples, scored, mine_t0s, saved, batch=job.batch,
-            rollout=steps_of(job.rollout, samples.leads[0]), scores_here=mesh.cp_rank == 0, tick=tick,
-        )  # fmt: skip
-    everyone = ringx.launch.gather((scored.sums(), kept) if mesh.cp_rank == 0 and not chief else None, world)
+        try:
+            kept = forecast(
+                forecaster, samples, scored, mine_t0s, saved, batch=job.batch,
+                rollout=steps_of(job.rollout, samples.leads[0]), scores_here=mesh.cp_rank == 0, tick=tick,
+            )  # fmt: skip
+        except ValueError as e:  # what only some times have, and so only some dp groups see: missing values
+            fault = str(e)
+    mine = (fault, scored.sums(), kept) if mesh.cp_rank == 0 else (fault,)
+    everyone = ringx.launch.gather(mine, world)
+    if faults := [f for f, *_ in everyone if f]:
+        raise ValueError(faults[0])
     if chief:
-        for other in filter(None, everyone):
-            scored.take(other[0])
-            kept |= other[1]
+        for _, *made_there in everyone[1:]:
+            if made_there:
+                scored.take(made_there[0])
+                kept |= made_there[1]
         _write(job, samples, scored, saved, kept, {"title": f"Forecasts of {fields.source}", "source": f"ringx, {path}"})
 
 
@@ -329,13 +346,18 @@ def _write(job: Job, samples: Samples, scored: Scored, saved: np.ndarray, kept: 
         print("Fed with its own forecasts:\n" + scores.table(rolled, "roll-out"))
     if spectra:
         scores.write_spectra(out / "spectra.csv", spectra)
+    drawn = job.maps
     if job.maps:
-        from apps.vit.maps import draw  # here: it needs matplotlib
+        from apps.vit.maps import draw
 
-        for line in draw(out, out / "maps"):
-            print(line)
+        try:
+            for line in draw(out, out / "maps"):
+                print(line)
+        except ImportError as e:
+            print(f"skipped maps: {e}")
+            drawn = False
     print(f"{len(saved)} initial times in {path}; scores.csv{', spectra.csv' if spectra else ''}"
-          f"{' and maps/' if job.maps else ''} beside it")  # fmt: skip
+          f"{' and maps/' if drawn else ''} beside it")  # fmt: skip
 
 
 # ---- what is asked for
@@ -348,10 +370,11 @@ def find_checkpoint(given: str, step: "int | None", world: "World | None") -> tu
     path = Path(given)
 
     def named() -> "Path | None":
+        expect_checkpoint(path)
         if (path / MANIFEST).exists():
+            if step is not None:
+                raise ValueError(f"--step {step}: {path} is a checkpoint, not a run; leave --step out.")
             return path
-        if not (path / "checkpoints").is_dir():
-            raise ValueError(f"--checkpoint {given}: it is neither a run (no checkpoints/ in it) nor a checkpoint.")
         if step is None:
             return None
         chosen = path / "checkpoints" / f"step-{step:08d}"
@@ -361,13 +384,17 @@ def find_checkpoint(given: str, step: "int | None", world: "World | None") -> tu
         return chosen
 
     chosen = ringx.launch.decide(world, named)
-    if chosen is not None:
-        return chosen, ringx.launch.decide(world, lambda: read_about(chosen))
-    with Checkpoints(path / "checkpoints", world, say=lambda text: print(text, flush=True)) as checkpoints:
-        found = checkpoints.newest()
+    folder = chosen.parent if chosen else path / "checkpoints"
+    with Checkpoints(folder, world, say=lambda text: print(text, flush=True)) as checkpoints:
+        found = (chosen, checkpoints.expect_whole(chosen)) if chosen else checkpoints.newest()
     if found is None:
         raise ValueError(f"--checkpoint {given}: there is no checkpoint in it that can be used.")
     return found
+
+
+def expect_checkpoint(path: Path) -> None:
+    if not (path / MANIFEST).exists() and not (path / "checkpoints").is_dir():
+        raise ValueError(f"--checkpoint {path}: it is neither a run (no checkpoints/ in it) nor a checkpoint.")
 
 
 def config_of(path: Path, about: Any) -> Config:
@@ -385,10 +412,10 @@ def steps_of(rollout: int, lead: int) -> tuple[int, ...]:
     return tuple(range(lead, rollout + 1, lead))
 
 
-def starts_of(split: Split, fields: Fields, lead: int, inside: bool = False) -> np.ndarray:
+def starts_of(samples: Samples, lead: int, inside: bool = False) -> np.ndarray:
     """Initial times whose valid time lies in the part; with `inside`, only those in the part."""
-    lag = lead // fields.step_hours
-    return np.arange(split.start if inside else max(split.start - lag, 0), split.stop - lag)
+    lag, back = (hours // samples.fields.step_hours for hours in (lead, max(samples.history, default=0)))
+    return np.arange(max(samples.split.start - (0 if inside else lag), back), samples.split.stop - lag)
 
 
 def evenly(t0s: np.ndarray, n: int) -> np.ndarray:
@@ -444,10 +471,15 @@ def configure(args: argparse.Namespace) -> Job:
     if world and world % cp:
         raise ValueError(f"--cp {cp} does not divide the {world} ranks.")
     given = Path(args.checkpoint)
+    expect_checkpoint(given)
     run = given if (given / "checkpoints").is_dir() else given.parent.parent
     data = args.data or command.resumed_data(str(run)).get("folder")
     if not data:
         raise ValueError(f"--checkpoint {given}: {run}/run.json does not say what it was trained on; name it with --data.")
+    try:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ValueError(f"--out {args.out} is no folder and cannot be made: {e.strerror}.") from None
     dtype = SHORT.get(args.dtype, args.dtype) if args.dtype else ""
     return Job(
         args.checkpoint,

@@ -155,6 +155,8 @@ class Cube(Source):
 
     def __init__(self, file: Path):
         self._zarr = is_zarr(file)
+        # NetCDF's own library reads zeros where a classic file was cut off; SciPy finds that out when it opens one
+        self._engine = "zarr" if self._zarr else "scipy" if _is_classic(file) else "netcdf4"
         super().__init__(file)
         data = self._handle
         self.title = str(data.attrs.get("title", ""))
@@ -182,9 +184,7 @@ class Cube(Source):
             warnings.simplefilter("ignore", xarray.SerializationWarning)  # a _FillValue that cannot occur
             warnings.simplefilter("ignore", RuntimeWarning)  # a Zarr store without consolidated metadata
             # chunks=None: xarray's own lazy indexing; cache=False: nothing that was read is kept
-            return xarray.open_dataset(
-                self.file, engine="zarr" if self._zarr else None, chunks=None, cache=False, decode_timedelta=False
-            )
+            return xarray.open_dataset(self.file, engine=self._engine, chunks=None, cache=False, decode_timedelta=False)
 
     def _find_time(self) -> "str | None":
         """The dimension of time; None in a file of static fields only."""
@@ -259,6 +259,12 @@ class Cube(Source):
             return super().size(channels)
         folders = {self.file / self.channels[name].variable for name in channels}
         return sum((Path(at) / name).stat().st_size for f in folders for at, _, names in os.walk(f) for name in names)
+
+
+def _is_classic(file: Path) -> bool:
+    """Whether it is NetCDF 3 of a kind that SciPy reads."""
+    with reading(file), file.open("rb") as f:
+        return f.read(4) in (b"CDF\x01", b"CDF\x02")
 
 
 class Hdf5(Source):

@@ -20,7 +20,7 @@ import numpy as np
 from .data import Fields, Split, expect_finite
 from .sources import SECONDS
 
-VERSION = 1  # of the file
+VERSION = 2  # of the file
 PIECE = 2**26  # bytes of float64 that are worked on at once, or one time
 TWO_YEARS = 2 * 365 * 24  # hours
 
@@ -40,6 +40,7 @@ class Statistics:
     climate: np.ndarray  # [M, K, C, H, W] float32: means by time of day; M = 12: by month, too; M = 1: of all times
     damping: np.ndarray  # [L, C] float64: r of a(t + lead) ~ r a(t), for anomalies a of all points together
     damping_map: np.ndarray  # [L, C, H, W] float32: the same point by point
+    std_damped: np.ndarray  # [L, C] float64: root mean square of what the damping leaves, a(t + lead) - r a(t)
     identity: str  # sha256 of the record, the part and the leads
 
     def climatology(self, times: np.ndarray) -> np.ndarray:
@@ -94,26 +95,27 @@ def statistics(
     return made
 
 
-def lead_steps(fields: Fields, leads: Sequence[int]) -> list[int]:
+def lead_steps(fields: Fields, leads: Sequence[int], what: str = "leads") -> list[int]:
     """Each lead in steps of the record.  ValueError for none, one twice, and one that is no positive multiple of the step."""
     if not len(leads):
-        raise ValueError("leads is empty; name one or more, in hours.")
+        raise ValueError(f"{what} is empty; name one or more, in hours.")
     for i, lead in enumerate(leads):
         if lead <= 0 or lead % fields.step_hours:
             raise ValueError(
-                f"leads: {lead} h is no positive multiple of the record's step, {fields.step_hours} h; choose another."
+                f"{what}: {lead} h is no positive multiple of the record's step, {fields.step_hours} h; choose another."
             )
         if lead in leads[:i]:
-            raise ValueError(f"leads: {lead} h is there twice; name it once.")
+            raise ValueError(f"{what}: {lead} h is there twice; name it once.")
     return [int(lead) // fields.step_hours for lead in leads]
 
 
-def expect_room(split: Split, lag: int, lead: int) -> None:
-    """ValueError if no time of the part is followed, within it, by one `lag` steps (`lead` hours) later."""
+def expect_room(split: Split, lag: int, lead: int, history: int = 0) -> None:
+    """ValueError if no time of the part is followed, within it, by one `lag` steps later: a lead and a history, in hours."""
     if len(split) <= lag:
+        seen = f" and a history of {history} h" if history else ""
         raise ValueError(
-            f"{split.name} has {len(split)} times ({split.start}/{split.stop}), too few for a lead of {lead} h, which takes "
-            f"{lag + 1}; make it longer, or the leads shorter."
+            f"{split.name} has {len(split)} times ({split.start}/{split.stop}), too few for a lead of {lead} h{seen}, which takes "
+            f"{lag + 1}; make it longer, or {'these' if history else 'the leads'} shorter."
         )
 
 
@@ -151,21 +153,24 @@ def _make(fields: Fields, split: Split, leads: tuple[int, ...], steps: list[int]
 
     partial = Statistics(
         *(fields.channels, leads, mean, std, std_change, slots, climate.astype(np.float32)),
-        *(np.empty(0), np.empty(0), identity),
+        *(np.empty(0), np.empty(0), np.empty(0), identity),
     )
-    products, squares = np.zeros((2, len(steps), *shape))
+    products, squares, after = np.zeros((3, len(steps), *shape))
     for piece in _pieces(fields, split, max(steps)):
         anomalies = piece.less(partial.climatology(times[piece.first : piece.at + len(piece.new)]))
         for i, lag in enumerate(steps):
             later, earlier = anomalies.pairs(lag)
             products[i] += (later * earlier).sum(0)
             squares[i] += (earlier * earlier).sum(0)
+            after[i] += (later * later).sum(0)
         done += len(piece.new)
         watch(done, 2 * len(split))
     damping = _ratio(products.sum((2, 3)), squares.sum((2, 3)))
+    left = after.sum((2, 3)) - damping * products.sum((2, 3))  # of a least squares fit
+    pairs = height * width * (len(split) - np.array(steps))[:, None]
     return Statistics(
         *(fields.channels, leads, mean, std, std_change, slots, partial.climate),
-        *(damping, _ratio(products, squares).astype(np.float32), identity),
+        *(damping, _ratio(products, squares).astype(np.float32), np.sqrt(np.maximum(left, 0) / pairs), identity),
     )
 
 

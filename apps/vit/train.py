@@ -6,9 +6,9 @@
     python -m apps.vit.train --resume run --cp 4 --nproc 4                             # go on, on any mesh
     python -m apps.vit.train --preset 2.6b-p1 --cp 32 --dp 128 --dry-run               # what 4,096 ranks would do
 
-The loss is the mean over samples, leads, channels and points of the squared error of the forecast change, each point weighted by
-cos(latitude) over its mean, each lead and channel divided by the variance of its change in the training times: 1 for a
-forecast of no change, persistence.
+The model corrects a simple forecast, --base: persistence or the damped anomaly.  The loss is the mean over samples, leads, channels
+and points of the squared error, each point weighted by cos(latitude) over its mean, each lead and channel divided by the mean
+squared error of the simple forecast in the training times: about 1 before the first step.
 
 OUT holds config.yaml and run.json (what was run), metrics.jsonl and tensorboard/ (a record per step), checkpoints/ and statistics/
 (means, deviations and climatology of the training times).  ``apps/vit/predict.py`` takes it from there.
@@ -41,7 +41,7 @@ from apps.vit.config import PRESETS, Config, DataConfig, ModelConfig, TrainConfi
 from apps.vit.data import Fields, open_fields, splits
 from apps.vit.flops import flops_per_token, parameters
 from apps.vit.parallel import Attend, build
-from apps.vit.samples import INPUTS, Samples
+from apps.vit.samples import INPUTS, SHORT, Samples
 from apps.vit.statistics import Statistics, statistics
 from ringx.launch import World
 from ringx.mesh import Mesh, Shape
@@ -81,17 +81,35 @@ def open_record(path: str, c: DataConfig) -> Fields:
     return open_fields(words(path) or path, variables=words(c.variables), levels=wanted, channel_names=words(c.channel_names))
 
 
+def open_alike(path: str, c: DataConfig, identity: str, world: World) -> Fields:
+    """``open_record`` on every rank; ValueError on all of them if one sees other data than that of rank 0."""
+    try:
+        fields = open_record(path, c)
+        mine = fields.identity
+    except ValueError as e:  # another node may not see the files
+        mine = str(e)
+    seen = ringx.launch.gather(mine, world)
+    if others := [rank for rank, there in enumerate(seen) if there != identity]:
+        raise ValueError(
+            f"--data {path}: rank {others[0]} sees other data than rank 0: {seen[others[0]]}; put it where all nodes see the same."
+        )
+    return fields
+
+
 def samples_of(fields: Fields, c: DataConfig, made: Statistics, part: str, where: str = "inside") -> Samples:
     """The samples of the part "train", "val" or "test"."""
     split = parts_of(fields, c)[part]
     inputs = c.input_names()
     if inputs is None:
         inputs = tuple(name for name in INPUTS if name != "static" or fields.static)
-    return Samples(fields, split, made, c.lead_hours(), inputs, where)
+    return Samples(fields, split, made, c.lead_hours(), inputs, where, c.history_hours(), c.base)
 
 
 def parts_of(fields: Fields, c: DataConfig) -> dict[str, Any]:
-    return splits(fields, c.train_times or None, c.val_times or None, c.test_times or None)
+    try:
+        return splits(fields, c.train_times or None, c.val_times or None, c.test_times or None)
+    except ValueError as e:
+        raise ValueError(f"--train-times, --val-times, --test-times: {e}") from None
 
 
 def fitted(config: Config, fields: Fields, samples: Samples) -> Config:
@@ -167,9 +185,8 @@ class Cut:
 def validated(val: Samples, config: Config, mesh: Mesh, engine: Engine, cut: Cut) -> dict[str, float]:
     """val_loss, and the latitude-weighted root mean square error of each channel and lead in its own unit, over samples spread
     evenly over the validation times; on every rank."""
-    total, micro, _ = config.plan_batch(mesh.shape)
-    starts = val.starts(val.leads[0])
-    chosen = starts[np.linspace(0, len(starts) - 1, min(len(starts), total * config.train.val_batches)).round().astype(int)]
+    _, micro, _ = config.plan_batch(mesh.shape)
+    chosen = chosen_starts(val, config)
     mine = chosen[mesh.dp_rank :: mesh.shape.dp]
     squares = torch.zeros(config.model.out_channels, dtype=torch.float64, device=engine.device)
     most = math.ceil(len(chosen) / mesh.shape.dp)  # all ranks must make as many passes
@@ -183,23 +200,30 @@ def validated(val: Samples, config: Config, mesh: Mesh, engine: Engine, cut: Cut
                 squares += (error.square() * weights[:, None]).sum((0, 1, 3))
     height, width = config.model.height, config.model.width
     means = engine.sum(squares) / (len(chosen) * height * width)
-    rmse = (
-        means.sqrt().view(len(val.leads), -1).cpu().numpy()
-        * val.statistics.std_change[[val.statistics.lead_index(lead) for lead in val.leads]]
-    )
+    rmse = means.sqrt().view(len(val.leads), -1).cpu().numpy() * val.scale
     names = val.fields.channels
     of_each = {f"val_rmse/{name}+{lead}h": float(rmse[i, j]) for i, lead in enumerate(val.leads) for j, name in enumerate(names)}
     return {"val_loss": float(means.mean()), **of_each}
+
+
+def chosen_starts(val: Samples, config: Config) -> np.ndarray:
+    """The initial times that validation takes, spread evenly: --val-batches times a global batch of them."""
+    starts = val.starts(val.leads[0])
+    most = min(len(starts), config.train.global_batch * config.train.val_batches)
+    return starts[np.linspace(0, len(starts) - 1, most).round().astype(int)]
 
 
 class VitRun(Run):
     """A run on gridded fields."""
 
     prog = PROG
-    loss_unit = "of the variance of the change"
+    loss_unit = "of the simple forecast's"
     same = (
         *(("train", k, "the data would come in another order") for k in ("global_batch", "seed")),
-        *(("data", k, "the model would forecast something else") for k in ("variables", "levels", "leads", "inputs")),
+        *(
+            ("data", k, "the model would forecast something else")
+            for k in ("variables", "levels", "leads", "history", "base", "inputs")
+        ),
         ("data", "train_times", "it would learn from other times"),
     )
     config: Config
@@ -207,48 +231,36 @@ class VitRun(Run):
     def open(self) -> None:
         c = self.config.data
 
-        def prepare() -> str:
+        def prepare() -> tuple[str, Statistics, str]:
             path = data_path(self.job.data)
             fields = open_record(path, c)
-            made = statistics(fields, parts_of(fields, c)["train"], c.lead_hours(), cache=self.cache())
+            made = statistics(fields, parts_of(fields, c)["train"], c.hours(), cache=self.out / STATISTICS)
             samples_of(fields, c, made, "train")
             if self.config.train.val_every or self.config.train.epochs:
                 samples_of(fields, c, made, "val")
-            return path
+            return path, made, fields.identity
 
-        path = ringx.launch.decide(self.world, prepare)
-        try:
-            self.fields = open_record(path, c)
-            split = parts_of(self.fields, c)["train"]
-            made = (
-                statistics(self.fields, split, c.lead_hours(), cache=self.out / "statistics" if self.chief else None)
-                if self.chief
-                else None
-            )
-            mine = self.fields.identity
-        except ValueError as e:  # of this rank alone: another node may not see the files
-            mine, made = str(e), None
-        if len(seen := set(ringx.launch.gather(mine, self.world))) > 1:
-            raise ValueError(
-                f"--data: the ranks see different files in {path}; put it where all nodes see the same. "
-                f"They see: {'; '.join(sorted(seen))}"
-            )
-        made = ringx.launch.decide(self.world, lambda: statistics(self.fields, split, c.lead_hours(), cache=self.cache()))
-        self.path = path
+        self.path, made, identity = ringx.launch.decide(self.world, prepare)
+        self.fields = open_alike(self.path, c, identity, self.world)
         self.samples = samples_of(self.fields, c, made, "train")
         validates = self.config.train.val_every or self.config.train.epochs
         self.val = samples_of(self.fields, c, made, "val") if validates else None
         self.config = fitted(self.config, self.fields, self.samples)
         self.config.expect_fits(self.config.mesh.fit(self.world.world))
 
-    def cache(self) -> Path:
-        return self.out / STATISTICS
-
     def complete(self) -> None:
         c = self.config.train
         if c.epochs:
             epoch = math.ceil(len(self.samples) / c.global_batch)
-            self.config = replace(self.config, train=replace(c, steps=c.epochs * epoch, val_every=c.val_every or epoch))
+            self.config = replace(self.config, train=replace(c, steps=c.epochs * epoch, val_every=epoch))
+        if self.val:
+            val = self.val
+
+            def expect_values() -> None:  # now, not at the first validation
+                for t0 in chosen_starts(val, self.config):
+                    val.get([t0])
+
+            ringx.launch.decide(self.world, expect_values)
 
     def sha256(self) -> str:
         return self.fields.identity
@@ -304,7 +316,13 @@ def configure(args: argparse.Namespace) -> tuple[Job, Shape | None]:
     NotImplementedError here."""
     if args.preset and args.config:
         raise ValueError("--preset and --config: give one; a YAML file may itself start from a preset.")
+    if args.epochs and args.steps:
+        raise ValueError(f"--epochs {args.epochs} and --steps {args.steps}: give one.")
     config, shape = command.configure(args, base_of(args))
+    if args.steps:
+        config = replace(config, train=replace(config.train, epochs=0))
+    if config.train.epochs and args.val_every is not None:
+        raise ValueError(f"--val-every {args.val_every}: a run of epochs is validated after each; leave it out, or give --steps.")
     out = args.out or args.resume or "vit_out"
     job = Job(config, out, args.data or data_of(args.resume), args.resume, None, args.tensorboard, args.wandb)
     m = config.model
@@ -323,16 +341,18 @@ def _fitted_without_reading(config: Config, data: "str | None") -> Config:
     """With the sizes of the data, whose values nobody looks at."""
     if not data:
         height, width, fields, static = 32, 64, 3, 1  # of the default record
-        periodic = True
+        periodic, year = True, 2
     else:
         record = open_record(data, config.data)
         (height, width), fields, static = record.grid.shape, len(record.channels), len(record.static)
-        periodic = record.grid.periodic
+        periodic = bool(record.grid.periodic)
+        year = 2 if len(record) * record.step_hours >= SHORT else 0
     ahead = len(config.data.lead_hours())
-    extra = {"time_of_day": 2, "time_of_year": 2, "latitude": 1, "static": static, "climatology": fields * (ahead + 1)}
+    past = fields * len(config.data.history_hours())
+    extra = {"time_of_day": 2, "time_of_year": year, "latitude": 1, "static": static, "climatology": fields * (ahead + 1)}
     seen = config.data.input_names() or tuple(extra)
     sizes: dict[str, Any] = {"height": height, "width": width, "periodic": periodic, "out_channels": fields * ahead}
-    return replace(config, model=replace(config.model, in_channels=fields + sum(extra[n] for n in seen), **sizes))
+    return replace(config, model=replace(config.model, in_channels=fields + past + sum(extra[n] for n in seen), **sizes))
 
 
 def base_of(args: argparse.Namespace) -> Config:
