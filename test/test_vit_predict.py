@@ -446,6 +446,13 @@ def test_zarr_holds_the_same_bits_and_takes_the_place_of_netcdf(one, trained_run
     assert got.t2m.dtype == np.float32
 
 
+def test_chosen_times(one, trained_run, tmp_path):
+    forecast(trained_run, tmp_path, "--times", "2001-02-23T06,2001-02-21T12:00Z", "--no-maps")
+    whole = opened(one[0])
+    xr.testing.assert_identical(opened(tmp_path), whole.sel(time=["2001-02-21T12", "2001-02-23T06"]))
+    assert (tmp_path / "scores.csv").read_text().count("model") == len(CHANNELS) * len(LEADS)  # of all test times, as ever
+
+
 def test_the_figures_are_there(one):
     image = pytest.importorskip("matplotlib.image", reason="matplotlib is not installed: no figures")
     maps = [f"map_{name}_2001-02-21-00-00_{lead}h" for name in CHANNELS for lead in LEADS]
@@ -519,6 +526,12 @@ def refused(capsys, *words):
         ("--checkpoint {run} --cp 3", "--cp 3 does not divide the 1 ranks."),
         ("--checkpoint {run} --cp 3 --nproc 8", "--cp 3 does not divide the 8 ranks."),
         ("--checkpoint {run} --save 0", "--save 0 must be at least 1."),
+        ("--checkpoint {run} --save 2 --times 2001-01-01", "--times 2001-01-01 and --save 2: give one."),
+        ("--checkpoint {run} --times soon", "--times soon: they must be ISO times"),
+        (
+            "--checkpoint {run} --times 2001-01-01T00",
+            "--times: 2001-01-01T00:00:00 is no initial time of the test times, which go from",
+        ),
         ("--checkpoint {run} --batch 0", "--batch 0 must be at least 1."),
         ("--checkpoint {run} --part all", "'all' (choose from"),
         ("--checkpoint {run} --dtype fp46", "'fp46' (choose from"),

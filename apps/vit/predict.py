@@ -5,7 +5,7 @@
     python -m apps.vit.predict --checkpoint run --out forecast --rollout 120            # its own forecasts as inputs, to 120 h
 
 OUT gets forecasts.nc (or .zarr; CF-1.11): for each channel NAME and NAME_truth by initial time and lead time, of a few initial
-times; scores.csv, over all valid times of the part: the model beside persistence, climatology and the damped anomaly
+times (--save, --times); scores.csv, over all valid times of the part: the model beside persistence, climatology and the damped anomaly
 (``apps.vit.scores`` defines the scores); spectra.csv where the grid goes around the globe; and maps and curves (``apps.vit.maps``).
 
 A forecast counts where its valid time lies in the part; its initial time may lie before.
@@ -63,6 +63,7 @@ class Job:
     part: str
     rollout: int
     save: int
+    times: str
     format: str
     batch: int
     cp: int
@@ -297,7 +298,8 @@ def _work(world: World, job: Job) -> None:
         hours = sorted({*leads, *config.data.hours()})
         made = statistics(fields, split, hours, cache=folder if os.access(folder, os.W_OK) else out / STATISTICS)
         samples = samples_of(fields, config.data, made, job.part, "valid")
-        expect_room(samples.split, max(samples.leads) // fields.step_hours, max(samples.leads))  # forecasts to keep
+        expect_room(samples.split, max(samples.leads) // fields.step_hours, max(samples.leads))
+        kept_starts(samples, job)
         return made, fields.identity
 
     made, identity = ringx.launch.decide(world, prepare)
@@ -309,7 +311,7 @@ def _work(world: World, job: Job) -> None:
     dtype = DTYPES[job.dtype] if job.dtype else torch.promote_types(DTYPES[config.train.dtype], torch.float32)
     forecaster = Forecaster(config, CheckpointWeights(path), mesh, world.device, dtype)
     t0s = np.unique(np.concatenate([starts_of(samples, lead) for lead in leads]))
-    saved = evenly(starts_of(samples, max(samples.leads), inside=True), job.save)
+    saved = kept_starts(samples, job)
     scored, mine_t0s = Scored(samples, leads), t0s[mesh.dp_rank :: mesh.shape.dp]
     if chief:
         print(f"{path}, {len(t0s)} initial times for the {job.part} times\n{mesh.shape.describe()}", flush=True)
@@ -418,6 +420,23 @@ def starts_of(samples: Samples, lead: int, inside: bool = False) -> np.ndarray:
     return np.arange(max(samples.split.start - (0 if inside else lag), back), samples.split.stop - lag)
 
 
+def kept_starts(samples: Samples, job: Job) -> np.ndarray:
+    """Initial times whose fields are kept; ValueError for one that is asked for and cannot be had."""
+    there, times = starts_of(samples, max(samples.leads), inside=True), samples.fields.times
+    if not job.times:
+        return evenly(there, job.save)
+    try:
+        wanted = np.array([word.strip().removesuffix("Z") for word in job.times.split(",")], "datetime64[s]")
+    except ValueError:
+        raise ValueError(f"--times {job.times}: they must be ISO times such as 2019-03-25T06, with commas between.") from None
+    for time in wanted[~np.isin(wanted, times[there])]:
+        raise ValueError(
+            f"--times: {time} is no initial time of the {job.part} times, which go from {times[there[0]]} to {times[there[-1]]} "
+            f"every {samples.fields.step_hours} h (the longest lead is still among them)."
+        )
+    return np.unique(np.searchsorted(times, wanted))
+
+
 def evenly(t0s: np.ndarray, n: int) -> np.ndarray:
     """n of them, or all if there are fewer, spread evenly."""
     return t0s[np.unique(np.linspace(0, len(t0s) - 1, min(n, len(t0s))).round().astype(int))]
@@ -444,8 +463,10 @@ def parser() -> Parser:
     p.add_argument("--part", default="test", choices=PARTS, help="which times are forecast (default: test)")
     p.add_argument("--rollout", type=int, default=0, metavar="HOURS", help="feed forecasts back, up to this lead (default: 0)")
     p.add_argument(
-        "--save", type=int, default=4, metavar="N", help="initial times whose fields are kept, spread evenly (default: 4)"
+        "--save", type=int, metavar="N", help="how many initial times' fields are kept, spread evenly over the part (default: 4)"
     )
+    p.add_argument("--times", default="", metavar="LIST", help="the initial times whose fields are kept, such as "
+                   "2019-03-25T06,2019-03-26T18")  # fmt: skip
     p.add_argument("--format", default="nc", choices=FORMATS, help="of the forecasts: NetCDF or Zarr (default: nc)")
     p.add_argument("--batch", type=int, default=8, metavar="N", help="initial times at once (default: 8)")
     p.add_argument("--cp", type=int, default=0, metavar="N", help="ranks that a field is cut over; the others take other times "
@@ -460,8 +481,10 @@ def parser() -> Parser:
 
 def configure(args: argparse.Namespace) -> Job:
     """The job; ValueError for what can be known to be wrong before ranks start."""
+    if args.times and args.save is not None:
+        raise ValueError(f"--times {args.times} and --save {args.save}: give one.")
     for name in ("save", "batch"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 1.")
     for name in ("rollout", "cp"):
         if getattr(args, name) < 0:
@@ -488,7 +511,8 @@ def configure(args: argparse.Namespace) -> Job:
         args.step,
         args.part,
         args.rollout,
-        args.save,
+        args.save or 4,
+        args.times,
         args.format,
         args.batch,
         cp,
