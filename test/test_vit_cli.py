@@ -250,6 +250,7 @@ def test_a_resumed_run_keeps_the_mesh_that_is_asked_for(alone, tmp_path):
         ("--resume {tmp}/nowhere", "there is no such folder"),
         ("--out {tmp}/bad.yaml", "cannot be written: File exists"),
         ("--estimate --data {tmp}/missing.nc", "missing.nc does not exist"),
+        ("--estimate --preset 2.6b-p2 --leads 6,24", "--leads: without --data an estimate is of 2.6b-p2's own channels"),
         ("--frobnicate", "--frobnicate"),
     ],
 )
@@ -310,7 +311,10 @@ def bad(tmp_path_factory):
         ("good.nc --channel-names a,b", "is for HDF5 files"),
         ("good.nc --inputs static", "'static' is asked for"),
         ("good.nc --inputs sun", "inputs: 'sun' is unknown"),
-        ("good.nc --train-times 5/5 --val-times 6/20 --test-times 20/40", "--train-times, --val-times, --test-times: train='5/5' is empty or backwards"),
+        (
+            "good.nc --train-times 5/5 --val-times 6/20 --test-times 20/40",
+            "--train-times, --val-times, --test-times: train='5/5' is empty or backwards",
+        ),
         ("good.nc --train-times 0/20", "val is not given"),
         ("good.nc --train-times 0/20 --val-times 20/21 --test-times 21/40 --val-every 1", "val has 1 times (20/21), too few"),
         ("good.nc --leads 600", "train has 28 times (0/28), too few for a lead of 600 h"),

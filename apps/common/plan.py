@@ -83,7 +83,12 @@ class Plan:
         rows = [(sum(kinds.values()), purpose, ", ".join(kinds)) for purpose, kinds in self.sent.items()]
         lines += [
             f"a step: {self.samples:,} samples, {self.tokens:,} tokens, {self.passes} passes; of this rank:",
-            f"  {self.flops_full:.3e} FLOPs with attention in full, {self.flops_causal:.3e} with its causal half",
+            f"  {self.flops_full:.3e} FLOPs"
+            + (
+                f" with attention in full, {self.flops_causal:.3e} with its causal half"
+                if self.flops_causal != self.flops_full
+                else ""
+            ),
             f"  {_size(sum(r[0] for r in rows))}  sent, of which:",
             *(f"    {_size(size)}  {purpose} ({kinds})" for size, purpose, kinds in rows),
         ]

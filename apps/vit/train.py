@@ -15,6 +15,7 @@ OUT holds config.yaml and run.json (what was run), metrics.jsonl and tensorboard
 """
 
 import argparse
+import dataclasses
 import math
 import os
 import sys
@@ -327,7 +328,13 @@ def configure(args: argparse.Namespace) -> tuple[Job, Shape | None]:
     job = Job(config, out, args.data or data_of(args.resume), args.resume, None, args.tensorboard, args.wandb)
     m = config.model
     if args.estimate or args.dry_run:
-        if args.data or not m.height:
+        if m.height and not args.data:
+            if given := [f.name for f in dataclasses.fields(DataConfig) if getattr(args, f.name) is not None]:
+                flag = f"--{given[0].replace('_', '-')}"
+                raise ValueError(
+                    f"{flag}: without --data an estimate is of {config.name}'s own channels; name the --data it is for."
+                )
+        else:
             config = _fitted_without_reading(config, args.data)
             job = replace(job, config=config)
             if shape:
