@@ -9,7 +9,7 @@ TORCH  ?= torch==2.13.0
 RUN    := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint grid speed gpt-proof clean
+.PHONY: demo test lint grid speed gpt-proof vit-study clean
 
 demo: $(VENV)/installed
 	$(RUN) -m ringx demo --out demo_out
@@ -39,6 +39,13 @@ gpt-proof: $(VENV)/installed
 	$(RUN) script/gpt_proof.py kills --out demo_out/gpt
 	$(RUN) script/gpt_cost.py cp1 --out demo_out/gpt
 	$(RUN) script/gpt_cost.py cp2 --out demo_out/gpt
+
+# What the ViT app forecasts, and what small patches bring and cost (an hour; 2 idle cores).  ERA5=FILE: a month of hourly 2 m temperature.
+vit-study: $(VENV)/installed
+	$(if $(ERA5),$(RUN) script/vit_study.py era5 --data $(ERA5) --out demo_out/vit)
+	$(RUN) script/vit_study.py default --out demo_out/vit
+	$(RUN) script/vit_study.py patches --out demo_out/vit
+	$(RUN) script/vit_study.py time --out demo_out/vit
 
 # torch first: everything else must then accept the torch that is there.
 $(VENV)/torch:

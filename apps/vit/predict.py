@@ -6,7 +6,8 @@
 
 OUT gets forecasts.nc (or .zarr; CF-1.11): for each channel NAME and NAME_truth by initial time and lead time, of a few initial
 times (--save, --times); scores.csv, over all valid times of the part: the model beside persistence, climatology and the damped
-anomaly (``apps.vit.scores`` defines the scores); spectra.csv where the grid goes around the globe; and maps and curves (``apps.vit.maps``).
+anomaly (``apps.vit.scores`` defines the scores); spectra.csv where the grid goes around the globe; and maps and curves
+(``apps.vit.maps``).
 
 A forecast counts where its valid time lies in the part; its initial time may lie before.
 """
