@@ -32,17 +32,20 @@ def attempt(world: int, call: Callable[..., Any], *args: Any, timeout: float = 3
         store = dist.HashStore()
         results: list[Any] = [None] * world
         group_timeout = timedelta(seconds=timeout)
+        connected = threading.Barrier(world)  # a rank that has little to do must not be gone before the others have reached it
 
         def main(rank: int) -> None:
             try:
                 torch.set_num_threads(1)
                 dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=group_timeout)
                 try:
+                    connected.wait(timeout)
                     results[rank] = call(rank, *args)
                 finally:
                     dist.destroy_process_group()
             except BaseException as e:  # noqa: BLE001 - handed to the caller
                 results[rank] = e
+                connected.abort()  # nobody waits for a rank that could not connect
 
         threads = [threading.Thread(target=main, args=(r,), daemon=True) for r in range(world)]
         for t in threads:

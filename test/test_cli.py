@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,20 +104,28 @@ def test_as_a_module_and_version():
     assert subprocess.run([sys.executable, "-m", "ringx"], capture_output=True, check=False).returncode == 2
 
 
-def test_demo(tmp_path, capfd, monkeypatch):
-    """The demo's steps at a small size; `make demo` (in CI) runs them as they are."""
-    small = {
-        "--seqlens 256,251 --dtypes fp64,fp32": "--seqlens 16 --algorithms ringx3 --dtypes fp64",
-        "--seqlens 1024,2048": "--seqlens 64",
-    }
-    for old, new in small.items():
-        assert sum(old in command for _, command in demo.STEPS) == 1
-        monkeypatch.setattr(demo, "STEPS", tuple((title, command.replace(old, new)) for title, command in demo.STEPS))
-    monkeypatch.setattr(demo, "TRAIN", demo.TRAIN + " --seqlen 64")
-    out = tmp_path / "a folder"
+def test_demo(tmp_path, capsys, monkeypatch):
+    """What it asks for and says, with its commands stood in for; `make demo` (in CI) runs them."""
+    out, asked, status = tmp_path / "a folder", [], {"bench": 0}
+
+    def run(words, **_):
+        asked.append(words[2:])
+        into = Path(words[words.index("--out" if "--out" in words else "--json") + 1])
+        if "apps.gpt.train" in words:
+            into.mkdir()
+            loss = 4.0 + 2.0**-40 * int(words[words.index("--cp") + 1])
+            (into / "metrics.jsonl").write_text("".join(json.dumps({"loss": x}) + "\n" for x in (5.5, loss)))
+        elif "verify" in words:
+            into.write_text("{}")
+        return subprocess.CompletedProcess(words, status.get(words[3], 0))
+
+    monkeypatch.setattr(demo.subprocess, "run", run)
     assert cli.main(["demo", "--ranks", "1,2", "--out", str(out)]) == 0
-    said = capfd.readouterr().out
-    assert float(said.split("differs by at most ")[1].split()[0].rstrip(".")) < 1e-9
-    for name in ("verify.json", "gpt_cp1/metrics.jsonl", "gpt_cp2/metrics.jsonl", "plots/bytes.png"):
-        assert (out / name).exists()
-        assert name in said
+    said = capsys.readouterr().out
+    names = [next(word for word in words if word != "ringx") for words in asked]
+    assert names == ["verify", "bench", "plot", "apps.gpt.train", "apps.gpt.train"]
+    assert "The loss fell from 5.500 to 4.000; on 1, 2 ranks it differs by at most 9.1e-13." in said
+    assert all(str(out / name) in said for name in ("verify.json", "gpt_cp1/metrics.jsonl", "gpt_cp2/metrics.jsonl"))
+    status["bench"], asked[:] = 3, []
+    assert cli.main(["demo", "--ranks", "1,2", "--out", str(out)]) == 3
+    assert len(asked) == 2 and "that step failed with exit status 3" in capsys.readouterr().err

@@ -82,7 +82,6 @@ def measured(c: Config, shape: Shape) -> list[tuple[int, float, float]]:
         (Shape(2, 1, 2), {"checkpointing": "selective", "dp_engine": "ddp", "dtype": "bfloat16"}),
         (Shape(2, 1, 2, 2), {"mlp_tiles": 2, "global_batch": 8, "micro_batch": 2}),
         (Shape(2, 2), {"checkpointing": "selective", "mlp_tiles": 2}),
-        (Shape(2, 2), {"checkpointing": "full"}),
     ],
     ids=str,
 )
@@ -143,17 +142,18 @@ def test_a_rank_of_four_holds_little_more_than_one_process_with_its_tokens():
 
 
 def test_8b_at_a_million_tokens_on_4096_ranks():
-    c = preset("8b-1m")
-    plan = make_plan(c, Shape(cp=128, dp=32))
+    """With 4 of its 32 layers, which are all alike: the whole takes half a minute."""
+    whole = preset("8b-1m")
+    assert parameters(whole.model).total == 8_030_261_248
+    plan = make_plan(replace(whole, model=replace(whole.model, layers=4)), Shape(cp=128, dp=32))
     gib = 2**30
-    assert plan.parameters == 8_030_261_248
     assert plan.tokens == 32 * 2**20
     # shards are padded, and a dimension of 1,024 cannot be cut over 4,096 ranks: rank 0 has a row of it
     assert 1 < plan.memory.parameters / (plan.parameters * 4 / 4096) < 1.5
     assert plan.memory.remote_blocks == 2 * 2**20 * 8 * 128 * 2  # keys and values of the whole sequence in bf16
     assert 10 * gib < plan.memory.peak < 64 * gib
     form = ringx.algorithms()["ringx3"].bytes(1, 2**20, 32, 8, 128, 128, 2, True)
-    assert sum(plan.sent["attention forward"].values()) == 32 * form[0]
+    assert sum(plan.sent["attention forward"].values()) == 4 * form[0]
     assert max(map(len, plan.table().splitlines())) <= 100
     assert json.loads(json.dumps(dataclasses.asdict(plan)))["memory"]["peak"] == plan.memory.peak
     assert plan.table(memory_only=True) == "\n".join(plan.table().splitlines()[:9])

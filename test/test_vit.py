@@ -229,7 +229,7 @@ def region_alone(region):
 
 
 def on_region(region, samples) -> Config:
-    return config(region, {"patch": 1, "heads": 2, "ffn": 16}, global_batch=samples)
+    return config(region, {"patch": 1, "layers": 1, "heads": 2, "ffn": 16}, global_batch=samples)
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
