@@ -32,7 +32,7 @@ from apps.vit.scores import read_scores
 ROOT = Path(__file__).resolve().parents[1]
 PATCHES = (4, 2, 1)
 PARTS = ("--train-times", "0/560", "--val-times", "1120/1360", "--test-times", "1360/1600")  # half of the usual training times
-SMALL = ("--dim", 64, "--layers", 2, "--heads", 2, "--leads", 6, "--base", "damped", "--global-batch", 16, *PARTS)
+SMALL = ("--dim", 64, "--layers", 2, "--heads", 2, "--ffn", 384, "--leads", 6, "--base", "damped", "--global-batch", 16, *PARTS)
 
 
 def ask(module: str, *words: object) -> str:

@@ -488,6 +488,10 @@ def test_meshes_that_do_not_fit(sizes, model, changes, words, small):
     assert str(caught.value) == words
 
 
+def test_the_mlp_follows_the_width():
+    assert replace(PRESETS["tiny"].model, dim=64).hidden == 256 and replace(MODEL, dim=64).hidden == 24
+
+
 def test_the_most_that_fits(small):
     config(small).expect_fits(Shape(32))
     config(small, mlp_tiles=8).expect_fits(Shape(2, 2))

@@ -43,8 +43,11 @@ class ModelConfig:
             raise ValueError(f"heads={self.heads} must divide dim={self.dim}.")
         if self.positions == "sinusoidal" and self.dim % 4:
             raise ValueError(f"dim={self.dim} must be a multiple of 4 for sinusoidal positions.")
-        if self.ffn == 0:
-            object.__setattr__(self, "ffn", 4 * self.dim)
+
+    @property
+    def hidden(self) -> int:
+        """Width of the MLP."""
+        return self.ffn or 4 * self.dim
 
     def patches(self) -> Patches:
         return Patches(self.height, self.width, self.patch, self.periodic)
@@ -132,9 +135,9 @@ class Config(RunConfig):
         c, m = self.train, self.model
         self.plan_batch(shape)
         if shape.tp > 1:
-            for name in ("heads", "ffn"):
-                if getattr(m, name) % shape.tp:
-                    raise ValueError(f"tp={shape.tp} does not divide {name}={getattr(m, name)} of the model; take a smaller --tp.")
+            for name, size in (("heads", m.heads), ("ffn", m.hidden)):
+                if size % shape.tp:
+                    raise ValueError(f"tp={shape.tp} does not divide {name}={size} of the model; take a smaller --tp.")
             if self.mesh.dp_engine != "fsdp":
                 raise ValueError(f"dp_engine={self.mesh.dp_engine} cannot be combined with tp={shape.tp}; use --dp-engine fsdp.")
         if not m.height:

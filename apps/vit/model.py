@@ -36,7 +36,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.up_proj, self.down_proj = nn.Linear(c.dim, c.ffn), nn.Linear(c.ffn, c.dim)
+        self.up_proj, self.down_proj = nn.Linear(c.dim, c.hidden), nn.Linear(c.hidden, c.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.gelu(self.up_proj(x)))
