@@ -2,7 +2,7 @@
 
     python script/vit_study.py era5 --data era5_t2m_uk_2019-03.nc --out DIR   # three seeds; by day, where it loses (10 minutes)
     python script/vit_study.py default --out DIR                              # the simulated record (5 minutes)
-    python script/vit_study.py patches --out DIR                              # patch 4, 2, 1, as many epochs each (40 minutes)
+    python script/vit_study.py patches --out DIR                              # patch 4, 2, 1, as many epochs each (15 minutes)
     python script/vit_study.py time --out DIR                                 # seconds a step, by patch and algorithm (10 minutes)
 
 All run the trainer's own command on two ranks (--nproc changes that), sequences cut over them.  Each writes tables, the runs' logs
@@ -67,9 +67,10 @@ def keep(source: Path, into: Path, *names: str) -> None:
         shutil.copy(source / name, into / name)
 
 
-def keep_maps(forecast: Path, into: Path) -> None:
+def keep_figures(maps: Path, into: Path) -> None:
+    """PNGs, and the numbers behind them."""
     into.mkdir(parents=True, exist_ok=True)
-    for path in (*forecast.glob("maps/*.png"), *forecast.glob("maps/*.csv")):
+    for path in (*maps.glob("*.png"), *maps.glob("*.csv")):
         shutil.copy(path, into / path.name)
 
 
@@ -94,7 +95,7 @@ def era5(args: argparse.Namespace) -> None:
         for day, lead, *errors in by_day(run, forecast, args.data):
             days.setdefault((day, lead), []).append((errors[0], errors[1]))
         if seed == 0:
-            keep_maps(predict(args, run, "--save", 2), args.out / "plots")
+            keep_figures(predict(args, run, "--save", 2) / "maps", args.out / "plots/era5")
     leads = sorted({lead for lead, _ in rmse})
     names = ("persistence", "climatology", "damped anomaly")
     rows = [
@@ -151,7 +152,7 @@ def by_day(run: Path, forecast: Path, data: str) -> list[tuple[str, int, float, 
 def default(args: argparse.Namespace) -> None:
     run = train(args, "default", "--patch", 4, "--leads", "6,24,72", "--base", "damped", "--epochs", 8)
     forecast = predict(args, run, "--save", 2, "--rollout", 72)
-    keep_maps(forecast, args.out / "plots")
+    keep_figures(forecast / "maps", args.out / "plots/default")
     rows: dict[tuple[str, int], dict[str, str]] = {}
     for row in read_scores(forecast / "scores.csv"):
         rows.setdefault((f"{row.variable} ({row.units})", row.lead_hours), {})[row.forecast] = f"{row.rmse:.4g}"
@@ -163,7 +164,7 @@ def default(args: argparse.Namespace) -> None:
 def patches(args: argparse.Namespace) -> None:
     """The same model but for the patch, over as many epochs: the validation loss after each."""
     runs = [train(args, f"p{p}", *SMALL, "--patch", p, "--epochs", args.epochs) for p in PATCHES]
-    plot_runs(runs, args.out / "plots")
+    plot_runs(runs, args.out / "plots/patches")
     losses = [[r["val_loss"] for r in read_metrics(run) if r.get("val_loss") is not None] for run in runs]
     skill = [
         next(r for r in read_scores(predict(args, run, "--no-maps") / "scores.csv") if (r.variable, r.forecast) == ("h", "model"))
@@ -205,7 +206,7 @@ def main() -> int:
     p.add_argument("--data", help="era5's file")
     p.add_argument("--work", type=Path, help="where runs are made, or gone on with")
     p.add_argument("--nproc", type=int, default=2)
-    p.add_argument("--epochs", type=int, default=6, help="of patches (default: 6)")
+    p.add_argument("--epochs", type=int, default=4, help="of patches (default: 4)")
     p.add_argument("--turns", type=int, default=2, help="of time (default: 2)")
     args = p.parse_args()
     if args.what == "era5" and not args.data:

@@ -63,8 +63,12 @@ def measure(rank, world, p, algorithm, layout, causal, overlap=True):
 def test_counted_equals_closed_form(algorithm, world, dtype):
     seqlen = 8 * world
     p = problem(seqlen, B=B, H=H, Hkv=HKV, D=D, dtype=dtype)
-    for layout, causal in itertools.product(LAYOUTS, (False, True)):
-        got = run(world, measure, world, p, algorithm, layout, causal)
+    cases = list(itertools.product(LAYOUTS, (False, True)))
+
+    def on_rank(rank):
+        return [measure(rank, world, p, algorithm, layout, causal) for layout, causal in cases]
+
+    for (layout, causal), *got in zip(cases, *run(world, on_rank), strict=True):
         want = ringx.algorithms()[algorithm].bytes(B, seqlen, H, HKV, D, world, dtype.itemsize, causal, layout=layout)
         for i in (0, 1):
             assert sum(g[i] for g in got) / world == pytest.approx(want[i], rel=1e-12), (layout, causal)

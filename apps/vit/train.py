@@ -218,7 +218,7 @@ class VitRun(Run):
     """A run on gridded fields."""
 
     prog = PROG
-    loss_unit = "of the simple forecast's"
+    loss_unit = "squared error, 1 is the simple forecast's"
     same = (
         *(("train", k, "the data would come in another order") for k in ("global_batch", "seed")),
         *(
