@@ -32,7 +32,7 @@ from apps.vit.scores import read_scores
 ROOT = Path(__file__).resolve().parents[1]
 PATCHES = (4, 2, 1)
 PARTS = ("--train-times", "0/560", "--val-times", "1120/1360", "--test-times", "1360/1600")  # half of the usual training times
-SMALL = ("--dim", 64, "--layers", 2, "--heads", 2, "--ffn", 384, "--leads", 6, "--base", "damped", "--global-batch", 16, *PARTS)
+SMALL = ("--dim", 64, "--layers", 2, "--heads", 2, "--ffn", 384, "--leads", 6, "--base", "damped", "--warmup", 20, *PARTS)
 
 
 def ask(module: str, *words: object) -> str:
@@ -150,7 +150,7 @@ def by_day(run: Path, forecast: Path, data: str) -> list[tuple[str, int, float, 
 
 
 def default(args: argparse.Namespace) -> None:
-    run = train(args, "default", "--patch", 4, "--leads", "6,24,72", "--base", "damped", "--epochs", 8)
+    run = train(args, "default", "--patch", 4, "--leads", "6,24,72", "--base", "damped", "--warmup", 20, "--epochs", 8)
     forecast = predict(args, run, "--save", 2, "--rollout", 72)
     keep_figures(forecast / "maps", args.out / "plots/default")
     rows: dict[tuple[str, int], dict[str, str]] = {}

@@ -611,6 +611,12 @@ def test_history_is_seen_and_the_damped_anomaly_corrected(prepared):
     np.testing.assert_allclose(samples.to_fields(target * 0, t0s), np.stack(simple, 1), rtol=2e-7)
     np.testing.assert_allclose(samples.to_fields(target, t0s), np.stack([x[t0s + 4], x[t0s + 1]], 1), rtol=2e-7)
 
+    whole = Samples(fields, Split(200, 250, "val"), stats, (6, 24), (), base="none")  # nothing is corrected: the fields themselves
+    target = whole.get(t0s)[1]
+    want = (np.stack([x[t0s + 1], x[t0s + 4]], 1) - stats.mean[:, None, None]) / stats.std[:, None, None]
+    np.testing.assert_allclose(target, want, atol=2e-5)
+    np.testing.assert_allclose(whole.to_fields(target, t0s), np.stack([x[t0s + 1], x[t0s + 4]], 1), rtol=1e-6)
+
     valid = Samples(fields, Split(0, 10, "first"), stats, (6,), where="valid", history=(24,))
     assert valid.starts(6).tolist() == [4, 5, 6, 7, 8] and "t0=3" in refusal(valid.get, [3])
     assert "history: 7 h" in refusal(Samples, fields, Split(0, 40), stats, (6,), history=(7,))

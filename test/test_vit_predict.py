@@ -474,7 +474,7 @@ def test_the_figures_are_there(one):
 def region(folder):
     """A run on a few degrees, whose leads are not in order, and one as long as its test part."""
     weather(80, np.linspace(60, 55, 6), np.arange(8.0)).to_netcdf(folder / "region.nc")
-    words = ["--leads", "24,6", "--history", 6, "--dim", 16, "--steps", 1, "--global-batch", 2]
+    words = ["--leads", "24,6", "--history", 6, "--base", "persistence", "--dim", 16, "--steps", 1, "--global-batch", 2]
     parts = ["--train-times", "0/60", "--val-times", "60/76", "--test-times", "76/80"]
     return trained(folder / "region", folder / "region.nc", *words, *parts)
 

@@ -62,7 +62,7 @@ class DataConfig:
     channel_names: str = option("", "names of the channels of HDF5 files, which hold none, such as u10,v10,t2m")
     leads: str = option("6", "hours ahead, such as 6,24,72; all are forecast at once")
     history: str = option("", "hours before that are seen too, such as 6 or 1,2,3 (default: none)")
-    base: str = option("persistence", "the simple forecast that the model corrects, and an untrained one makes", BASES)
+    base: str = option("none", "the simple forecast that the model corrects; none: it makes the whole forecast", BASES)
     inputs: str = option(
         "auto", "what is seen besides the fields: time_of_day, time_of_year, latitude, static, climatology (auto: all there is)"
     )
@@ -182,7 +182,7 @@ PRESETS = {
             "tiny",
             ModelConfig(dim=96, layers=3, heads=4),
             train=TrainConfig(
-                global_batch=16, steps=300, lr=2e-3, warmup=20, dtype="float32", weight_decay=0.05, val_every=100, save_every=100
+                global_batch=16, steps=300, lr=2e-3, warmup=5, dtype="float32", weight_decay=0.05, val_every=100, save_every=100
             ),
         ),
         Config("5m", ModelConfig(dim=256, layers=6, heads=4), train=TrainConfig(global_batch=32, steps=5000, lr=1e-3, warmup=200)),

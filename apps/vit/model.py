@@ -1,8 +1,8 @@
 """A Vision Transformer that maps fields on a grid to the changes of fields.  It knows nothing of ranks: it is given some of the
 grid's tokens with their places, and an attention.
 
-Pre-norm blocks (Dosovitskiy et al., arXiv 2010.11929).  The last projection begins as 0, so that an untrained model forecasts
-no change: persistence.
+Pre-norm blocks (Dosovitskiy et al., arXiv 2010.11929).  The last projection begins as 0, so that an untrained model changes
+nothing of the simple forecast that it corrects.
 """
 
 import math

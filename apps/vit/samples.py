@@ -13,7 +13,7 @@ from .scores import damped_anomaly
 from .statistics import Statistics, expect_room, lead_steps
 
 INPUTS = ("time_of_day", "time_of_year", "latitude", "static", "climatology")
-BASES = ("persistence", "damped")
+BASES = ("none", "persistence", "damped")
 WHERE = ("inside", "valid")
 DEFAULT_INPUTS = ("time_of_day", "time_of_year", "latitude", "climatology")
 SHORT = 60 * 24  # hours: in a shorter record the time of year is a trend, and nothing to learn from
@@ -31,15 +31,16 @@ class Samples:
         latitude: its sine;
         static: each static field, less its mean, divided by its standard deviation (0 where it is constant);
         climatology: normalised as the channels, of each lead's valid time and then of t0.
-    Targets: what a simple forecast, `base`, leaves to be forecast, divided by its size in training: x(t0 + lead) - x(t0) for
-    persistence; a(t0 + lead) - r a(t0) for the damped anomaly, where a is the anomaly and r ``Statistics.damping``.
+    Targets: what a simple forecast, `base`, leaves to be forecast, divided by its size in training: x(t0 + lead) less the
+    channel's mean, as it is common, for none; x(t0 + lead) - x(t0) for persistence; a(t0 + lead) - r a(t0) for the damped
+    anomaly, where a is the anomaly and r ``Statistics.damping``.
 
     Args:
         fields, split, statistics: the record, its part, and the statistics of its training part.
         leads: hours, each among the statistics'.
         inputs: names from above besides the channels; their order does not matter.
         history: hours before t0 whose fields are seen too, each among the statistics' leads.
-        base: "persistence" or "damped" (the damped anomaly).
+        base: "none", "persistence" or "damped" (the damped anomaly).
         where: "inside": all times of a sample lie in the part, to train and to validate;
             "valid": the valid time lies in the part, t0 and what was before it anywhere in the record, to score (``starts``).
 
@@ -76,7 +77,8 @@ class Samples:
         self._back = lead_steps(fields, self.history, "history") if history else []
         self.base = name_of(base, BASES, "base")
         at = [statistics.lead_index(lead) for lead in self.leads]
-        self.scale = (statistics.std_change if self.base == "persistence" else statistics.std_damped)[at]  # [L, C]
+        sizes = {"none": np.broadcast_to(statistics.std, statistics.std_change.shape), "persistence": statistics.std_change}
+        self.scale = sizes.get(self.base, statistics.std_damped)[at]  # [L, C]
         if (exact := self.scale <= 1e-6 * statistics.std).any():
             name = fields.channels[int(exact.any(0).argmax())]
             raise ValueError(f"base={base!r}: it forecasts {name} without an error in training; leave it out with --variables.")
@@ -154,7 +156,9 @@ class Samples:
         return self._simple(now, t0s) + prediction.astype(np.float32, copy=False) * self._scale
 
     def _simple(self, now: np.ndarray, t0s: np.ndarray) -> np.ndarray:
-        """[n, L, C, H, W], or of one lead where all are the same: the simple forecast."""
+        """[n, L, C, H, W], or what broadcasts to it: the simple forecast."""
+        if self.base == "none":
+            return self.statistics.mean.astype(np.float32)[:, None, None]
         if self.base == "persistence":
             return now[:, None]
         usual = self._usual(t0s)

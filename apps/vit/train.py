@@ -6,9 +6,10 @@
     python -m apps.vit.train --resume run --cp 4 --nproc 4                             # go on, on any mesh
     python -m apps.vit.train --preset 2.6b-p1 --cp 32 --dp 128 --dry-run               # what 4,096 ranks would do
 
-The model corrects a simple forecast, --base: persistence or the damped anomaly.  The loss is the mean over samples, leads, channels
-and points of the squared error, each point weighted by cos(latitude) over its mean, each lead and channel divided by the mean
-squared error of the simple forecast in the training times: about 1 before the first step.
+The model forecasts the fields themselves, or corrects a simple forecast, --base: persistence or the damped anomaly.  The loss is
+the mean over samples, leads, channels and points of the squared error, each point weighted by cos(latitude) over its mean, each
+lead and channel divided by the mean squared error, in the training times, of the simple forecast (or of the mean): about 1 before
+the first step.
 
 OUT holds config.yaml and run.json (what was run), metrics.jsonl and tensorboard/ (a record per step), checkpoints/ and statistics/
 (means, deviations and climatology of the training times).  ``apps/vit/predict.py`` takes it from there.
@@ -218,7 +219,7 @@ class VitRun(Run):
     """A run on gridded fields."""
 
     prog = PROG
-    loss_unit = "squared error, 1 is the simple forecast's"
+    loss_unit = "squared error, 1 before training"
     same = (
         *(("train", k, "the data would come in another order") for k in ("global_batch", "seed")),
         *(
