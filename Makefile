@@ -1,7 +1,7 @@
 # Two commands: `make demo` and `make test`.  Each makes a virtual environment and installs what it needs.
 #   make demo PYTHON=python3.12        another Python (3.10 to 3.13)
 #   make test TORCH=torch==2.8.0       another torch (2.8 or newer)
-# The tests run three at a time (they often wait for processes that they start), those that bring up a Slurm cluster one after
+# The tests run side by side, those that bring up a Slurm cluster one after
 # another when the machine is theirs.
 # Where torch should be a CPU build, name PyTorch's CPU wheel index in PIP_EXTRA_INDEX_URL and TORCH=torch==2.13.0+cpu.
 PYTHON ?= python3
@@ -16,7 +16,7 @@ demo: $(VENV)/installed
 	$(RUN) -m ringx demo --out demo_out
 
 test: $(VENV)/installed-dev
-	$(RUN) -m pytest -m "not slurm" -n 3 --dist loadfile
+	$(RUN) -m pytest -m "not slurm" -n auto --maxprocesses 4 --dist loadfile
 	$(RUN) -m pytest -m slurm
 
 lint: $(VENV)/installed-dev

@@ -78,7 +78,7 @@ def test_signals_are_left_alone_outside():
     assert done.stdout.split("\n")[:-1] == ["SIGUSR1", "still here", "SIGUSR1", "goes on", "does not wait"], done.stderr
 
 
-@pytest.mark.parametrize(("nproc", "number"), zip(["1", "2"], stopping.SIGNALS, strict=True))
+@pytest.mark.parametrize(("nproc", "number"), list(zip(["1", "2"], stopping.SIGNALS, strict=True)))
 def test_bench_keeps_what_it_has_and_says_to_come_again(tmp_path, number, nproc):
     """A real process, with and without ranks that it has started itself; told after its first size, before its second."""
     command = [
