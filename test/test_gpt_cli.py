@@ -56,8 +56,12 @@ def start(*words: object, **env: str) -> subprocess.Popen:
 
 
 def ran(*words: object, status: int = 0, **env: str) -> str:
-    process = start(*words, **env)
-    said, _ = process.communicate(timeout=180)
+    process = start(*words, PYTHONFAULTHANDLER="1", **env)
+    try:
+        said, _ = process.communicate(timeout=180)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGABRT)  # every rank says where it is
+        raise AssertionError(f"no end within 180 s:\n{process.communicate()[0]}") from None
     assert process.returncode == status, said
     return said
 
