@@ -27,6 +27,7 @@ pytestmark = [
 xr = pytest.importorskip("xarray")
 netCDF4 = pytest.importorskip("netCDF4")
 
+import ringx  # noqa: E402
 from apps.common.checkpoint import MANIFEST  # noqa: E402
 from apps.common.config import from_dict  # noqa: E402
 from apps.vit import predict, scores, train  # noqa: E402
@@ -577,6 +578,17 @@ def test_a_damaged_checkpoint_is_passed_over(trained_run, tmp_path, capsys):
     for words in (("--checkpoint", newest), ("--checkpoint", tmp_path / "run", "--step", 24)):
         err = refused(capsys, *words, "--out", tmp_path / "none")
         assert f"checkpoint {newest} is damaged: {name} has other bytes" in err
+
+
+def test_missing_values_of_the_last_time_are_named_on_all_ranks(tmp_path, capfd):
+    """Only scores would meet them, and one rank of a cp group scores."""
+    record = weather(80, np.linspace(60, 55, 6), np.arange(8.0))
+    record["u10"][79, 0, 0] = np.nan
+    record.to_netcdf(tmp_path / "a.nc")
+    run = trained(tmp_path / "run", tmp_path / "a.nc", "--dim", 16, "--steps", 1, "--global-batch", 2)
+    job = predict.configure(predict.parser().parse_args(["--checkpoint", str(run), "--out", str(tmp_path / "out"), "--nproc", "2"]))
+    assert ringx.launch.run(predict.work, 2, job, device="cpu", timeout=60) == [2, 2]
+    assert "channel u10 is missing (or infinite) at 1 of 48 points" in capfd.readouterr().err
 
 
 def test_a_checkpoint_of_another_app(trained_run, tmp_path, capsys):

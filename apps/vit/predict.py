@@ -37,6 +37,7 @@ from apps.common.engine import fill
 from apps.common.weights import CheckpointWeights
 from apps.vit import scores
 from apps.vit.config import Config
+from apps.vit.data import expect_finite
 from apps.vit.model import ViT
 from apps.vit.parallel import Attend
 from apps.vit.samples import Samples
@@ -301,6 +302,9 @@ def _work(world: World, job: Job) -> None:
         samples = samples_of(fields, config.data, made, job.part, "valid")
         expect_room(samples.split, max(samples.leads) // fields.step_hours, max(samples.leads))
         kept_starts(samples, job)
+        back = max(samples.history, default=0) // fields.step_hours
+        for t in range(min(starts_of(samples, lead)[0] for lead in leads) - back, samples.split.stop):  # now, on all ranks alike
+            expect_finite(fields, np.array([t]), fields.read([t]))
         return made, fields.identity
 
     made, identity = ringx.launch.decide(world, prepare)
