@@ -37,6 +37,6 @@ setup(
     python_requires=">=3.10",
     install_requires=["torch>=2.8", "numpy", "rich>=13"],
     extras_require=extras,
-    entry_points={"console_scripts": ["ringx=ringx.cli:main"]},
+    entry_points={"console_scripts": ["ringx=ringx.command.cli:main"]},
     classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering"],
 )

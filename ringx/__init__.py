@@ -6,9 +6,9 @@ The whole public surface is on this screen; ``ringx.launch`` starts ranks, ``pyt
 """
 
 from . import comm, launch
-from .algorithms import Algorithm, algorithms
-from .attention import attention
+from .api import attention
 from .layout import Sharding
+from .patterns.registry import Algorithm, algorithms
 from .sharding import positions, shard, unshard
 
 __version__ = "0.1.0"

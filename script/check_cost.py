@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import ringx
-from ringx.options import integers
+from ringx.checks import integers
 
 
 def measure(world: ringx.launch.World, seqlen: int) -> tuple[float, float]:

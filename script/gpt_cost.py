@@ -26,7 +26,7 @@ import ringx
 from apps.common.config import MeshConfig
 from apps.gpt.config import Config, ModelConfig, TrainConfig
 from apps.gpt.parallel import Attend, build
-from ringx.mesh import Mesh, Shape
+from ringx.launch.mesh import Mesh, Shape
 
 SIZES = {  # name: model, sequence length
     "cp1": (ModelConfig(dim=512, layers=4, heads=8, kv_heads=4, ffn=1408, vocab=8192), 1024),

@@ -34,14 +34,13 @@ from typing import Any
 import torch
 
 import ringx
-from ringx import comm
-from ringx import kernel as kernels
-from ringx.algorithms import algorithms, pattern
-from ringx.attention import Plan
+from ringx import comm, kernels
+from ringx.api import Plan
 from ringx.comm import Group
-from ringx.kernel import KERNELS, Need, cut
+from ringx.kernels import KERNELS, Need, cut
 from ringx.layout import Sharding, Tile, tiles
 from ringx.merge import Partial, acc_dtype
+from ringx.patterns.registry import algorithms, pattern
 
 LIMIT = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 NAMES = ("out", "lse", "dq", "dk", "dv")
@@ -562,7 +561,7 @@ def _gpt(quick: bool) -> tuple:
     from apps.gpt.config import Config, ModelConfig, TrainConfig
     from apps.gpt.flops import flops_per_token
     from apps.gpt.parallel import Attend, build
-    from ringx.mesh import Mesh, Shape
+    from ringx.launch.mesh import Mesh, Shape
 
     model, S = ModelConfig(dim=64, layers=2, heads=4, kv_heads=2, ffn=128, vocab=320), 256
     if not quick:
@@ -585,7 +584,7 @@ def _vit(quick: bool) -> tuple:
     from apps.vit.config import Config, ModelConfig, TrainConfig
     from apps.vit.flops import flops_per_token
     from apps.vit.parallel import Attend, build
-    from ringx.mesh import Mesh, Shape
+    from ringx.launch.mesh import Mesh, Shape
 
     shape = dict(dim=64, layers=2, heads=4) if quick else dict(dim=2048, layers=4, heads=16)
 

@@ -122,8 +122,8 @@ def by_day(run: Path, forecast: Path, data: str) -> list[tuple[str, int, float, 
     import xarray as xr
 
     from apps.vit.config import load
-    from apps.vit.samples import Samples
-    from apps.vit.statistics import statistics as statistics_of
+    from apps.vit.data.samples import Samples
+    from apps.vit.data.statistics import statistics as statistics_of
     from apps.vit.train import open_record, parts_of
 
     c = load(str(run / "config.yaml")).data

@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from ringx import bench, provenance, records
-from ringx.algorithms import ALGORITHMS
-from ringx.bench_comm import COLLECTIVES
+from ringx.measure import bench_attention, provenance, records
+from ringx.measure.bench_collectives import COLLECTIVES
+from ringx.patterns.registry import ALGORITHMS
 
 ORIGIN: dict[str, Any] = {
     "command": {"argv": ["ringx", "bench", "--out", "/a/b/runs"], "options": {}},
@@ -21,10 +21,10 @@ def attention(
 ) -> dict[str, Any]:
     """A record of attention that took `time` seconds; `wire`: bytes on the wire over the closed form."""
     layout = ALGORITHMS[algorithm].recommended_layout
-    case = bench.Case(algorithm, layout, mask, "bf16", world, seqlen, 1, 8, 2, 16, "auto", True, 1, None, baseline, 1, 3)
-    case = bench.replace(case, **changes)
-    seconds = bench.slowest([[(0.25 * time, time), (0.3 * time, 1.2 * time), (0.2 * time, 0.9 * time)]])
-    full = {"kernel": "cpu", "workers": 2, "seconds": bench.slowest([[(0.25, 1.0)] * 3]), "missing": None}
+    case = bench_attention.Case(algorithm, layout, mask, "bf16", world, seqlen, 1, 8, 2, 16, "auto", True, 1, None, baseline, 1, 3)
+    case = bench_attention.replace(case, **changes)
+    seconds = bench_attention.slowest([[(0.25 * time, time), (0.3 * time, 1.2 * time), (0.2 * time, 0.9 * time)]])
+    full = {"kernel": "cpu", "workers": 2, "seconds": bench_attention.slowest([[(0.25, 1.0)] * 3]), "missing": None}
     closed = ALGORITHMS[algorithm].bytes(1, seqlen, 8, case.kv_heads, 16, world, 2, mask == "causal", case.layout)
     name = "all_gather" if algorithm == "ringx3" else "broadcast"
     sent = {
@@ -37,7 +37,7 @@ def attention(
     record = {
         "schema": records.SCHEMA, "kind": "attention", "id": case.id, "date": provenance.now(), "case": vars(case), "kernel": "cpu",
         "workers": world, "oversubscribed": world > 2, "seconds": seconds,
-        **bench.derived(case, seconds, world, full if baseline else None), "labels": labels or {},
+        **bench_attention.derived(case, seconds, world, full if baseline else None), "labels": labels or {},
         "bytes": sent, "wire": left, "wire_missing": None if left else "invented", "memory": {"peak_bytes": 1, "how": "invented"},
         "launch": {"launcher": "l", "backend": "gloo", "local_world": world, "environment": {}, "job": None}, **ORIGIN,
     }  # fmt: skip

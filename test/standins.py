@@ -1,7 +1,7 @@
 """Stand-ins for attention packages and operators that cannot run here: they test our calling code, no more.
 
 Each has the signature of the version named beside it, checks what the real one checks or silently relies on (shapes, dtypes,
-contiguity, head sizes, the alignment of causal), and computes with ``ringx.kernel.reference``.  They say nothing about the real
+contiguity, head sizes, the alignment of causal), and computes with ``ringx.kernels.reference``.  They say nothing about the real
 kernel's numbers.
 """
 
@@ -12,7 +12,7 @@ from typing import Optional
 
 import torch
 
-from ringx.kernel import _gpu, reference
+from ringx.kernels import gpu, reference
 
 seen: dict[str, object] = {}  # what the last backward was told
 
@@ -307,7 +307,7 @@ def installed(*names: str):
         library.impl("_flash_attn_backward", _aiter_backward, "CPU")
     old = {key: sys.modules.get(key) for key in new}
     sys.modules.update(new)
-    _gpu._import.cache_clear()
+    gpu._import.cache_clear()
     try:
         yield
     finally:
@@ -319,7 +319,7 @@ def installed(*names: str):
         if "aiter" in names:
             library._destroy()
             torch.ops.aiter.__dict__.pop("_flash_attn_backward", None)
-        _gpu._import.cache_clear()
+        gpu._import.cache_clear()
 
 
 # ---- PyTorch's own CUDA operators, put in at the dispatcher: it checks every call against the real schema
@@ -392,7 +392,7 @@ def _cudnn(lse_dims: int):
 @contextlib.contextmanager
 def aten_operators(cudnn_lse_dims: int = 4):
     """CPU implementations of the CUDA operators for as long as the block runs."""
-    from ringx.kernel import sdpa_cudnn
+    from ringx.kernels import sdpa_cudnn
 
     library = torch.library.Library("aten", "IMPL")
     forward, backward = _cudnn(cudnn_lse_dims)

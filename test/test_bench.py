@@ -15,17 +15,18 @@ import pytest
 import ranks
 import torch
 
-from ringx import bench, launch, records
-from ringx.algorithms import ALGORITHMS
+from ringx import launch
 from ringx.layout import Sharding, tiles
-from ringx.peak import peak_bytes
+from ringx.measure import bench_attention, records
+from ringx.measure.peak import peak_bytes
+from ringx.patterns.registry import ALGORITHMS
 
 SMALL = ["--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--reps", "2", "--dtypes", "fp32"]
 
 
 def options(out, *argv):
     parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
+    bench_attention.add_arguments(parser)
     return parser.parse_args(["--out", str(out), "--nproc", "2", "--seqlens", "64", "--device", "cpu", *SMALL, *argv])
 
 
@@ -44,7 +45,7 @@ def on_threads(monkeypatch):
 
 @pytest.fixture
 def record(tmp_path):
-    assert bench.main(options(tmp_path, "--algorithms", "ringx3")) == 0
+    assert bench_attention.main(options(tmp_path, "--algorithms", "ringx3")) == 0
     (path,) = tmp_path.glob("*.json")
     return records.read(path)
 
@@ -53,7 +54,7 @@ def record(tmp_path):
 
 
 def test_the_slowest_rank_of_each_repetition_counts():
-    got = bench.slowest([[(1.0, 3.0), (2.0, 9.0), (1.0, 4.0)], [(2.0, 4.0), (1.0, 5.0), (3.0, 5.0)]])
+    got = bench_attention.slowest([[(1.0, 3.0), (2.0, 9.0), (1.0, 4.0)], [(2.0, 4.0), (1.0, 5.0), (3.0, 5.0)]])
     assert got["forward"]["raw"] == [2.0, 2.0, 3.0]
     assert got["total"]["raw"] == [4.0, 9.0, 5.0]
     assert got["backward"]["raw"] == [2.0, 7.0, 2.0]
@@ -68,7 +69,7 @@ def test_median_and_quartiles():
 
 
 def case(**changes):
-    made = bench.Case("ringx3", "zigzag", "causal", "bf16", 2, 48, 3, 4, 2, 8, "auto", True, 1, None, True, 1, 7)
+    made = bench_attention.Case("ringx3", "zigzag", "causal", "bf16", 2, 48, 3, 4, 2, 8, "auto", True, 1, None, True, 1, 7)
     return replace(made, **changes)
 
 
@@ -85,17 +86,17 @@ def test_flops_are_those_of_the_pairs_that_the_ranks_compute(layout, mask):
 
 
 def seconds(forward, total):
-    return bench.slowest([[(forward, total)] * 7])
+    return bench_attention.slowest([[(forward, total)] * 7])
 
 
 def test_derived_numbers():
     against = {"kernel": "cpu", "workers": 2, "seconds": seconds(1.0, 4.0), "missing": None}
-    got = bench.derived(case(world=4), seconds(0.5, 2.5), 4, against)
+    got = bench_attention.derived(case(world=4), seconds(0.5, 2.5), 4, against)
     assert got["efficiency_percent"]["forward"] == pytest.approx(100 * 1.0 * 2 / (4 * 0.5))
     assert got["efficiency_percent"]["total"] == pytest.approx(100 * 4.0 * 2 / (4 * 2.5))
     assert got["tokens_per_second"] == pytest.approx(3 * 48 / 2.5)
     assert got["tflops_per_rank"]["total"] == pytest.approx(case().flops()["total"] / 4 / 2.5 / 1e12)
-    alone = bench.derived(case(), seconds(1.0, 2.0), 2, None)
+    alone = bench_attention.derived(case(), seconds(1.0, 2.0), 2, None)
     assert alone["baseline"] is None and alone["efficiency_percent"] is None and "--no-baseline" in alone["baseline_missing"]
 
 
@@ -202,7 +203,7 @@ def test_every_case_gives_a_valid_record(tmp_path, capsys):
         "--overlap",
         "on,off",
     )
-    assert bench.main(options(tmp_path, *argv, "--reps", "1")) == 0
+    assert bench_attention.main(options(tmp_path, *argv, "--reps", "1")) == 0
     found, broken = records.read_all(tmp_path)
     assert not broken and len(found) == 4 * 2 * 2 * 2 * 2 * 2  # algorithms, N, masks, layouts, Hkv, overlap
     for r in found:
@@ -215,17 +216,17 @@ def test_every_case_gives_a_valid_record(tmp_path, capsys):
             assert r["bytes"][direction]["counted"] == pytest.approx(form)
         local = 64 // r["case"]["world"] * 16 * 4
         assert r["memory"]["peak_bytes"] >= local * (2 * 4 + 2 * r["case"]["kv_heads"])  # out, dq, dk, dv at least
-        again = bench.derived(bench.Case(**r["case"]), r["seconds"], r["workers"], r["baseline"])
+        again = bench_attention.derived(bench_attention.Case(**r["case"]), r["seconds"], r["workers"], r["baseline"])
         assert again["efficiency_percent"] == r["efficiency_percent"]
     printed = capsys.readouterr().out
-    assert max(map(len, bench.table(found).splitlines())) <= 100
+    assert max(map(len, bench_attention.table(found).splitlines())) <= 100
     assert printed.count("ringx4") == 2 * 16
 
 
 def test_weak_scaling_and_no_baseline(tmp_path):
     args = options(tmp_path, "--nproc", "1,2", "--algorithms", "ringx4", "--no-baseline")
     args.seqlens, args.seqlens_per_rank = None, "32"
-    assert bench.main(args) == 0
+    assert bench_attention.main(args) == 0
     found, _ = records.read_all(tmp_path)
     assert sorted((r["case"]["world"], r["case"]["seqlen"]) for r in found) == [(1, 32), (2, 64)]
     assert all(r["baseline"] is None and r["efficiency_percent"] is None for r in found)
@@ -235,33 +236,33 @@ def test_where_the_baseline_does_not_fit_the_algorithms_are_measured_still(tmp_p
     def full(self):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
 
-    monkeypatch.setattr(bench.Baseline, "_once", full)
-    assert bench.main(options(tmp_path, "--algorithms", "ringx3")) == 0
+    monkeypatch.setattr(bench_attention.Baseline, "_once", full)
+    assert bench_attention.main(options(tmp_path, "--algorithms", "ringx3")) == 0
     (r,) = records.read_all(tmp_path)[0]
     assert r["baseline"] is None and r["baseline_missing"].startswith("out of memory")
 
 
 def test_resume_measures_only_what_is_missing_or_broken(tmp_path, capsys, monkeypatch):
     first = ("--algorithms", "ringx3,ringx4")
-    assert bench.main(options(tmp_path, *first)) == 0
+    assert bench_attention.main(options(tmp_path, *first)) == 0
     paths = sorted(tmp_path.glob("*.json"))
     before = [p.stat().st_mtime_ns for p in paths]
     with pytest.raises(ValueError, match=r"already holds 2 of these 4 cases.*--resume"):
-        bench.main(options(tmp_path))
+        bench_attention.main(options(tmp_path))
     paths[1].write_text(paths[1].read_text()[:100])
-    assert bench.main(options(tmp_path, "--resume")) == 0
+    assert bench_attention.main(options(tmp_path, "--resume")) == 0
     assert f"{paths[1].name}.broken): {paths[1]}" in capsys.readouterr().err
     assert len(paths[1].with_name(f"{paths[1].name}.broken").read_text()) == 100  # nothing is thrown away
     assert len(list(tmp_path.glob("*.json"))) == 4
     assert paths[0].stat().st_mtime_ns == before[0] and records.read(paths[1])
-    monkeypatch.setattr(bench, "measure_size", None)
-    assert bench.main(options(tmp_path, "--resume")) == 0  # everything is there: nothing is called
+    monkeypatch.setattr(bench_attention, "measure_size", None)
+    assert bench_attention.main(options(tmp_path, "--resume")) == 0  # everything is there: nothing is called
     with pytest.raises(ValueError, match=r"4 faults(.|\n)*measured with reps=2, now 3"):
-        bench.main(options(tmp_path, "--resume", "--reps", "3"))
+        bench_attention.main(options(tmp_path, "--resume", "--reps", "3"))
 
 
 def test_an_interruption_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
-    measured, real = [], bench.measure_size
+    measured, real = [], bench_attention.measure_size
 
     def until_interrupted(world, cases, tick, watch):
         if len(measured) == 2:
@@ -269,14 +270,14 @@ def test_an_interruption_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
         measured.append(cases)
         return real(world, cases, tick, watch)
 
-    monkeypatch.setattr(bench, "measure_size", until_interrupted)
+    monkeypatch.setattr(bench_attention, "measure_size", until_interrupted)
     argv = ("--nproc", "1", "--seqlens", "16,32,48", "--algorithms", "ringx1,ringx3")
-    assert bench.main(options(tmp_path, *argv)) == 130
+    assert bench_attention.main(options(tmp_path, *argv)) == 130
     assert "interrupted: 4 of 6 cases" in capsys.readouterr().out
     found, broken = records.read_all(tmp_path)
     assert len(found) == 4 and not broken
-    monkeypatch.setattr(bench, "measure_size", real)
-    assert bench.main(options(tmp_path, *argv, "--resume")) == 0
+    monkeypatch.setattr(bench_attention, "measure_size", real)
+    assert bench_attention.main(options(tmp_path, *argv, "--resume")) == 0
     assert len(records.read_all(tmp_path)[0]) == 6
 
 
@@ -316,7 +317,7 @@ def test_all_unknown_names_at_once(tmp_path):
         "0",
     )
     with pytest.raises(ValueError) as e:
-        bench.main(options(tmp_path / "new", *argv, "--nproc", "two", "--overlap", "maybe"))
+        bench_attention.main(options(tmp_path / "new", *argv, "--nproc", "two", "--overlap", "maybe"))
     for word in ("8 faults", "ringx5", "zigzg", "casual", "int8", "flash9", "--reps 0", "two", "maybe"):
         assert word in str(e.value)
     assert not (tmp_path / "new").exists()
@@ -324,25 +325,25 @@ def test_all_unknown_names_at_once(tmp_path):
 
 def test_all_impossible_cases_at_once(tmp_path):
     with pytest.raises(ValueError) as e:
-        bench.main(
+        bench_attention.main(
             options(tmp_path, "--nproc", "2,3", "--seqlens", "64,2", "--kv-heads", "2,3", "--layouts", "zigzag", "--kernel", "cpu")
         )
     for word in ("S=64 on N=3", "S=2 on N=2", "S=2 on N=3", "--heads 4 is no multiple of --kv-heads 3"):
         assert word in str(e.value)
     with pytest.raises(ValueError, match=r"fp?\w*32, head size 16.*flash2"):
-        bench.main(options(tmp_path, "--kernel", "flash2"))
+        bench_attention.main(options(tmp_path, "--kernel", "flash2"))
     assert not list(tmp_path.iterdir())
 
 
 def test_only_the_launchers_number_of_ranks(tmp_path):
     with pytest.raises(ValueError, match="--nproc 2: the launcher started 4 ranks"):
-        bench.plan(options(tmp_path, "--nproc", "2,4"), launched=4)
+        bench_attention.plan(options(tmp_path, "--nproc", "2,4"), launched=4)
     args = options(tmp_path)
     args.nproc = None
-    assert {c.world for c in bench.plan(args, launched=4)} == {4}
+    assert {c.world for c in bench_attention.plan(args, launched=4)} == {4}
 
 
 def test_a_folder_that_cannot_hold_records(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
-        bench.main(options(tmp_path / "file"))
+        bench_attention.main(options(tmp_path / "file"))

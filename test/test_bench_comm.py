@@ -11,14 +11,17 @@ import ranks
 import torch
 import torch.distributed as dist
 
-from ringx import bench_comm, cli, launch, machine, records, stopping
+from ringx import launch
+from ringx.command import cli
+from ringx.launch import stopping
+from ringx.measure import bench_collectives, machine, records
 
 SMALL = ["--nproc", "2", "--max-bytes", "4K", "--reps", "3", "--seconds", "30", "--device", "cpu"]
 
 
 def options(out, *argv):
     parser = argparse.ArgumentParser()
-    bench_comm.add_arguments(parser)
+    bench_collectives.add_arguments(parser)
     return parser.parse_args([*SMALL, "--out", str(out), *argv])
 
 
@@ -39,16 +42,16 @@ def on_threads(monkeypatch):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("name", bench_comm.COLLECTIVES)
+@pytest.mark.parametrize("name", bench_collectives.COLLECTIVES)
 def test_each_collective_against_its_definition(name, world):
     """The result of one pass, and what the check expects of it, both against numpy's view of the inputs."""
     n = 8 * world
-    inputs = [bench_comm._values(r, n, torch.device("cpu"), True) for r in range(world)]
+    inputs = [bench_collectives._values(r, n, torch.device("cpu"), True) for r in range(world)]
     assert len({x[0].item() for x in inputs}) == world
     chunks = [x.chunk(world) for x in inputs]
 
     def rank_main(rank):
-        call, expected = bench_comm.COLLECTIVES[name].prepare(rank, world, n, torch.device("cpu"), True)
+        call, expected = bench_collectives.COLLECTIVES[name].prepare(rank, world, n, torch.device("cpu"), True)
         return call().clone(), expected()
 
     for rank, (got, want) in enumerate(ranks.run(world, rank_main)):
@@ -73,11 +76,11 @@ def test_wrong_elements_are_counted(on_threads, tmp_path, monkeypatch, capsys):
 
     def broken(x, src, **how):
         real(x, src, **how)
-        if x.dtype == bench_comm.DTYPE:  # not the control messages
+        if x.dtype == bench_collectives.DTYPE:  # not the control messages
             x[5] += 1
 
     monkeypatch.setattr(dist, "broadcast", broken)
-    assert bench_comm.main(options(tmp_path, "--collectives", "broadcast")) == 0
+    assert bench_collectives.main(options(tmp_path, "--collectives", "broadcast")) == 0
     (r,) = machine.collected(tmp_path)
     assert [s["wrong"] for s in r["sizes"]] == [2, 2]
 
@@ -85,31 +88,35 @@ def test_wrong_elements_are_counted(on_threads, tmp_path, monkeypatch, capsys):
 def test_bandwidths_are_those_of_nccl_tests():
     """doc/PERFORMANCE.md of nccl-tests: the factors from algbw to busbw."""
     n = 8
-    bus = {name: c.bus(n) for name, c in bench_comm.COLLECTIVES.items()}
+    bus = {name: c.bus(n) for name, c in bench_collectives.COLLECTIVES.items()}
     of_parts = dict.fromkeys(("all_gather", "reduce_scatter", "all_to_all"), 7 / 8)
     assert bus == {"broadcast": 1, "reduce": 1, "ring": 1, "all_reduce": 2 * 7 / 8} | of_parts
 
 
 def test_sizes():
-    assert bench_comm.sizes_of(1024, 2**20, 4, 8) == [4**k for k in range(5, 11)]
-    assert bench_comm.sizes_of(1000, 1000, 2, 3) == [996]  # whole elements on each of three ranks
-    assert bench_comm.sizes_of(1024, 4096, 4, 2, also=[2080, 1024]) == [1024, 2080, 4096]
-    assert bench_comm.in_bytes("16M") == 2**24 and bench_comm.in_bytes("1kb") == 1024 and bench_comm.in_bytes("7") == 7
+    assert bench_collectives.sizes_of(1024, 2**20, 4, 8) == [4**k for k in range(5, 11)]
+    assert bench_collectives.sizes_of(1000, 1000, 2, 3) == [996]  # whole elements on each of three ranks
+    assert bench_collectives.sizes_of(1024, 4096, 4, 2, also=[2080, 1024]) == [1024, 2080, 4096]
+    assert (
+        bench_collectives.in_bytes("16M") == 2**24
+        and bench_collectives.in_bytes("1kb") == 1024
+        and bench_collectives.in_bytes("7") == 7
+    )
 
 
 # ---- records
 
 
 def test_records_table_and_machine_file(on_threads, tmp_path, capsys):
-    assert bench_comm.main(options(tmp_path, "--label", "net=x")) == 0
+    assert bench_collectives.main(options(tmp_path, "--label", "net=x")) == 0
     said = capsys.readouterr().out
     found = machine.collected(tmp_path)
-    assert {r["case"]["collective"] for r in found} == set(bench_comm.COLLECTIVES) and len(found) == 7
+    assert {r["case"]["collective"] for r in found} == set(bench_collectives.COLLECTIVES) and len(found) == 7
     for r in found:
         assert [s["bytes"] for s in r["sizes"]] == [1024, 4096] and r["ended"] is None and r["labels"] == {"net": "x"}
         for s in r["sizes"]:
             assert s["wrong"] == 0 and s["algbw"] == pytest.approx(s["bytes"] / s["mean"])
-            assert s["busbw"] == pytest.approx(s["algbw"] * bench_comm.COLLECTIVES[r["case"]["collective"]].bus(2))
+            assert s["busbw"] == pytest.approx(s["algbw"] * bench_collectives.COLLECTIVES[r["case"]["collective"]].bus(2))
         assert r["wire_missing"] == "all ranks are on one host" and r["sizes"][0]["wire_factor"] is None
     assert said.count("all_to_all") == 2 and max(map(len, said.splitlines()[:15])) <= 100
     fits = machine.load(tmp_path / "machine.json")
@@ -117,43 +124,43 @@ def test_records_table_and_machine_file(on_threads, tmp_path, capsys):
 
 
 def test_resume_measures_only_what_is_missing(on_threads, tmp_path):
-    assert bench_comm.main(options(tmp_path, "--collectives", "ring")) == 0
+    assert bench_collectives.main(options(tmp_path, "--collectives", "ring")) == 0
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("collective*")}
     with pytest.raises(ValueError, match=r"already holds 1 of these 2 cases \(collective_ring_fp32_n2_hosts1, "):
-        bench_comm.main(options(tmp_path, "--collectives", "ring,broadcast"))
-    assert bench_comm.main(options(tmp_path, "--collectives", "ring,broadcast", "--resume")) == 0
+        bench_collectives.main(options(tmp_path, "--collectives", "ring,broadcast"))
+    assert bench_collectives.main(options(tmp_path, "--collectives", "ring,broadcast", "--resume")) == 0
     with pytest.raises(ValueError, match=r"was measured with labels \{\}, now \{'net': 'x'\}"):
-        bench_comm.main(options(tmp_path, "--collectives", "ring", "--resume", "--label", "net=x"))
+        bench_collectives.main(options(tmp_path, "--collectives", "ring", "--resume", "--label", "net=x"))
     assert len(machine.collected(tmp_path)) == 2 and all(p.stat().st_mtime_ns == t for p, t in before.items())
 
 
 def test_time_and_memory_bound_the_sizes(on_threads, tmp_path, monkeypatch):
-    assert bench_comm.main(options(tmp_path / "t", "--collectives", "ring", "--max-bytes", "1G", "--seconds", "0.5")) == 0
+    assert bench_collectives.main(options(tmp_path / "t", "--collectives", "ring", "--max-bytes", "1G", "--seconds", "0.5")) == 0
     (r,) = machine.collected(tmp_path / "t")
     assert "are left of --seconds" in r["ended"] and r["sizes"][-1]["bytes"] < 2**30
-    monkeypatch.setattr(bench_comm, "_free_memory", lambda: 2**17)
-    assert bench_comm.main(options(tmp_path / "m", "--collectives", "ring", "--max-bytes", "1G")) == 0
+    monkeypatch.setattr(bench_collectives, "_free_memory", lambda: 2**17)
+    assert bench_collectives.main(options(tmp_path / "m", "--collectives", "ring", "--max-bytes", "1G")) == 0
     (r,) = machine.collected(tmp_path / "m")
     assert "GiB that are free" in r["ended"] and r["sizes"][-1]["bytes"] == 4096  # 4 x 16 KiB x 2 ranks is more than half
 
 
 def test_told_to_stop_it_keeps_what_is_complete(on_threads, tmp_path, monkeypatch, capsys):
-    real = bench_comm.measure_collective
+    real = bench_collectives.measure_collective
 
     def until_told(world, case, *rest):
         if case.collective == "reduce":
             monkeypatch.setattr(stopping, "_told", "SIGUSR1")
         return real(world, case, *rest)
 
-    monkeypatch.setattr(bench_comm, "measure_collective", until_told)
-    assert bench_comm.main(options(tmp_path)) == stopping.AGAIN
+    monkeypatch.setattr(bench_collectives, "measure_collective", until_told)
+    assert bench_collectives.main(options(tmp_path)) == stopping.AGAIN
     assert [r["case"]["collective"] for r in machine.collected(tmp_path)] == ["broadcast"]
     assert "interrupted by SIGUSR1" in capsys.readouterr().out
 
 
 def test_told_before_anything_is_complete_it_does_not_ask_to_come_again(on_threads, tmp_path, monkeypatch):
     monkeypatch.setattr(stopping, "_told", "SIGUSR1")
-    assert bench_comm.main(options(tmp_path)) == 1
+    assert bench_collectives.main(options(tmp_path)) == 1
 
 
 def test_mistakes_are_named_at_once(capsys, tmp_path):

@@ -10,7 +10,7 @@ from oracle import problem
 from ranks import run
 
 import ringx
-from ringx.attention import SeesInside
+from ringx.api import SeesInside
 
 B, H, HKV, D = 2, 4, 2, 8
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ringx import cli, demo, kernel, verify
-from ringx.kernel import cpu
+from ringx import kernels
+from ringx.command import cli, demo
+from ringx.kernels import cpu
+from ringx.measure import verify
 
 
 def small(*more: str) -> list[str]:
@@ -90,7 +92,7 @@ def test_info_says_why_not(capsys):
     assert cli.main(["info", "--head-dim", "64,40"]) == 0
     said = capsys.readouterr().out
     assert torch.__version__ in said
-    for name in kernel.KERNELS:
+    for name in kernels.KERNELS:
         assert said.count(f" {name} ") >= 2
     if not torch.cuda.is_available():
         assert "* cpu" in said

@@ -6,7 +6,9 @@ import json
 import invented
 import pytest
 
-from ringx import cli, collect, machine, plot, records
+from ringx.command import cli
+from ringx.measure import machine, records
+from ringx.report import collect, figures
 
 pytest.importorskip("pandas", reason="needs pandas and pyarrow: pip install 'ringx[plot]'")
 
@@ -97,7 +99,7 @@ def test_what_is_no_table(tmp_path):
 
 def test_committed_results_are_valid_records_or_tables():
     """Whatever is committed under results/ can be read by this version."""
-    results = plot.Path(__file__).parent.parent / "results"
+    results = figures.Path(__file__).parent.parent / "results"
     seen = 0
     for folder in sorted(p for p in results.iterdir() if p.is_dir() and p.name[:4] not in ("gpt_", "vit_", "note")):
         tables = list(folder.glob("*.parquet"))

@@ -9,7 +9,7 @@ from oracle import full_attention, problem, relative
 from ranks import run
 
 import ringx
-from ringx.kernel import cpu
+from ringx.kernels import cpu
 
 ALGORITHMS = tuple(ringx.algorithms())
 

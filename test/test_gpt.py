@@ -14,12 +14,12 @@ from ranks import attempt, run
 import ringx
 from apps.common.config import MeshConfig
 from apps.gpt.config import Config, ModelConfig, TrainConfig
-from apps.gpt.data import open_dataset
+from apps.gpt.data.dataset import open_dataset
+from apps.gpt.data.prepare import prepare
 from apps.gpt.model import Llama
 from apps.gpt.parallel import Attend, build
-from apps.gpt.prepare import prepare
 from apps.gpt.train import train
-from ringx.mesh import ORDERS, Mesh, Shape
+from ringx.launch.mesh import ORDERS, Mesh, Shape
 
 MODEL = ModelConfig(dim=32, layers=2, heads=4, kv_heads=2, ffn=48, vocab=264)
 TRAIN = TrainConfig(seqlen=64, global_batch=4, steps=20, lr=1e-2, warmup=3, dtype="float64", loss_chunk=24)
@@ -215,7 +215,7 @@ def test_what_is_asked_for_reaches_attention(tokens, monkeypatch):
 
 @pytest.mark.parametrize("checkpointing, times", [("none", 1), ("selective", 1), ("full", 2)])
 def test_selective_checkpointing_never_attends_again(checkpointing, times, tokens, monkeypatch):
-    import ringx.algo.gather_kv as pattern
+    import ringx.patterns.gather_kv as pattern
 
     calls, forward = [], pattern.forward
     monkeypatch.setattr(pattern, "forward", lambda *a: (calls.append(0), forward(*a))[1])

@@ -20,7 +20,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from apps.common.log import read_metrics, read_sessions
-from apps.gpt.prepare import prepare
+from apps.gpt.data.prepare import prepare
 from apps.gpt.train import main
 
 ROOT = Path(__file__).resolve().parents[1]

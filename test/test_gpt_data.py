@@ -20,8 +20,8 @@ from ranks import run
 
 import ringx
 from apps.common.loader import Loader
-from apps.gpt import data, prepare
-from apps.gpt.data import Rows, dataset_for, expect_window, load_tokenizer, open_dataset
+from apps.gpt.data import dataset, prepare
+from apps.gpt.data.dataset import Rows, dataset_for, expect_window, load_tokenizer, open_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYOUTS = ("zigzag", "contiguous", "striped")
@@ -42,7 +42,7 @@ def prepared(tmp_path: Path, documents=DOCUMENTS, name="tokens", **settings) -> 
     return out
 
 
-def stream(tokens: data.Tokens) -> list[int]:
+def stream(tokens: dataset.Tokens) -> list[int]:
     return np.concatenate(tokens.shards).tolist()
 
 
@@ -89,7 +89,7 @@ def test_every_format_gives_the_same_tokens(tmp_path):
     ):
         out = tmp_path / "out" / name
         prepare.prepare(inputs, out, tokenizer="bytes", text_key=key, val_fraction=0.3)
-        assert data.read_index(out)["documents"] == len(DOCUMENTS)
+        assert dataset.read_index(out)["documents"] == len(DOCUMENTS)
         found[name] = [open_dataset(out, split, verify="full").sha256 for split in ("train", "val")]
         assert not list((tmp_path / "out").glob("*.partial"))
     assert len({tuple(f) for f in found.values()}) == 1, found
@@ -147,7 +147,7 @@ def test_pieces_and_chunks_leave_documents_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "PIECE", 13)
     monkeypatch.setattr(prepare, "CHUNK", 40)
     pieces = prepared(tmp_path, name="pieces", shard_tokens=2**28)
-    assert {**contents(whole), data.INDEX: b""} == {**contents(pieces), data.INDEX: b""}
+    assert {**contents(whole), dataset.INDEX: b""} == {**contents(pieces), dataset.INDEX: b""}
     (tmp_path / "text").write_bytes("".join(DOCUMENTS).encode())
     blocks = [p.text for p in prepare._read_text(prepare._sources([tmp_path / "text"], tmp_path)[0][0], "", lambda read: None)]
     assert "".join(blocks) == "".join(DOCUMENTS) and 1 < max(map(len, blocks)) <= 13
@@ -197,7 +197,7 @@ def test_the_default_text_can_be_decoded_again(default):
     assert tokenizer.vocab == 1024
     got = "".join(tokenizer.decode(stream(open_dataset(default, split))) for split in ("train", "val"))
     assert got == "".join(texts) and "def __init__(self" in got
-    index = data.read_index(default)
+    index = dataset.read_index(default)
     assert str(Path(sys.prefix)) not in json.dumps(index) and index["documents"] == sum(map(bool, texts))
     share = index["splits"]["val"]["tokens"] / sum(s["tokens"] for s in index["splits"].values())
     assert 0.03 < share < 0.08
@@ -271,7 +271,7 @@ def test_labels_and_positions_at_shard_edges(layout, world, seqlen, tmp_path):
     rows = tokens.rows(0, global_batch=2, seqlen=seqlen, seed=0, rows=range(2))
     whole = torch.cat([rows.tokens, rows.labels[:, -1:]], 1)  # [B, S + 1]
     ends = torch.cat([torch.zeros(2, 1, dtype=torch.int64), (rows.tokens == tokens.eos).cumsum(1)[:, :-1]], 1)  # before each token
-    cuts = run(world, lambda _: data.cut(rows, layout=ringx.Sharding(seqlen, world, layout)))
+    cuts = run(world, lambda _: dataset.cut(rows, layout=ringx.Sharding(seqlen, world, layout)))
     for mine in cuts:
         assert torch.equal(mine.tokens, whole[:, mine.positions])
         assert torch.equal(mine.labels, whole[:, mine.positions + 1])  # of a shard's last token: the next one, on another rank
@@ -526,8 +526,8 @@ def flip(file: Path, at: int) -> None:
 
 def edit(folder: Path, **changed) -> None:
     """As an index of another version would be: whole, but different."""
-    index = {**data.read_index(folder), **changed}
-    (folder / data.INDEX).write_text(json.dumps({**index, "sha256": data.index_digest(index)}))
+    index = {**dataset.read_index(folder), **changed}
+    (folder / dataset.INDEX).write_text(json.dumps({**index, "sha256": dataset.index_digest(index)}))
 
 
 @pytest.mark.parametrize(

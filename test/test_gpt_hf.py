@@ -22,7 +22,7 @@ from apps.gpt import convert
 from apps.gpt.config import Config, ModelConfig, TrainConfig
 from apps.gpt.huggingface import Weights, model_config, open_model, open_tokenizer, save, shapes, weights_for
 from apps.gpt.parallel import Attend, build
-from ringx.mesh import Mesh, Shape
+from ringx.launch.mesh import Mesh, Shape
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # pytest undoes the filter of checkpoint.py
 transformers = pytest.importorskip(

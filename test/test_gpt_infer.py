@@ -17,10 +17,10 @@ from ranks import run
 
 from apps.gpt import evaluate, generate
 from apps.gpt.config import ModelConfig
-from apps.gpt.data import ByteTokenizer, open_dataset
+from apps.gpt.data.dataset import ByteTokenizer, open_dataset
+from apps.gpt.data.prepare import prepare
 from apps.gpt.huggingface import open_model, save, shapes
 from apps.gpt.model import Llama
-from apps.gpt.prepare import prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # pytest undoes the filter of checkpoint.py
 

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from apps.gpt.loss import IGNORE, head_logits, head_loss, token_losses
-from ringx.peak import peak_bytes
+from ringx.measure.peak import peak_bytes
 
 B, S, C, V = 2, 11, 8, 24
 

@@ -22,9 +22,9 @@ from apps.gpt.model import Llama
 from apps.gpt.parallel import Attend, build
 from apps.gpt.plan import make_plan
 from apps.gpt.train import main
-from ringx import peak
-from ringx.mesh import Mesh, Shape
-from ringx.peak import Lifetimes
+from ringx.launch.mesh import Mesh, Shape
+from ringx.measure import peak
+from ringx.measure.peak import Lifetimes
 
 MODEL = ModelConfig(dim=128, layers=2, heads=4, kv_heads=2, ffn=384, vocab=512, tied=False)
 

@@ -13,8 +13,8 @@ import torch
 from oracle import full_attention, problem, relative
 
 import ringx
-from ringx import kernel as kernels
-from ringx.kernel import KERNELS, Need, _gpu, cut, flex, load, reference
+from ringx import kernels
+from ringx.kernels import KERNELS, Need, cut, flex, gpu, load, reference
 from ringx.layout import Sharding, Tile, tiles
 from ringx.merge import Partial, acc_dtype
 
@@ -191,7 +191,7 @@ def test_determinism_is_asked_for_and_the_switch_put_back(what):
     assert not torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        with _gpu.deterministic_algorithms(True):
+        with gpu.deterministic_algorithms(True):
             assert not torch.is_deterministic_algorithms_warn_only_enabled()
         assert torch.is_deterministic_algorithms_warn_only_enabled()
     finally:
@@ -300,7 +300,7 @@ def machine(monkeypatch):
     """Pretend to be a machine: machine(capability) or machine(hip="6.4")."""
 
     def be(found=None, hip=None):
-        monkeypatch.setattr(_gpu, "capability", lambda device: found)
+        monkeypatch.setattr(gpu, "capability", lambda device: found)
         monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
         monkeypatch.setattr(torch.backends.cudnn, "version", lambda: None if hip else 91000)
@@ -364,14 +364,14 @@ def test_reasons_on_rocm(machine, name, changes, reason):
 @pytest.mark.parametrize(("name", "found"), [("flash2", (9, 0)), ("flash3", (9, 0)), ("flash4", (9, 0)), ("aiter", None)])
 def test_a_package_that_is_not_installed(machine, monkeypatch, name, found):
     machine(found, hip=None if found else "6.4")
-    monkeypatch.setattr(_gpu, "_import", lambda module: "is not installed (no module x)")
+    monkeypatch.setattr(gpu, "_import", lambda module: "is not installed (no module x)")
     assert "not installed" in kernels.why_not(name, need())
 
 
 def test_a_package_version_that_we_do_not_know_is_refused(machine, monkeypatch):
     machine((9, 0))
     odd = standins._modules("flash_attn.flash_attn_interface")["flash_attn.flash_attn_interface"]
-    monkeypatch.setattr(_gpu, "_import", lambda module: odd)
+    monkeypatch.setattr(gpu, "_import", lambda module: odd)
     assert "has no flash_attn.flash_attn_interface._flash_attn_forward" in kernels.why_not("flash2", need())
     odd._flash_attn_forward = lambda q, k, v, softmax_scale, is_causal: None
     assert "no argument causal, window_size|window_size_left" in kernels.why_not("flash2", need())
@@ -396,7 +396,7 @@ def test_auto_takes_the_first_of_the_table_that_can(machine, monkeypatch):
         assert kernels.choose("auto", need()) == "flash2"
         machine(hip="6.4")
         assert kernels.choose("auto", need()) in ("flash2", "aiter")
-    monkeypatch.setattr(_gpu, "_import", lambda module: "is not installed (no module x)")
+    monkeypatch.setattr(gpu, "_import", lambda module: "is not installed (no module x)")
     machine((9, 0))
     assert kernels.choose("auto", need()) == "sdpa_flash"
     machine(hip="6.4")

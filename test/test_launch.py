@@ -20,7 +20,8 @@ import torch
 from programs import ranks_do
 
 import ringx
-from ringx import environ, launch
+from ringx import launch
+from ringx.launch import environ
 
 PROGRAMS = Path(__file__).parent / "programs"
 LAUNCHERS = ("SLURM", "PMI", "OMPI_", "MPI_", "MV2_", "TORCHELASTIC", "MASTER_", "GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS")

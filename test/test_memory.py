@@ -10,8 +10,8 @@ from oracle import problem
 from ranks import run
 
 import ringx
-from ringx.attention import SeesInside
-from ringx.peak import peak_bytes
+from ringx.api import SeesInside
+from ringx.measure.peak import peak_bytes
 
 BLOCK = 16  # tokens a rank
 

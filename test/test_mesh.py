@@ -1,4 +1,4 @@
-"""ringx.mesh: every rank has its place, whatever the order of the axes.
+"""ringx.launch.mesh: every rank has its place, whatever the order of the axes.
 
 pytest test/test_mesh.py
 """
@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 from ranks import run
 
-from ringx.mesh import ORDERS, Mesh, Shape
+from ringx.launch.mesh import ORDERS, Mesh, Shape
 
 
 def place(rank: int, shape: Shape) -> dict[str, int]:

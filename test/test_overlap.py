@@ -6,7 +6,7 @@ import torch.distributed as dist
 from ranks import run
 
 import ringx
-from ringx.kernel import cpu
+from ringx.kernels import cpu
 
 WORLD, ROWS = 4, 8
 

@@ -11,8 +11,10 @@ import pytest
 import ranks
 import torch
 
-from ringx import bench, collect, launch, plot, records
-from ringx.algorithms import ALGORITHMS
+from ringx import launch
+from ringx.measure import bench_attention, records
+from ringx.patterns.registry import ALGORITHMS
+from ringx.report import collect, figures
 
 pytest.importorskip("matplotlib")
 FIGURES = {"strong_scaling", "weak_scaling", "efficiency", "time_by_algorithm", "bytes"}
@@ -20,8 +22,8 @@ FIGURES = {"strong_scaling", "weak_scaling", "efficiency", "time_by_algorithm", 
 
 def run(directory, *argv):
     parser = argparse.ArgumentParser()
-    plot.add_arguments(parser)
-    return plot.main(parser.parse_args([str(directory), *argv]))
+    figures.add_arguments(parser)
+    return figures.main(parser.parse_args([str(directory), *argv]))
 
 
 def rows(path):
@@ -117,7 +119,7 @@ def test_figures_that_lack_data_say_what_they_need(tmp_path, capsys):
 
 def test_one_colour_an_algorithm(many):
     shown = [collect.attention(r) for r in many[0]]
-    looks = [plot._look(r, k, shown) for k, r in enumerate(shown)]
+    looks = [figures._look(r, k, shown) for k, r in enumerate(shown)]
     by_algorithm = {(r["algorithm"], look["color"], look["marker"]) for r, look in zip(shown, looks, strict=True)}
     assert len(by_algorithm) == len(ALGORITHMS) == len({c for _, c, _ in by_algorithm})
     assert len({look["ls"] for r, look in zip(shown, looks, strict=True) if r["algorithm"] == "ringx4"}) == 2  # overlap on, off
@@ -146,9 +148,9 @@ def test_records_that_were_measured(tmp_path, monkeypatch):
 
     monkeypatch.setattr(launch, "run", on_threads)
     parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
+    bench_attention.add_arguments(parser)
     sizes = ["--seqlens", "32,64", "--heads", "2", "--kv-heads", "2", "--head-dim", "8", "--reps", "2"]
-    assert bench.main(parser.parse_args(["--nproc", "1,2", "--device", "cpu", *sizes, "--out", str(tmp_path)])) == 0
+    assert bench_attention.main(parser.parse_args(["--nproc", "1,2", "--device", "cpu", *sizes, "--out", str(tmp_path)])) == 0
     assert run(tmp_path) == 0
     assert {p.stem for p in tmp_path.glob("*.png")} == FIGURES
     counted = [x for x in rows(tmp_path / "bytes.csv") if x["kind"] == "counted"]

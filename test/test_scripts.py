@@ -17,7 +17,8 @@ from apps.gpt import train
 from apps.gpt.config import PRESETS
 from apps.vit import train as vit
 from apps.vit.config import load
-from ringx import bench, bench_comm, environ
+from ringx.launch import environ
+from ringx.measure import bench_attention, bench_collectives
 
 SCRIPT = Path(__file__).parent.parent / "script"
 SHELL = sorted(
@@ -51,7 +52,7 @@ def test_is_bash(file):
 
 @pytest.mark.parametrize("nodes", LISTS)
 def test_setup_dist_vars_says_what_ringx_would(nodes):
-    """For every rank of a step on these nodes, one task more on the first: the same as ringx.environ, which asks Slurm itself."""
+    """For every rank of a step on these nodes, one task more on the first: the same as ringx.launch.environ, which asks Slurm itself."""
     hosts = environ.hosts_of(nodes)
     counts = [2, *[1] * (len(hosts) - 1)]
     tasks = "2" if len(hosts) == 1 else f"2,1(x{len(hosts) - 1})" if len(hosts) > 2 else "2,1"
@@ -116,17 +117,17 @@ def test_batch_scripts_call_what_there_is(slurm, name, folder):
     elif name == "vit":
         assert said == ["-m", "apps.vit.train", "--dim", "8", "--out", "vit_7", "--resume", "vit_7"]
     else:
-        module = {"bench": bench, "collectives": bench_comm}[name]
+        module = {"bench": bench_attention, "collectives": bench_collectives}[name]
         parser = argparse.ArgumentParser()
         module.add_arguments(parser)
         args = parser.parse_args(said[3:])
         assert args.nproc == "2" and args.resume
         if name == "bench":
-            assert {c.algorithm for c in bench.plan(args, 2)} == {"ringx1"} and args.part == "2/4"
+            assert {c.algorithm for c in bench_attention.plan(args, 2)} == {"ringx1"} and args.part == "2/4"
             array = re.search(r"--array=0-(\d)", (SCRIPT / "bench.sbatch").read_text())
-            assert len({c.size for c in bench.examine(args, 2, None)[0]}) == int(array[1]) + 1
+            assert len({c.size for c in bench_attention.examine(args, 2, None)[0]}) == int(array[1]) + 1
         else:
-            assert bench_comm.examine(args) == (["ring"], [])
+            assert bench_collectives.examine(args) == (["ring"], [])
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,10 @@ import pytest
 import ranks
 import torch
 
-from ringx import launch, records, stopping
+from ringx import launch
 from ringx.comm import PeerError
+from ringx.launch import stopping
+from ringx.measure import records
 
 ROOT = Path(__file__).parent.parent
 BENCH = [
@@ -66,7 +68,7 @@ def test_a_rank_that_does_not_come_is_named_as_in_any_other_collective():
 
 def test_signals_are_left_alone_outside():
     program = (
-        "import os,signal\nfrom ringx.stopping import Watch\n"
+        "import os,signal\nfrom ringx.launch.stopping import Watch\n"
         "with Watch() as w: assert w.told is None\n"
         "assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL\n"
         "with Watch() as w:\n    os.kill(os.getpid(), signal.SIGUSR1); os.kill(os.getpid(), signal.SIGUSR1); print(w.told)\n"

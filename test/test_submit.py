@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ringx import bench, bench_comm, cli, records, site, submit
+from ringx.command import cli
+from ringx.measure import bench_attention, records
+from ringx.slurm import site, submit
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -63,7 +65,7 @@ def test_a_rendered_script_is_bash_and_its_command_says_what_was_asked_for(name,
         done = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=True, cwd=tmp_path)
         words = done.stdout.split("\0")[:-1]
         assert words[:3] == ["p", "-m", "ringx"] and not list(tmp_path.iterdir())
-        module = {"bench": bench, "bench-comm": bench_comm}[words[3]]
+        module = {"bench": bench_attention, "bench-comm": bench_collectives}[words[3]]
         parser = argparse.ArgumentParser()
         module.add_arguments(parser)
         args = parser.parse_args(words[4:])
@@ -71,9 +73,9 @@ def test_a_rendered_script_is_bash_and_its_command_says_what_was_asked_for(name,
         assert int(args.nproc) == job.nodes * job.ranks_per_node
         if words[3] == "bench":
             assert args.label == (["note=it's a $(test)"] if name == "cpu" else [])
-            cases, faults = bench.examine(args, None, None)
+            cases, faults = bench_attention.examine(args, None, None)
             assert not faults
-            parts = [bench.part(cases, f"{i}/{job.tasks}") for i in range(job.tasks)]
+            parts = [bench_attention.part(cases, f"{i}/{job.tasks}") for i in range(job.tasks)]
             assert sorted(c.id for p in parts for c in p) == sorted(c.id for c in cases) and all(parts)
         else:
             assert (args.max_bytes, args.seconds, args.label) == ("4M", 9, ["a=b"])
@@ -210,7 +212,7 @@ def test_least_memory_is_below_what_is_measured(tmp_path):
     found, _ = records.read_all(tmp_path)
     assert len(found) == 8
     for r in found:
-        case = bench.Case(**r["case"])
+        case = bench_attention.Case(**r["case"])
         inputs = 4 * 512 // 2 * 4 * case.head_dim * (4 if case.dtype == "fp32" else 2)
         held = r["memory"]["peak_bytes"] + inputs
         assert submit.least_memory(case) <= held <= 4 * submit.least_memory(case), case.id

@@ -18,12 +18,12 @@ from apps.vit.config import PRESETS, Config, DataConfig, ModelConfig, TrainConfi
 from apps.vit.model import ViT, first_weight
 from apps.vit.parallel import Attend, build
 from apps.vit.patches import Patches
-from ringx.mesh import ORDERS, Mesh, Shape
+from ringx.launch.mesh import ORDERS, Mesh, Shape
 
 xr = pytest.importorskip("xarray")
 
-from apps.vit.data import open_fields  # noqa: E402
-from apps.vit.statistics import statistics  # noqa: E402
+from apps.vit.data.dataset import open_fields  # noqa: E402
+from apps.vit.data.statistics import statistics  # noqa: E402
 from apps.vit.train import fitted, main, parts_of, samples_of, train  # noqa: E402
 
 MODEL = ModelConfig(dim=16, layers=2, heads=4, ffn=24, patch=4)

@@ -24,8 +24,8 @@ from invented import weather  # noqa: E402
 
 import ringx  # noqa: E402
 from apps.common.log import read_metrics, read_sessions  # noqa: E402
-from apps.vit import simulate  # noqa: E402
 from apps.vit.config import CONFIGS, PRESETS, load  # noqa: E402
+from apps.vit.data import simulate  # noqa: E402
 from apps.vit.train import configure, main, parser, work  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,9 +14,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Consolidated metadata")  # of Za
 xr = pytest.importorskip("xarray")
 h5py = pytest.importorskip("h5py")
 
-from apps.vit.data import Fields, Grid, Split, open_fields, splits  # noqa: E402
-from apps.vit.samples import Samples  # noqa: E402
-from apps.vit.statistics import Statistics, statistics  # noqa: E402
+from apps.vit.data.dataset import Fields, Grid, Split, open_fields, splits  # noqa: E402
+from apps.vit.data.samples import Samples  # noqa: E402
+from apps.vit.data.statistics import Statistics, statistics  # noqa: E402
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 ERA5 = REAL / "era5_t2m_uk_2019-03.nc"
@@ -436,7 +436,7 @@ def damped(a, b) -> float:
 
 @pytest.mark.parametrize("piece", [1, 3 * 8 * 40 * 5, 2**26])  # bytes: one time, five times, all at once
 def test_statistics_are_xarrays(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr("apps.vit.statistics.PIECE", piece)
+    monkeypatch.setattr("apps.vit.data.statistics.PIECE", piece)
     data = record()
     fields = opened(tmp_path, data)
     told: list[tuple[int, int]] = []

@@ -19,15 +19,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ringx
 from apps.common.config import MeshConfig
-from apps.vit import simulate, train
+from apps.vit import train
 from apps.vit.config import PRESETS, Config, ModelConfig, TrainConfig, preset
+from apps.vit.data import simulate
 from apps.vit.flops import flops_per_token, parameters
 from apps.vit.model import ViT
 from apps.vit.parallel import Attend, build
 from apps.vit.plan import make_plan
 from apps.vit.train import configure, main, parser
-from ringx.mesh import Mesh, Shape
-from ringx.peak import Lifetimes
+from ringx.launch.mesh import Mesh, Shape
+from ringx.measure.peak import Lifetimes
 
 MODEL = ModelConfig(dim=128, layers=2, heads=4, ffn=384, height=32, width=64, in_channels=15, out_channels=4)  # 512 tokens
 

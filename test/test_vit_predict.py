@@ -32,10 +32,10 @@ from apps.common.checkpoint import MANIFEST  # noqa: E402
 from apps.common.config import from_dict  # noqa: E402
 from apps.vit import predict, scores, train  # noqa: E402
 from apps.vit.config import Config  # noqa: E402
-from apps.vit.data import open_fields, splits  # noqa: E402
+from apps.vit.data.dataset import open_fields, splits  # noqa: E402
+from apps.vit.data.samples import INPUTS, Samples  # noqa: E402
+from apps.vit.data.statistics import statistics  # noqa: E402
 from apps.vit.model import ViT  # noqa: E402
-from apps.vit.samples import INPUTS, Samples  # noqa: E402
-from apps.vit.statistics import statistics  # noqa: E402
 from ringx.launch import World  # noqa: E402
 
 CHANNELS, LEADS, HISTORY, ROLLOUT = ("t2m", "u10"), (6, 24), (6, 12), 48

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from apps.vit import simulate as module
-from apps.vit.simulate import (
+from apps.vit.data import simulate as module
+from apps.vit.data.simulate import (
     DAY,
     GRAVITY,
     OMEGA,

@@ -14,7 +14,7 @@ import torch
 
 import ringx.launch
 from apps.common import zero
-from ringx.mesh import Shape
+from ringx.launch.mesh import Shape
 
 sys.path.insert(0, str(Path(__file__).parent / "programs"))
 import zero_does

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import ringx
-from ringx.mesh import Shape
+from ringx.launch.mesh import Shape
 
 from .arguments import Parser
 from .config import DTYPES, MeshConfig, RunConfig, add_flags

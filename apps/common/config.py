@@ -17,9 +17,9 @@ import yaml
 
 import ringx
 from apps.common.schedule import SCHEDULES
-from ringx.kernel import KERNELS
+from ringx.kernels import KERNELS
+from ringx.launch.mesh import ORDERS, Shape
 from ringx.layout import LAYOUTS, name_of
-from ringx.mesh import ORDERS, Shape
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 SHORT = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16"}  # as in ringx bench

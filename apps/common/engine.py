@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from apps.common.optim import clip_by_global_norm
-from ringx.mesh import Mesh
+from ringx.launch.mesh import Mesh
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 import ringx
-from ringx.records import put
+from ringx.measure.records import put
 
 NEEDED = ("step", "loss", "tokens_per_s")  # in every record
 SHOWN = 20  # steps that have a line each where there is no terminal; then at most one line in

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import ringx
-from ringx.mesh import Mesh
+from ringx.launch.mesh import Mesh
 
 from .config import DTYPES, RunConfig, Training
 from .engine import Engine

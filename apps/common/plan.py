@@ -22,8 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from ringx.mesh import Mesh, Shape
-from ringx.peak import Lifetimes
+from ringx.launch.mesh import Mesh, Shape
+from ringx.measure.peak import Lifetimes
 
 from .config import C, RunConfig
 from .engine import Engine
@@ -298,7 +298,7 @@ class _Call(NamedTuple):
 @contextlib.contextmanager
 def _attend_once(watch: _Watch) -> Iterator[None]:
     """ringx's algorithms, run at the first call of each kind."""
-    attention = importlib.import_module("ringx.attention")  # not its function of that name
+    attention = importlib.import_module("ringx.api")
     pattern, calls = attention.pattern, watch.calls
 
     def run(name: str, direction: str, *args: Any) -> tuple[torch.Tensor, ...]:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from apps.common.log import read_metrics, read_sessions
-from ringx import plot as house  # one look for all figures
-from ringx.plot import Lacking, Row
+from ringx.report import figures as house  # one look for all figures
+from ringx.report.figures import Lacking, Row
 
 MARKED = 9  # markers on a line, enough to tell lines apart in black and white
 GIB = 2**30

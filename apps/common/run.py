@@ -9,8 +9,8 @@ from typing import Any
 
 import ringx
 from ringx.launch import World
-from ringx.mesh import Mesh
-from ringx.stopping import AGAIN, Stopped, Watch
+from ringx.launch.mesh import Mesh
+from ringx.launch.stopping import AGAIN, Stopped, Watch
 
 from .checkpoint import Checkpoints
 from .config import RunConfig

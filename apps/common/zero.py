@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from apps.common.engine import Engine, MakeOptimizer, fill
-from ringx.mesh import Mesh
+from ringx.launch.mesh import Mesh
 
 # torch to DeepSpeed, once a process: nothing that the user of either could change here
 warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor.* is deprecated", category=FutureWarning)

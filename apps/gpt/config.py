@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 import ringx
 from apps.common.config import MeshConfig, RunConfig, Training, at_least, option
 from apps.common.config import load as load_yaml
+from ringx.launch.mesh import Shape
 from ringx.layout import name_of
-from ringx.mesh import Shape
 
 
 @dataclass(frozen=True)

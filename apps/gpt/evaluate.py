@@ -32,16 +32,16 @@ if __package__ in (None, ""):  # run as a file, not as a module
 import ringx
 from apps.common.arguments import Parser
 from apps.common.config import DTYPES, SHORT
-from apps.gpt.data import Tokens, cut, expect_window, load_tokenizer, open_dataset
+from apps.gpt.data.dataset import Tokens, cut, expect_window, load_tokenizer, open_dataset
 from apps.gpt.generate import attending
 from apps.gpt.huggingface import open_model, open_tokenizer
 from apps.gpt.loss import token_losses
 from apps.gpt.model import Llama
-from ringx import plot as house  # one look for all figures
-from ringx.kernel import KERNELS
+from ringx.kernels import KERNELS
 from ringx.launch import World
 from ringx.layout import LAYOUTS, name_of
-from ringx.records import put
+from ringx.measure.records import put
+from ringx.report import figures as house  # one look for all figures
 
 PROG = "apps.gpt.evaluate"
 SAMPLE = 1000  # tokens by which two tokenizers are compared

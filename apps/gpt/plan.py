@@ -7,7 +7,7 @@ import torch
 from apps.common import plan
 from apps.common.engine import Engine
 from apps.common.plan import Plan
-from ringx.mesh import Mesh, Shape
+from ringx.launch.mesh import Mesh, Shape
 
 from .config import Config
 from .flops import flops_per_token, parameters

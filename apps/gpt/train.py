@@ -38,12 +38,12 @@ from apps.common.engine import Engine
 from apps.common.loop import Record, Work, run_steps
 from apps.common.run import Job, Run
 from apps.gpt.config import PRESETS, Config, TrainConfig, load, preset
-from apps.gpt.data import Rows, Tokens, cut, dataset_for, expect_window, open_dataset
+from apps.gpt.data.dataset import Rows, Tokens, cut, dataset_for, expect_window, open_dataset
 from apps.gpt.flops import flops_per_token, parameters
 from apps.gpt.huggingface import open_model, weights_for
 from apps.gpt.parallel import Attend, build
 from ringx.launch import World
-from ringx.mesh import Mesh, Shape
+from ringx.launch.mesh import Mesh, Shape
 
 PROG = "apps.gpt.train"
 

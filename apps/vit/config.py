@@ -7,11 +7,11 @@ from pathlib import Path
 import ringx
 from apps.common.config import MeshConfig, RunConfig, Training, at_least, known, option
 from apps.common.config import load as load_yaml
+from ringx.launch.mesh import Shape
 from ringx.layout import LAYOUTS, name_of
-from ringx.mesh import Shape
 
+from .data.samples import BASES
 from .patches import Patches
-from .samples import BASES
 
 CONFIGS = Path(__file__).parent / "configs"
 POSITIONS = ("learned", "sinusoidal")

@@ -24,8 +24,8 @@ import numpy as np
 from apps.common.arguments import Parser
 from apps.vit import scores
 from apps.vit.scores import Row, SpectrumRow
-from ringx import plot as house  # one look for all figures
 from ringx.layout import name_of
+from ringx.report import figures as house  # one look for all figures
 
 if TYPE_CHECKING:
     import xarray as xr

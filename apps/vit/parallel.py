@@ -22,7 +22,7 @@ from apps.common.engine import Engine
 from apps.common.memory import Memory
 from apps.common.parallel import Attend as SequenceAttend
 from apps.common.parallel import kept_dtype, make_engine
-from ringx.mesh import Mesh
+from ringx.launch.mesh import Mesh
 
 from .config import Config
 from .model import ViT, first_weight

@@ -37,14 +37,14 @@ from apps.common.engine import fill
 from apps.common.weights import CheckpointWeights
 from apps.vit import scores
 from apps.vit.config import Config
-from apps.vit.data import expect_finite
+from apps.vit.data.dataset import expect_finite
+from apps.vit.data.samples import Samples
+from apps.vit.data.statistics import Statistics, expect_room, statistics
 from apps.vit.model import ViT
 from apps.vit.parallel import Attend
-from apps.vit.samples import Samples
-from apps.vit.statistics import Statistics, expect_room, statistics
 from apps.vit.train import STATISTICS, open_alike, open_record, parts_of, samples_of
 from ringx.launch import World
-from ringx.mesh import Mesh, Shape
+from ringx.launch.mesh import Mesh, Shape
 
 if TYPE_CHECKING:
     import xarray as xr

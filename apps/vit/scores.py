@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ringx.layout import name_of
-from ringx.records import put
+from ringx.measure.records import put
 
 FORECASTS = ("model", "persistence", "climatology", "damped anomaly", "roll-out")
 MODELS = ("model", "roll-out")  # roll-out: the model fed with its own forecasts

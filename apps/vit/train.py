@@ -40,13 +40,13 @@ from apps.common.loop import Record, Work, run_steps
 from apps.common.parallel import kept_dtype
 from apps.common.run import Job, Run
 from apps.vit.config import PRESETS, Config, DataConfig, ModelConfig, TrainConfig, load, preset
-from apps.vit.data import Fields, open_fields, splits
+from apps.vit.data.dataset import Fields, open_fields, splits
+from apps.vit.data.samples import INPUTS, SHORT, Samples
+from apps.vit.data.statistics import Statistics, statistics
 from apps.vit.flops import flops_per_token, parameters
 from apps.vit.parallel import Attend, build
-from apps.vit.samples import INPUTS, SHORT, Samples
-from apps.vit.statistics import Statistics, statistics
 from ringx.launch import World
-from ringx.mesh import Mesh, Shape
+from ringx.launch.mesh import Mesh, Shape
 
 PROG = "apps.vit.train"
 STATISTICS = "statistics"  # the folder in a run
@@ -64,7 +64,7 @@ def data_path(data: "str | None") -> str:
     """What --data names, or the default record, which is made where it is not there yet."""
     if data:
         return data
-    from apps.vit.simulate import default_record
+    from apps.vit.data.simulate import default_record
 
     return str(default_record(default_folder()))
 

@@ -11,7 +11,7 @@ from apps.common.config import MeshConfig
 from apps.gpt.config import Config, ModelConfig, TrainConfig
 from apps.gpt.model import first_weight
 from apps.gpt.parallel import Attend, build
-from ringx.mesh import Mesh, Shape
+from ringx.launch.mesh import Mesh, Shape
 
 # nothing that 2 or 3 ranks divide: partitions are padded, and cut through parameters
 MODEL = ModelConfig(dim=36, head_dim=10, layers=2, heads=4, kv_heads=2, ffn=49, vocab=65, tied=True)

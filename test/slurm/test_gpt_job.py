@@ -7,7 +7,7 @@ import pytest
 from testbed import ROOT, wait_for
 
 from apps.common.log import read_metrics, read_sessions
-from apps.gpt.prepare import prepare
+from apps.gpt.data.prepare import prepare
 
 pytestmark = pytest.mark.slurm
 SMALL = """

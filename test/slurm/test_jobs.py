@@ -13,7 +13,8 @@ import pytest
 from testbed import PROGRAMS, ROOT, wait_for
 
 from apps.common.log import read_metrics, read_sessions
-from ringx import collect, records
+from ringx.measure import records
+from ringx.report import collect
 
 pytestmark = pytest.mark.slurm
 SMALL = ("--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--dtypes", "fp32", "--no-baseline")

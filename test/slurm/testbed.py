@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from ringx.environ import hosts_of
+from ringx.launch.environ import hosts_of
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

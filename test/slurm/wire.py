@@ -6,7 +6,7 @@ srun -N4 --ntasks-per-node=1 python test/slurm/wire.py FOLDER
 import sys
 
 import ringx
-from ringx import cli
+from ringx.command import cli
 
 if __name__ == "__main__":
     ringx.launch.init(timeout=60)

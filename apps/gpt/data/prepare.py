@@ -1,0 +1,685 @@
+"""Turn text into tokens that ``apps.gpt.train`` reads.
+
+    python -m apps.gpt.prepare --out tokens                                    # this Python's standard library
+    python -m apps.gpt.prepare book.txt notes/ --out tokens --vocab 32000
+    python -m apps.gpt.prepare part-*.parquet more.jsonl.gz --out tokens --text-key content --tokenizer llama/tokenizer.json
+
+A document is a text file (UTF-8), a line of JSONL, or a row of Parquet; folders are read with all below them, in the order of
+their names, without what is hidden.  Documents without text are left out.  The last --val-fraction of the text is held back as a
+split of its own, by whole documents; of a single document, from a line end on.  A tokenizer is trained on the rest alone.
+
+What ``apps.gpt.data`` describes is written into OUT.partial, which becomes OUT when it is complete: interrupted, the same
+command starts over.  Where OUT was made from the same inputs with the same settings, nothing is done; otherwise it is refused.
+Inputs are the same if their names within what was given, their sizes, and their contents are; of a file above 256 MiB the time
+of its last change stands for its contents.
+"""
+
+import argparse
+import codecs
+import contextlib
+import fcntl
+import gzip
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import sysconfig
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+if __package__ in (None, ""):  # run as a file, not as a module
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from apps.gpt.data.dataset import (
+    DTYPES,
+    INDEX,
+    VERSION,
+    ByteTokenizer,
+    JsonTokenizer,
+    digest,
+    index_digest,
+    open_dataset,
+    read_index,
+)
+
+DEFAULT_BYTES = 4 * 2**20  # of the default text, at most
+SKIP = {  # tests, tables and what a distribution adds
+    "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "encodings", "pydoc_data", "lib-dynload",
+    "site-packages", "dist-packages", "__pycache__",
+}  # fmt: skip
+END = "<|end_of_text|>"
+VOCAB = 8192  # of a tokenizer that is trained, unless another is asked for
+BIG = 256 * 2**20  # bytes: files above are known by size and time
+PIECE = 2**18  # characters that are encoded in one go, by one core: a longer document is cut at line ends
+CHUNK = 16 * PIECE  # characters in flight: about 100 bytes of memory for each
+OURS = re.compile(r"(train|val)-(\d{5,}|documents)\.bin|tokenizer\.json|dataset\.json")
+
+At = Callable[[int], None]  # told how many bytes have been read
+
+
+def prepare(
+    inputs: "Sequence[str | Path]",
+    out: "str | Path",
+    *,
+    vocab: "int | None" = None,
+    tokenizer: "str | Path" = "train",
+    eos: "str | None" = None,
+    text_key: "str | None" = None,
+    val_fraction: float = 0.05,
+    shard_tokens: int = 2**28,
+) -> None:
+    """Writes the tokens of `inputs` (files and folders; none: this Python's standard library) into the folder `out`.
+
+    `tokenizer` is "train" (byte-level BPE of up to `vocab` tokens, 8192 unless given), "bytes", or a tokenizer.json or its
+    folder, whose token `eos` ends a text.  `text_key` names the field of JSONL and the column of Parquet that holds the text
+    ("text").  `val_fraction` of the text makes the split "val"; a file holds at most `shard_tokens` tokens.
+
+    Call it on one process.  Raises ValueError, one line for the user, for arguments that make no sense, inputs that cannot be
+    read or hold no text, and an `out` that holds something else; OSError where `out` cannot be written."""
+    sources, source = _sources(inputs, Path(out))
+    settings, bring = _settings(sources, vocab, tokenizer, eos, text_key, val_fraction, shard_tokens)
+    target = Path(os.path.realpath(out))
+    recipe = hashlib.sha256(json.dumps([VERSION, settings, [_fingerprint(s) for s in sources]]).encode()).hexdigest()
+    if _is_there(target, out, settings, recipe):
+        return
+    partial = target.with_name(target.name + ".partial")
+    with _alone(partial):
+        complete = False
+        try:
+            _remove_ours(partial)
+            if _is_there(target, out, settings, recipe):  # another process was faster
+                return
+            index = {"version": VERSION, "source": source, "settings": settings, "recipe": recipe}
+            with _progress(sources) as watch:
+                _write(partial, sources, index, settings, bring, watch)
+            os.rename(partial, target)  # over nothing or an empty folder, never over files
+            complete = True  # a folder of the old name is another process's now
+        finally:
+            if not complete:  # what a kill leaves behind, the next run removes
+                _remove_ours(partial)
+                partial.rmdir()
+
+
+def _settings(
+    sources: "list[Source]",
+    vocab: "int | None",
+    tokenizer: "str | Path",
+    eos: "str | None",
+    text_key: "str | None",
+    val_fraction: float,
+    shard_tokens: int,
+) -> "tuple[dict[str, Any], Path | None]":
+    """What decides the tokens besides the inputs, and the tokenizer.json that is brought along."""
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"val_fraction={val_fraction} must be at least 0 and below 1.")
+    if shard_tokens < 1:
+        raise ValueError(f"shard_tokens={shard_tokens} must be at least 1.")
+    if text_key is not None and all(s.read is _read_text for s in sources):
+        raise ValueError(f"text_key={text_key!r} is for JSONL and Parquet, and no input is either; leave it out.")
+    if vocab is not None and tokenizer != "train":
+        raise ValueError(
+            f"vocab={vocab} is of a tokenizer that is trained, but tokenizer={str(tokenizer)!r} has its own; leave it out."
+        )
+    if eos is not None and tokenizer in ("train", "bytes"):
+        raise ValueError(f"eos={eos!r} is for a tokenizer.json, but tokenizer={tokenizer!r} has its own; leave it out.")
+    settings: dict[str, Any] = {"tokenizer": str(tokenizer), "eos": eos, "text_key": text_key or "text"}
+    settings.update(val_fraction=float(val_fraction), shard_tokens=shard_tokens)
+    if tokenizer == "bytes":
+        return settings, None
+    try:
+        import tokenizers  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            f"tokenizer={str(tokenizer)!r} needs the library tokenizers: pip install tokenizers (or --tokenizer bytes)."
+        ) from None
+    if tokenizer == "train":
+        settings["vocab"] = VOCAB if vocab is None else vocab
+        if settings["vocab"] < 257:
+            raise ValueError(f"vocab={vocab} must be at least 257: each byte and {END}; or take --tokenizer bytes.")
+        return settings, None
+    file = Path(tokenizer)
+    file = file / "tokenizer.json" if file.is_dir() else file
+    JsonTokenizer(file, eos)  # it can be read, and knows how a text ends
+    settings["tokenizer"] = digest(file)
+    return settings, file
+
+
+def _is_there(target: Path, out: "str | Path", settings: dict[str, Any], recipe: str) -> bool:
+    """Whether just this was prepared before; ValueError if `out` holds anything else."""
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{out} is a file; name a folder.")
+    names = os.listdir(target) if target.exists() else []  # once: another process may put the folder here at any moment
+    if not names:
+        return False
+    if INDEX not in names:
+        raise ValueError(f"{out} is a folder of something else, without a {INDEX}; name a new or an empty one.")
+    index = read_index(target)
+    if index["recipe"] != recipe:
+        old = index["settings"]
+        changed = [f"{k}={old.get(k)!r}, not {settings.get(k)!r}" for k in {**old, **settings} if old.get(k) != settings.get(k)]
+        raise ValueError(
+            f"{out} holds tokens that were prepared {'with ' + ', '.join(changed) if changed else 'from other inputs'}; "
+            f"name another folder, or delete this one to prepare it again."
+        )
+    for split in index["splits"]:
+        open_dataset(target, split)  # its files are there, too
+    return True
+
+
+def _remove_ours(folder: Path) -> None:
+    """Empties the folder that a killed run left; ValueError if it holds what no run has written."""
+    files = list(folder.iterdir())
+    if others := [f.name for f in files if not OURS.fullmatch(f.name)]:
+        raise ValueError(f"{folder}, needed to write into, holds something else ({others[0]}); move it away.")
+    for file in files:
+        file.unlink()
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Makes the folder and holds it: a second process waits, then finds the work done.  A killed one's lock goes with it."""
+    handle = _lock(folder)
+    while handle is None:
+        handle = _lock(folder)
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(folder: Path) -> "int | None":
+    """The folder, open and locked; None if whoever had the lock has renamed or removed it meanwhile."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        if isinstance(e, FileExistsError) and (folder.is_dir() or not os.path.lexists(folder)):
+            return None
+        raise ValueError(f"{folder} is no directory and cannot be made: {e.strerror}.") from None
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    with contextlib.suppress(OSError):  # some network filesystems have no locks: there it is for the user to start one
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(handle), folder.stat()):
+            return handle
+    os.close(handle)
+    return None
+
+
+# ---- reading
+
+
+class Piece(NamedTuple):
+    text: str
+    last: bool  # of its document
+
+
+@dataclass(frozen=True)
+class Source:
+    """An input file."""
+
+    path: Path
+    shown: str  # in errors
+    name: str  # within the input that was given
+    size: int  # bytes
+
+    @property
+    def read(self) -> "Callable[[Source, str, At], Iterator[Piece]]":
+        name = self.name.lower()
+        if name.endswith((".jsonl", ".jsonl.gz")):
+            return _read_jsonl
+        return _read_parquet if name.endswith(".parquet") else _read_text
+
+
+def _sources(inputs: "Sequence[str | Path]", out: Path) -> tuple[list[Source], str]:
+    """All files, and what to call them together."""
+    if isinstance(inputs, (str, Path)):
+        raise TypeError(f"inputs={inputs!r} must be a sequence of files and folders.")
+    if not inputs:
+        return _default_sources(), f"Python {sysconfig.get_python_version()} standard library"
+    sources = []
+    for given in inputs:
+        path = Path(given)
+        if path.is_dir():
+            if (path / INDEX).exists():
+                raise ValueError(f"{given} holds tokens that were prepared already; name text.")
+            if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(path)):
+                raise ValueError(f"{out} lies within the input {given} and would be read as text; name a folder outside.")
+            found = [Source(file, str(file), str(file.relative_to(path)), file.stat().st_size) for file in _files(path)]
+            if not found:
+                raise ValueError(f"{given}: the folder holds no files.")
+            sources += found
+        else:
+            with _readable(str(given)), path.open("rb"):
+                sources.append(Source(path, str(given), path.name, path.stat().st_size))
+            if not sources[-1].size:
+                raise ValueError(f"{given}: the file is empty.")
+    names = [str(given) for given in inputs]
+    return sources, ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below, in the order of their names, without hidden ones."""
+    with _readable(str(folder)):
+        entries = sorted((e for e in os.scandir(folder) if not e.name.startswith(".")), key=lambda e: e.name)
+    for e in entries:
+        if e.is_dir(follow_symlinks=False):
+            yield from _files(Path(e.path))
+        elif e.is_file():
+            yield Path(e.path)
+
+
+def _default_sources() -> list[Source]:
+    """The first files of the Python standard library, in the order of their names, of up to DEFAULT_BYTES together."""
+    root = Path(sysconfig.get_path("stdlib"))
+    sources: list[Source] = []
+    for path in _modules(root) if root.is_dir() else ():
+        sources.append(Source(path, str(path), str(path.relative_to(root)), path.stat().st_size))
+        if sum(s.size for s in sources) > DEFAULT_BYTES:
+            sources.pop()
+            break
+    if not sources:
+        raise ValueError(f"the default text, the standard library's sources in {root}, is not installed; name a file of text.")
+    return sources
+
+
+def _modules(folder: Path) -> Iterator[Path]:
+    entries = sorted(os.scandir(folder), key=lambda e: e.name)
+    yield from (Path(e.path) for e in entries if e.name.endswith(".py") and e.is_file() and not e.name.startswith("_sysconfigdata"))
+    for e in entries:
+        if e.is_dir(follow_symlinks=False) and e.name not in SKIP and not e.name.startswith("config-"):
+            yield from _modules(Path(e.path))
+
+
+def _fingerprint(source: Source) -> "list[str | int]":
+    """What tells this input from another."""
+    with _readable(source.shown):
+        content = digest(source.path) if source.size <= BIG else source.path.stat().st_mtime_ns
+    return [source.name, source.size, content]
+
+
+@contextlib.contextmanager
+def _readable(shown: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as e:  # the last two: of gzip
+        raise ValueError(f"{shown}: cannot be read: {getattr(e, 'strerror', None) or e}.") from None
+
+
+def _read_text(source: Source, key: str, at: At) -> Iterator[Piece]:
+    def blocks() -> Iterator[str]:
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        with source.path.open("rb") as file:
+            while True:
+                block = file.read(2**20)
+                try:
+                    yield decoder.decode(block, final=not block)
+                except UnicodeDecodeError as e:
+                    byte, offset = e.object[e.start], file.tell() - len(e.object) + e.start
+                    raise ValueError(
+                        f"{source.shown}: is no UTF-8 text: byte 0x{byte:02x} at {offset}; convert it, or leave it out."
+                    ) from None
+                at(file.tell())
+                if not block:
+                    return
+
+    return _pieces(blocks())
+
+
+def _read_jsonl(source: Source, key: str, at: At) -> Iterator[Piece]:
+    with (
+        source.path.open("rb") as raw,
+        gzip.open(raw) if source.name.lower().endswith(".gz") else contextlib.nullcontext(raw) as file,
+    ):
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{source.shown}, line {number}"
+            try:
+                document = json.loads(line)
+            except (ValueError, RecursionError) as e:  # of UTF-8, too
+                raise ValueError(f"{where}: is no JSON: {e}.") from None
+            if not isinstance(document, dict):
+                raise ValueError(f"{where}: is no JSON object, but a {type(document).__name__}.")
+            if key not in document:
+                raise ValueError(
+                    f"{where}: has no {key!r}, only {', '.join(document) or 'nothing'}; name the text with --text-key."
+                )
+            yield from _pieces([_expect_text(document[key], where, key)])
+            if number % 256 == 0:  # it takes longer than to read a short line
+                at(raw.tell())
+
+
+def _read_parquet(source: Source, key: str, at: At) -> Iterator[Piece]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"{source.shown}: Parquet needs the library pyarrow: pip install pyarrow.") from None
+    try:
+        with pyarrow.parquet.ParquetFile(source.path) as file:
+            columns = file.schema_arrow.names
+            if key not in columns:
+                raise ValueError(
+                    f"{source.shown}: has no column {key!r}, only {', '.join(columns)}; name the text with --text-key."
+                )
+            done = 0
+            for batch in file.iter_batches(batch_size=256, columns=[key]):  # row group by row group
+                for text in batch.column(0).to_pylist():
+                    done += 1
+                    yield from _pieces([_expect_text(text, f"{source.shown}, row {done}", key)])
+                at(source.size * done // file.metadata.num_rows)
+    except pyarrow.ArrowException as e:
+        raise ValueError(f"{source.shown}: is no Parquet file that can be read: {str(e).splitlines()[0]}") from None
+
+
+def _expect_text(value: object, where: str, key: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {key!r} is no text, but {'null' if value is None else 'a ' + type(value).__name__}.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"{where}: {key!r} is no Unicode text: {e.reason} (character {e.start}).") from None
+    return value
+
+
+def _pieces(blocks: Iterable[str]) -> Iterator[Piece]:
+    """A document's text in pieces of at most PIECE characters that end with a line, whatever the blocks it comes in."""
+    text = ""
+    for block in blocks:
+        text += block
+        while len(text) > PIECE:
+            end = _line_end(text, PIECE)
+            yield Piece(text[:end], False)
+            text = text[end:]
+    if text:
+        yield Piece(text, True)
+
+
+def _line_end(text: str, at: int) -> int:
+    """Where the last line that ends in the second half of text[:at] ends; without one the last word; else `at`."""
+    return text.rfind("\n", at // 2, at) + 1 or text.rfind(" ", at // 2, at) + 1 or at
+
+
+# ---- writing
+
+
+class _Stream:
+    """The files of one split."""
+
+    def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int):
+        self._folder, self._split, self._dtype, self._most = folder, split, DTYPES[dtype], shard_tokens
+        self._shards: list[dict[str, Any]] = []
+        self._starts = _File(folder / f"{split}-documents.bin")
+        self._shard: _File | None = None
+        self._begin = True  # the next token is a document's first
+        self.length = self.documents = 0
+
+    def write(self, ids: np.ndarray) -> None:
+        if self._begin:
+            self._starts.write(np.array([self.length], "<u8").tobytes())
+            self.documents += 1
+            self._begin = False
+        self.length += len(ids)
+        ids = ids.astype(self._dtype)
+        while len(ids):
+            if self._shard is None:
+                self._shard = _File(self._folder / f"{self._split}-{len(self._shards):05d}.bin")
+            room = self._most - self._shard.size // self._dtype.itemsize
+            self._shard.write(ids[:room].tobytes())
+            ids = ids[room:]
+            if self._shard.size == self._most * self._dtype.itemsize:
+                self._close_shard()
+
+    def end_document(self) -> None:
+        self._begin = True
+
+    def _close_shard(self) -> None:
+        if self._shard is not None:
+            self._shards.append({**self._shard.close(), "tokens": self._shard.size // self._dtype.itemsize})
+            self._shard = None
+
+    def close(self) -> dict[str, Any]:
+        """What the index says of it."""
+        self._close_shard()
+        return {"tokens": self.length, "documents": self.documents, "shards": self._shards, "starts": self._starts.close()}
+
+
+class _File:
+    def __init__(self, path: Path):
+        self.size, self._path, self._sha = 0, path, hashlib.sha256()
+        self._file = path.open("wb")
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._sha.update(data)
+        self.size += len(data)
+
+    def close(self) -> dict[str, Any]:
+        """Puts it on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return {"file": self._path.name, "sha256": self._sha.hexdigest()}
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Where "train" ends and "val" begins."""
+
+    documents: int  # in all
+    characters: int
+    train: int  # documents
+    cut: "int | None"  # where a single document is cut, in characters; None: between documents
+
+    @classmethod
+    def make(cls, lengths: "list[int]", val_fraction: float) -> "_Plan":
+        count, total = len(lengths), sum(lengths)
+        held = val_fraction * total  # characters
+        if not held or total == 1:
+            return cls(count, total, count, None)
+        if count == 1:
+            return cls(count, total, count, max(1, int(total - held)))
+        behind = np.cumsum(lengths[:0:-1])  # characters of the last 1, 2, ... documents, but not of all
+        return cls(count, total, count - 1 - int(np.argmin(abs(behind - held))), None)
+
+    def split(self, pieces: Iterable[Piece]) -> "Iterator[tuple[str, Piece]]":
+        documents = characters = 0
+        split = "train"
+        for piece in pieces:
+            text = piece.text
+            if self.cut is not None and split == "train" and characters + len(text) > self.cut:
+                end = _line_end(text, self.cut - characters) if self.cut > characters else 0  # 0: a piece ends there, as it is
+                yield split, Piece(text[:end], True)
+                split, piece = "val", Piece(text[end:], piece.last)
+            elif self.cut is None:
+                split = "train" if documents < self.train else "val"
+            yield split, piece
+            characters += len(text)
+            documents += piece.last
+        if (documents, characters) != (self.documents, self.characters):
+            raise ValueError("the inputs have changed while they were read; start again when nothing writes them.")
+
+
+def _write(
+    folder: Path,
+    sources: list[Source],
+    index: dict[str, Any],
+    settings: dict[str, Any],
+    bring: "Path | None",
+    watch: "Callable[[str], At]",
+) -> None:
+    """Everything into `folder`; the index last."""
+
+    def read(what: str) -> Iterator[Piece]:
+        seen, before = watch(what), 0
+
+        def at(position: int) -> None:
+            seen(before + position)
+
+        for source in sources:
+            with _readable(source.shown):
+                yield from source.read(source, settings["text_key"], at)
+            before += source.size
+            at(0)
+
+    lengths, length = [], 0
+    for piece in read("reading"):  # every mistake in the inputs is found here
+        length += len(piece.text)
+        if piece.last:
+            lengths.append(length)
+            length = 0
+    if not lengths:
+        raise ValueError(f"{index['source']}: no text in {len(sources)} file(s).")
+    plan = _Plan.make(lengths, settings["val_fraction"])
+
+    file = folder / "tokenizer.json"
+    tokenizer: ByteTokenizer | JsonTokenizer
+    if settings["tokenizer"] == "bytes":
+        tokenizer = ByteTokenizer()
+        index.update(tokenizer="bytes")
+    else:
+        if bring is None:
+            train = (piece.text for split, piece in plan.split(read("training a tokenizer")) if split == "train")
+            _train_tokenizer(train, settings["vocab"], file)
+        else:
+            shutil.copyfile(bring, file)
+        tokenizer = JsonTokenizer(file, settings["eos"])
+        index.update(tokenizer=file.name, tokenizer_sha256=digest(file))
+    dtype = "uint16" if tokenizer.vocab <= 2**16 else "uint32"
+
+    streams: dict[str, _Stream] = {}
+    for split, ids, last in _encoded(plan.split(read("tokenizing")), tokenizer):
+        if split not in streams:
+            streams[split] = _Stream(folder, split, dtype, settings["shard_tokens"])
+        streams[split].write(ids)
+        if last:
+            streams[split].write(np.array([tokenizer.eos]))
+            streams[split].end_document()
+    index.update(vocab=tokenizer.vocab, eos=tokenizer.eos, dtype=dtype)
+    index.update(documents=plan.documents, splits={split: stream.close() for split, stream in streams.items()})
+    index["sha256"] = index_digest(index)
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    for path in (file, folder / INDEX, folder):  # on the disk before the folder gets its name
+        if path.exists():
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+
+
+def _encoded(
+    pieces: "Iterable[tuple[str, Piece]]", tokenizer: "ByteTokenizer | JsonTokenizer"
+) -> Iterator[tuple[str, np.ndarray, bool]]:
+    """(split, ids, whether they end their document) of each piece; CHUNK characters are encoded at a time, by all cores."""
+
+    def encode() -> Iterator[tuple[str, np.ndarray, bool]]:
+        for (split, piece), ids in zip(chunk, tokenizer.encode_many([piece.text for _, piece in chunk]), strict=True):
+            yield split, ids, piece.last
+
+    chunk: list[tuple[str, Piece]] = []
+    size = 0
+    for item in pieces:
+        chunk.append(item)
+        size += len(item[1].text)
+        if size >= CHUNK:
+            yield from encode()
+            chunk, size = [], 0
+    yield from encode()
+
+
+def _train_tokenizer(texts: Iterator[str], vocab: int, file: Path) -> None:
+    """Byte-level BPE: any text can be written with it, and decoded is itself again."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        min_frequency=2,  # a pair seen once is no reason for a token
+        special_tokens=[END],  # id 0
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(file))
+
+
+# ---- progress
+
+
+@contextlib.contextmanager
+def _progress(sources: list[Source]) -> "Iterator[Callable[[str], At]]":
+    """A bar for each pass over the files, by bytes; none where no one looks."""
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(binary_units=True),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    seen_by_someone = sys.stdout.isatty() and sys.stderr.isatty()
+    with progress.Progress(*columns, console=Console(stderr=True), disable=not seen_by_someone) as bar:
+
+        def watch(what: str) -> At:
+            task = bar.add_task(what, total=sum(s.size for s in sources))
+            return lambda read: bar.update(task, completed=read)
+
+        yield watch
+
+
+# ---- the command line
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("python -m apps.gpt.prepare", description="Turn text into tokens for apps.gpt.train.")
+    p.add_argument(
+        "inputs", nargs="*", metavar="FILE_OR_DIR", help="text, .jsonl, .jsonl.gz, .parquet (default: Python's standard library)"
+    )
+    p.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    p.add_argument(
+        "--tokenizer", default="train", metavar="train|bytes|FILE", help="train one, bytes, or a tokenizer.json (default: train)"
+    )
+    p.add_argument("--vocab", type=int, help=f"tokens of a tokenizer that is trained, at most (default: {VOCAB})")
+    p.add_argument("--eos", metavar="TOKEN", help="the token of --tokenizer FILE that ends a text (default: looked for)")
+    p.add_argument("--text-key", metavar="NAME", help="field of JSONL, column of Parquet with the text (default: text)")
+    p.add_argument("--val-fraction", type=float, default=0.05, help="of the text, held back for evaluation (default: 0.05)")
+    p.add_argument("--shard-tokens", type=int, default=2**28, help="tokens in a file, at most (default: 2**28)")
+    return p
+
+
+def main(argv: "list[str] | None" = None) -> int:
+    p = parser()
+    args = vars(p.parse_args(argv))
+    inputs, out = args.pop("inputs"), Path(args.pop("out"))
+    try:
+        prepare(inputs, out, **args)
+    except ValueError as e:
+        p.exit(2, f"{p.prog}: error: {e}\n")
+    except OSError as e:
+        p.exit(1, f"{p.prog}: error: {out} cannot be written: {e.strerror or e}\n")
+    except KeyboardInterrupt:
+        p.exit(130, f"{p.prog}: interrupted; the same command starts over\n")
+    index = read_index(out)
+    print(f"{out}: {index['source']}, {index['documents']:,} documents, vocabulary {index['vocab']:,}")
+    for split, about in index["splits"].items():
+        print(f"  {split:5s} {about['tokens']:,} tokens in {len(about['shards'])} file(s)")
+    return 0
+
+
+if __name__ == "__main__":
+    from apps.gpt.data.prepare import main  # under its own name: one module, not two
+
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Gridded fields: read, normalised, cut into samples; and a simulation where there are none."""

@@ -1,0 +1,338 @@
+"""attention(q, k, v): the one public entry; Plan, where everything is decided once; the one autograd.Function."""
+
+import itertools
+import math
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+from torch.profiler import record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import kernels
+from .comm import Group, phase
+from .consistency import agree
+from .layout import Run, Sharding, bind_local, name_of, rows_upto, tiles
+from .merge import Partial, absorb_dlse, acc_dtype
+from .patterns.registry import ALGORITHMS, pattern
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    group: "dist.ProcessGroup | None" = None,
+    algorithm: str = "ringx3",
+    causal: bool = False,
+    layout: "str | Sharding" = "zigzag",
+    scale: float | None = None,
+    kernel: str = "auto",
+    overlap: bool = True,
+    deterministic: bool = False,
+    check: bool = True,
+    return_lse: bool = False,
+) -> "torch.Tensor | tuple[torch.Tensor, torch.Tensor]":
+    """Exact softmax attention of a sequence that is cut over the ranks of `group`.  Collective: every rank calls it.
+
+    Args:
+        q: [B, S_local, H, D], this rank's queries in layout order (see ``shard``); fp16, bf16, fp32 or fp64.
+        k, v: [B, S_local, Hkv, D], like q; H a multiple of Hkv (query head h uses key/value head h // (H / Hkv)).
+        group: the context-parallel process group; None is the default group, or one lone rank where none is initialised.
+        algorithm: a name of ``algorithms()``: how the ranks exchange their blocks.  All give the same result.
+        causal: a token sees itself and the tokens before it in the *global* sequence; False: every token sees all.
+        layout: which tokens this rank holds: "zigzag", "contiguous" or "striped" for equal shards, or a ``Sharding``.
+        scale: factor on q . k; None is D ** -0.5.
+        kernel: local attention kernel (``ringx info`` lists them); "auto" takes the fastest that can do the job.
+        overlap: post the next collective before the current block is computed (needs one more block of memory).
+        deterministic: have the kernel's backward give bitwise the same result every time (a kernel that cannot refuses).
+        check: compare the call with the other ranks' first, so that bad input or ranks that disagree raise on every rank
+            instead of hanging; one small message, no GPU synchronisation.  All ranks must pass the same value.
+        return_lse: also return the log-sum-exp.
+
+    Returns:
+        out like q; with return_lse also lse [B, H, S_local], natural logarithm, fp32 (fp64 for fp64).  Both differentiable
+        (once).  NaN in the inputs is passed through, not hidden.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, named with its value and the remedy.
+        NotImplementedError: the kernel cannot do this.
+        ValueError (``comm.Disagreement``): another rank refused this call, or made a different one.
+        RuntimeError (``comm.PeerError``): a peer failed or timed out; the message names algorithm, direction and step.
+    """
+    peers = Group.of(group)
+    plan: Plan | None = None
+    error: Exception | None = None
+    try:
+        plan = Plan.make(q, k, v, peers, algorithm, causal, layout, scale, kernel, overlap, deterministic)
+        for name, flag in (("check", check), ("return_lse", return_lse)):
+            _expect_bool(name, flag)
+    except (TypeError, ValueError, NotImplementedError) as e:
+        error = e
+    if check:
+        with phase(str(algorithm), "check"):
+            agree(peers, plan.signature(q, k, v) if plan else {}, error)
+    if error or plan is None:
+        raise error or AssertionError
+    out, lse = _Attention.apply(q, k, v, plan)
+    return (out, lse) if return_lse else out
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about one call that does not depend on the values in q, k and v."""
+
+    algorithm: str
+    group: Group
+    sharding: Sharding
+    causal: bool
+    scale: float
+    kernel: str
+    overlap: bool
+    deterministic: bool
+
+    @classmethod
+    def make(cls, q, k, v, group: Group, algorithm, causal, layout, scale, kernel, overlap, deterministic) -> "Plan":
+        """Checks every argument; whatever is not supported is refused here."""
+        _check_tensors(q, k, v)
+        for name, flag in (("causal", causal), ("overlap", overlap), ("deterministic", deterministic)):
+            _expect_bool(name, flag)
+        name_of(algorithm, ALGORITHMS, "algorithm")
+        need = kernels.Need(q.device, q.dtype, q.shape[3], q.shape[2], k.shape[2], _wants_grad(q, k, v), deterministic)
+        return cls(
+            algorithm,
+            group,
+            bind_local(layout, group.world, group.rank, q.shape[1]),
+            causal,
+            _check_scale(scale, q.shape[3]),
+            kernels.choose(kernel, need),
+            overlap,
+            deterministic,
+        )
+
+    def signature(self, q, k, v) -> dict[str, object]:
+        """What must be the same on every rank."""
+        return {
+            "algorithm": self.algorithm,
+            "batch size": q.shape[0],
+            "heads": q.shape[2],
+            "key/value heads": k.shape[2],
+            "head size": q.shape[3],
+            "sequence length": self.sharding.seqlen,
+            "layout": self.sharding.layout,
+            "dtype": str(q.dtype),
+            "device type": q.device.type,
+            "causal": self.causal,
+            "scale": self.scale,
+            "overlap": self.overlap,
+            "gradient wanted": _wants_grad(q, k, v),
+        }
+
+    # ---- which rows
+
+    def runs(self, rank: int) -> list[Run]:
+        return self.sharding.runs(rank)
+
+    @cached_property
+    def mine(self) -> list[Run]:
+        return self.runs(self.group.rank)
+
+    def keys_seen(self, src: int, by: int) -> slice:
+        """Local rows of src's keys that some query of rank `by` sees."""
+        runs = self.runs(src)
+        return slice(0, rows_upto(runs, self.runs(by)[-1].last) if self.causal else self.sharding.size(src))
+
+    def keys_sent(self, src: int) -> slice:
+        """Local rows of src's keys that some other rank sees: only these are worth sending."""
+        if not self.causal:
+            return slice(0, self.sharding.size(src) if self.group.world > 1 else 0)
+        return slice(0, rows_upto(self.runs(src), _last_elsewhere(self.sharding, src)))
+
+    def queries_sent(self, dst: int) -> slice:
+        """Local rows of dst's queries that see some other rank's keys."""
+        size = self.sharding.size(dst)
+        if not self.causal:
+            return slice(0 if self.group.world > 1 else size, size)
+        return slice(rows_upto(self.runs(dst), _first_elsewhere(self.sharding, dst) - 1), size)
+
+    # ---- local attention of runs of queries against runs of keys
+
+    def _pieces(self, q_runs, k_runs, by_keys):
+        window = (None, 0 if self.causal else None)
+        return [p for t in tiles(q_runs, k_runs, window=window, by_keys=by_keys) for p in kernels.cut(t, self._kernel.causal)]
+
+    @property
+    def _kernel(self) -> kernels.Kernel:
+        return kernels.load(self.kernel)
+
+    def attend(self, acc: Partial, q, k, v, q_runs: list[Run], k_runs: list[Run]) -> Partial:
+        """Merge attention of q [B, Sq, H, D] over k and v [B, Sk, Hkv, D] into acc; the runs say which tokens the rows are."""
+        for t in self._pieces(q_runs, k_runs, by_keys=False):
+            with record_function(f"{self.algorithm} forward: attend"):
+                out, lse = self._kernel.fwd(q[:, t.q], k[:, t.k], v[:, t.k], band=(t.lo, t.hi), scale=self.scale)
+                acc.add(out, lse, t.q)
+        return acc
+
+    def attend_backward(self, dq, dout, q, k, v, out, lse, q_runs: list[Run], k_runs: list[Run]):
+        """Adds to dq (accumulator dtype); returns dk, dv like k, v (in the accumulator dtype where several pieces add up)."""
+        pieces = self._pieces(q_runs, k_runs, by_keys=True)
+        once = all(a.k.stop <= b.k.start for a, b in itertools.pairwise(pieces))  # no key's gradient is a sum of pieces
+        dkv: list[torch.Tensor] = []
+        for t in pieces:
+            with record_function(f"{self.algorithm} backward: attend"):
+                part_q, *part_kv = self._kernel.bwd(
+                    dout[:, t.q], q[:, t.q], k[:, t.k], v[:, t.k], out[:, t.q], lse[:, :, t.q],
+                    band=(t.lo, t.hi), scale=self.scale, deterministic=self.deterministic,
+                )  # fmt: skip
+            dq[:, t.q] += part_q
+            if len(pieces) == 1 and part_kv[0].shape == k.shape:
+                return part_kv
+            dkv = dkv or [torch.zeros(k.shape, dtype=k.dtype if once else acc_dtype(k.dtype), device=k.device) for _ in range(2)]
+            for grad, part in zip(dkv, part_kv, strict=True):
+                grad[:, t.k] += part
+        return dkv or [torch.zeros(k.shape, dtype=k.dtype, device=k.device) for _ in range(2)]
+
+    def attend_own_backward(self, part: int, dq, dkv, dout, q, k, v, out, lse) -> None:
+        """The own block's share of dq and dkv [2, B, S, Hkv, D], for one half of the heads: part 0 is to hide the first block's
+        arrival, part 1 the last gradients' way home (without overlap, or with one kv head, part 0 is all)."""
+        heads, late = k.shape[2], k.shape[2] // 2 if self.overlap and self.group.world > 1 else 0
+        first, last = (0, heads - late) if part == 0 else (heads - late, heads)
+        if first == last:
+            return
+        group = q.shape[2] // heads
+        kh, qh = slice(first, last), slice(first * group, last * group)
+        dq, dout, q, out = (x[:, :, qh] for x in (dq, dout, q, out))
+        k, v, lse = k[:, :, kh], v[:, :, kh], lse[:, qh]
+        dkv[0, :, :, kh], dkv[1, :, :, kh] = self.attend_backward(dq, dout, q, k, v, out, lse, self.mine, self.mine)
+
+
+# The forward is one operator of the dispatcher, so that selective activation checkpointing can keep its result instead of
+# attending (and communicating) again: name torch.ops.ringx.attention.default in the policy.  `plan` is a key of _plans.
+_library = torch.library.Library("ringx", "DEF")
+_library.define("attention(Tensor q, Tensor k, Tensor v, int plan) -> (Tensor, Tensor)")
+_plans: dict[int, Plan] = {}
+
+
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key: int) -> tuple[torch.Tensor, torch.Tensor]:
+    plan = _plans[key]
+    with phase(plan.algorithm, "forward"):
+        out, lse = pattern(plan.algorithm).forward(q, k, v, plan)
+    return out.to(q.dtype).contiguous(), lse.contiguous()
+
+
+def _attention_shapes(q, k, v, key):
+    return torch.empty_like(q), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=acc_dtype(q.dtype))
+
+
+_library.impl("attention", _attention, "CompositeExplicitAutograd")
+torch.library.register_fake("ringx::attention", _attention_shapes, lib=_library)
+
+
+class SeesInside(TorchDispatchMode):
+    """A dispatch mode that is shown (by ``see``) what happens inside ringx's attention, where others see one operator."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.ringx.attention.default:
+            with self:
+                return _attention(*args)
+        return self.see(func, args, kwargs or {})
+
+    def see(self, func, args, kwargs):
+        """Called with every operator; returns its result."""
+        raise NotImplementedError
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, plan: Plan):
+        _plans[id(plan)] = plan
+        try:
+            out, lse = torch.ops.ringx.attention.default(q, k, v, id(plan))
+        finally:
+            del _plans[id(plan)]
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dlse):
+        q, k, v, out, lse = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        if dlse is not None:
+            dout, out = absorb_dlse(dout, out, dlse)
+        with phase(ctx.plan.algorithm, "backward"):
+            dq, dk, dv = pattern(ctx.plan.algorithm).backward(dout, q, k, v, out, lse, ctx.plan)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
+
+
+# ---- checks
+
+
+def _check_tensors(q, k, v) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, not {type(x).__name__}.")
+        if x.dim() != 4:
+            raise ValueError(f"{name} has {x.dim()} dimensions (shape {tuple(x.shape)}); it must be [B, S_local, heads, D].")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name}.dtype={x.dtype} is not supported; use {', '.join(str(d) for d in DTYPES)}.")
+        if 0 in x.shape:
+            raise ValueError(f"{name} has an empty dimension (shape {tuple(x.shape)}); every dimension must be at least 1.")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}.dtype={x.dtype} differs from q.dtype={q.dtype}; convert one of them.")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, q on {q.device}; move them to one device.")
+        for dim, what in ((0, "batch size"), (1, "local sequence length"), (3, "head size")):
+            if x.shape[dim] != q.shape[dim]:
+                raise ValueError(
+                    f"{name} has {what} {x.shape[dim]}, q has {q.shape[dim]} ({name}: {tuple(x.shape)}, q: {tuple(q.shape)})."
+                )
+    if k.shape[2] != v.shape[2]:
+        raise ValueError(f"k has {k.shape[2]} heads, v has {v.shape[2]}; they must have equally many.")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"q has {q.shape[2]} heads, no multiple of the {k.shape[2]} heads of k and v.")
+
+
+def _check_scale(scale, d: int) -> float:
+    if scale is None:
+        return d**-0.5
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale={scale!r} must be a number or None, not {type(scale).__name__}.")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale={scale} must be finite; None is D ** -0.5 = {d**-0.5:.6g}.")
+    return float(scale)
+
+
+def _expect_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} must be True or False, not {type(value).__name__}.")
+
+
+def _wants_grad(*xs: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in xs)
+
+
+@lru_cache(maxsize=64)
+def _edges(sharding: Sharding) -> tuple[list[int], list[int]]:
+    runs = [sharding.runs(r) for r in range(sharding.world)]
+    return sorted(r[0].start for r in runs)[:2], sorted(r[-1].last for r in runs)[-2:]
+
+
+def _first_elsewhere(sharding: Sharding, rank: int) -> int:
+    """The first position that a rank other than `rank` holds (seqlen if there is none)."""
+    first = [*_edges(sharding)[0], sharding.seqlen]
+    return first[1] if sharding.runs(rank)[0].start == first[0] else first[0]
+
+
+def _last_elsewhere(sharding: Sharding, rank: int) -> int:
+    """The last position that a rank other than `rank` holds (-1 if there is none)."""
+    last = [-1, *_edges(sharding)[1]]
+    return last[-2] if sharding.runs(rank)[-1].last == last[-1] else last[-1]

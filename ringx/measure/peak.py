@@ -1,0 +1,129 @@
+"""Peak memory of one pass, by what the device offers."""
+
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from ..api import SeesInside
+
+ON_GPU = "torch.cuda.max_memory_allocated"
+ON_CPU = "lifetimes of tensors at the dispatcher (buffers inside an operator are not seen)"
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> tuple[int, str]:
+    """(most bytes that were allocated at once during `call`, above what was allocated before; how that was found).
+
+    CPU tensors have no such counter in PyTorch: there it is slower than the plain call, so do not time it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before, ON_GPU
+    with Lifetimes() as seen:
+        call()
+    return seen.peak, ON_CPU
+
+
+class Alive(NamedTuple):
+    """A storage that has been seen and is not freed yet."""
+
+    serial: int  # no other storage of the same counter has it
+    before: int  # bytes that it had when the counting began; 0 if it is new
+    bytes: int  # above that
+
+
+class Lifetimes(SeesInside):
+    """Adds up the storages that appear as results of operators, each until it is freed or resized.
+
+    `now` and `peak` are bytes above what was there before; `at_peak` is {serial: bytes} of the storages alive then, `resized` the
+    serials of those that changed their size by ``UntypedStorage.resize_``: FSDP2 frees and fills unsharded parameters so."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.at_peak: dict[int, int] = {}
+        self.resized: set[int] = set()
+        self.alive: dict[int, Alive] = {}  # by the address of the storage
+        self._serials = itertools.count()
+
+    def __enter__(self):
+        _watch(self)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        _unwatch(self)
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(hasattr(t, "__tensor_flatten__") for t in types):
+            return NotImplemented  # a DTensor: what it does with the tensors inside it comes here in turn
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def see(self, func, args, kwargs):
+        for storage in _storages((args, kwargs)):
+            self.meet(storage, new=False)  # what comes in unseen was there before
+        out = func(*args, **kwargs)
+        for storage in _storages(out):
+            self.meet(storage, new=True)
+        return out
+
+    def meet(self, storage: torch.UntypedStorage, new: bool) -> Alive:
+        """What is known of a storage, as large as it is now."""
+        key, size = storage._cdata, storage.nbytes()
+        known = self.alive.get(key)
+        if known is None:
+            known = self.alive[key] = Alive(next(self._serials), 0 if new else size, 0)
+            weakref.finalize(storage, self._freed, key)
+        if known.before + known.bytes != size:
+            self.now += size - known.before - known.bytes
+            known = self.alive[key] = known._replace(bytes=size - known.before)
+            if self.now > self.peak:
+                self.peak = self.now
+                self.at_peak = {a.serial: a.bytes for a in self.alive.values()}
+        return known
+
+    def _freed(self, key: int) -> None:
+        self.now -= max(0, self.alive.pop(key).bytes)  # what was there before still counts as there
+
+
+def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
+    for x in tree_leaves(tree):
+        if isinstance(x, torch.Tensor) and not x.is_meta:  # a fake tensor says that it is not, and counts
+            yield x.untyped_storage()
+
+
+# ---- resizes of storages, which do not pass the dispatcher.  Threads may count at once: each hears of its own
+
+_watching: list[tuple[int, Lifetimes]] = []  # thread, counter; one entered twice is here twice
+_lock = threading.Lock()
+_resize = torch.UntypedStorage.resize_
+
+
+def _watch(counter: Lifetimes) -> None:
+    with _lock:
+        _watching.append((threading.get_ident(), counter))
+        torch.UntypedStorage.resize_ = _resize_and_tell  # type: ignore[assignment, method-assign]
+
+
+def _unwatch(counter: Lifetimes) -> None:
+    with _lock:
+        _watching.remove((threading.get_ident(), counter))
+        if not _watching:
+            torch.UntypedStorage.resize_ = _resize  # type: ignore[method-assign]
+
+
+def _resize_and_tell(storage: torch.UntypedStorage, size: int) -> object:
+    mine = {counter for thread, counter in _watching if thread == threading.get_ident()}
+    for counter in mine:
+        counter.meet(storage, new=False)
+    out = _resize(storage, size)
+    for counter in mine:
+        counter.resized.add(counter.meet(storage, new=False).serial)
+    return out

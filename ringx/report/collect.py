@@ -1,0 +1,211 @@
+"""ringx collect: the records of many jobs as one tidy table.
+
+    ringx collect runs/weak runs/strong --out results/scaling_here_202611
+    ringx collect bench_out                                     # the tables beside the records
+
+Every folder is searched with all below it.  What is no valid record is named and left out; a record that turns up twice (the same
+case, host, time of writing and content) is taken once.  Writes to --out (default: the first folder)
+
+    attention.parquet, .csv      a row per record of `ringx bench`: its case, times, bytes, efficiency, and where it comes from
+    collectives.parquet, .csv    a row per collective and size of `ringx bench-comm`
+    machine.json                 the alpha-beta fits of the collectives (``ringx.measure.machine``)
+    environment.json             the distinct machines, versions, commits, jobs and commands behind the rows
+
+`ringx plot` draws from such a table as from a folder of records.  Needs pandas and pyarrow: pip install 'ringx[plot]'
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..measure import machine, records
+
+TABLES = {"attention": "attention", "collective": "collectives"}  # kind -> name of its table
+Row = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="folders with records, searched with all below them")
+    parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="folder for the tables (default: the first DIR)")
+
+
+def main(args: argparse.Namespace) -> int:
+    pandas = _pandas()
+    found, broken, twice = gather(args.folders)
+    for fault in broken:
+        print(f"left out: {fault}", file=sys.stderr)
+    if not found:
+        raise ValueError(f"no valid record in {', '.join(map(str, args.folders))}; `ringx bench --out DIR` writes some.")
+    out = args.out or args.folders[0]
+    records.expect_room(out, 2**16 + 2**12 * len(found))
+    collectives = [r for _, r in found if r["kind"] == "collective"]
+    fits = machine.of(collectives)["fits"]
+    for kind, name in TABLES.items():
+        rows = [row for path, r in found if r["kind"] == kind for row in rows_of(r, path, fits)]
+        if rows:
+            frame = pandas.DataFrame(rows)
+            frame.to_parquet(out / f"{name}.parquet", index=False)
+            frame.to_csv(out / f"{name}.csv", index=False)
+            print(f"{out / name}.parquet, .csv: {len(rows)} rows")
+    if collectives:
+        print(machine.write(out, collectives))
+    records.put(out / "environment.json", json.dumps(environment([r for _, r in found]), indent=1) + "\n", replace=True)
+    more = [f"{len(broken)} broken files, named above"] if broken else []
+    print("; ".join([f"{len(found)} records", *([f"{twice} copies taken once"] if twice else []), *more]))
+    return 0
+
+
+def gather(folders: Sequence[Path]) -> tuple[list[tuple[Path, dict[str, Any]]], list[str], int]:
+    """((file, record) of every valid record below the folders, what is wrong with each other JSON file, how many were copies).
+
+    Raises:
+        FileNotFoundError: a folder is not there."""
+    found: dict[str, tuple[Path, dict[str, Any]]] = {}
+    broken, twice = [], 0
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"{folder} is no directory; `ringx bench --out {folder}` writes records there.")
+        for path in sorted(Path(folder).rglob("*.json")):
+            if path.name in records.DERIVED or path.name.startswith("."):
+                continue
+            try:
+                record = records.read(path)
+            except (ValueError, OSError) as e:
+                broken.append(str(e))
+                continue
+            content = json.dumps(record, sort_keys=True)
+            twice += content in found
+            found.setdefault(content, (path, record))
+        broken += [f"{p}: set aside by a later run" for p in sorted(Path(folder).rglob("*.json.broken"))]
+    return list(found.values()), list(dict.fromkeys(broken)), twice
+
+
+# ---- rows
+
+
+def rows_of(r: dict[str, Any], path: Path | None = None, fits: Sequence[dict[str, Any]] = ()) -> list[Row]:
+    """The rows of a record, flat, with where they come from, and what `fits` of the collectives make of its bytes."""
+    if r["kind"] == "attention":
+        return [{**attention(r), **expected(r, fits), **origin(r, path)}]
+    fit = machine.fit_of(r)
+    head = {**r["case"], "fit_alpha_s": fit["alpha_s"], "fit_beta_s_per_byte": fit["beta_s_per_byte"]}
+    head |= {"ranks_per_host": r["launch"]["local_world"], "device": r["machine"]["device"], "labels": _written(r["labels"])}
+    named = {"mean": "mean_s", "min": "min_s", "median": "median_s", "p99": "p99_s"}
+    named |= {"algbw": "algbw_bytes_per_s", "busbw": "busbw_bytes_per_s"}
+    return [{**head, **{named.get(k, k): v for k, v in size.items()}, **origin(r, path)} for size in r["sizes"]]
+
+
+def _written(labels: dict[str, str]) -> str:
+    return " ".join(f"{k}={v}" for k, v in sorted(labels.items()))
+
+
+def attention(r: dict[str, Any]) -> Row:
+    """What a record of attention says, in one flat row."""
+    case, seconds, baseline = r["case"], r["seconds"], r["baseline"]
+    row: Row = {k: case[k] for k in ("algorithm", "layout", "overlap", "mask", "world", "seqlen")}
+    row |= {"seqlen_per_rank": case["seqlen"] // case["world"], "oversubscribed": r["oversubscribed"]}
+    row |= {"machine": r["machine"]["cpu"], "device": r["machine"]["device"], "dtype": case["dtype"], "kernel": r["kernel"]}
+    row |= {k: case[k] for k in ("batch", "heads", "kv_heads", "head_dim", "threads")}
+    row |= {"hosts": len(r["machine"]["hosts"]), "reps": case["reps"]}
+    row |= {"labels": _written(r["labels"])}
+    for phase in records.PHASES:
+        row |= {f"{phase}_s": seconds[phase]["median"]} | {f"{phase}_{q}_s": seconds[phase][q] for q in ("min", "q1", "q3")}
+        flash = baseline["seconds"][phase]["median"] * baseline["workers"] / r["workers"] if baseline else None
+        row |= {f"{phase}_ideal_s": flash}
+        row |= {f"{phase}_efficiency_percent": r["efficiency_percent"][phase] if r["efficiency_percent"] else None}
+        row |= {f"{phase}_tflops_per_rank": r["tflops_per_rank"][phase]}
+    row |= {"total_raw_s": " ".join(f"{t:.6g}" for t in seconds["total"]["raw"]), "tokens_per_second": r["tokens_per_second"]}
+    for direction in ("forward", "backward"):
+        sent = r["bytes"][direction]
+        row |= {f"{direction}_bytes": sent["counted"], f"{direction}_bytes_closed_form": sent["closed_form"]}
+    for name in ("broadcast", "reduce", "all_reduce", "all_gather", "all_to_all"):
+        row |= {f"{name}_bytes": sum(r["bytes"][d]["collectives"].get(name, 0) for d in ("forward", "backward"))}
+    return row | {"wire_bytes": r["wire"]["median"] if r["wire"] else None, "peak_bytes": r["memory"]["peak_bytes"]}
+
+
+def expected(r: dict[str, Any], fits: Sequence[dict[str, Any]]) -> Row:
+    """What the collectives, measured on as many ranks under the same labels, make of the bytes sent: bytes on the wire, and seconds
+    that they take if nothing is hidden.  None where they were not measured."""
+    row: Row = {}
+    for name, of in (("wire_expected_bytes", machine.wire_bytes), ("unhidden_s", machine.seconds_unhidden)):
+        try:
+            parts = [
+                of(machine.find(fits, kind, r["case"]["world"], r["labels"]), n, sent["messages"][kind])
+                for sent in r["bytes"].values()
+                for kind, n in sent["collectives"].items()
+            ]
+            row[name] = sum(parts) if parts else None
+        except LookupError:
+            row[name] = None
+    return row
+
+
+def origin(r: dict[str, Any], path: Path | None) -> Row:
+    """Where a record comes from."""
+    job, git = r["launch"]["job"] or {}, r["git"] or {}
+    return {
+        **{"id": r["id"], "date": r["date"], "source": path.name if path else None},
+        **{f"label_{k}": v for k, v in sorted(r["labels"].items())},
+        **{k: r["versions"][k] for k in ("ringx", "torch")},
+        **{"commit": git.get("commit"), "dirty": git.get("dirty")},
+        **{"launcher": r["launch"]["launcher"], "backend": r["launch"]["backend"], "site": job.get("site")},
+        **{"job": job.get("id"), "array_task": job.get("array_task"), "restart": job.get("restart")},
+    }
+
+
+def environment(found: Iterable[dict[str, Any]]) -> dict[str, list]:
+    """The distinct surroundings of the records, and how many share each."""
+    what = {
+        "versions": lambda r: r["versions"],
+        "git": lambda r: r["git"],
+        "machine": lambda r: {k: v for k, v in r["machine"].items() if k not in ("hosts", "load_average")},
+        "launch": lambda r: {k: v for k, v in r["launch"].items() if k != "job"},
+        "job": lambda r: r["launch"]["job"] and {k: v for k, v in r["launch"]["job"].items() if k not in ("array_task", "restart")},
+        "labels": lambda r: r["labels"],
+        "command": lambda r: _without_folder(r["command"]["argv"]),
+    }
+    counts: dict[str, dict[str, int]] = {name: {} for name in what}
+    for r in found:
+        for name, of in what.items():
+            key = json.dumps(of(r), sort_keys=True)
+            counts[name][key] = counts[name].get(key, 0) + 1
+    return {name: [{"records": n, name: json.loads(key)} for key, n in seen.items()] for name, seen in counts.items()}
+
+
+def _without_folder(argv: Sequence[str]) -> list[str]:
+    """A command without the folder that its --out is in, which is nobody's business."""
+    return [Path(word).name if before == "--out" else word for before, word in zip(["", *argv], argv, strict=False)]
+
+
+# ---- tables
+
+
+def read_table(path: Path) -> list[Row]:
+    """The rows of a table that ``main`` wrote, what is missing as None.
+
+    Raises:
+        ValueError: it is no such table; names it."""
+    pandas = _pandas()
+    read = {".parquet": pandas.read_parquet, ".csv": pandas.read_csv}.get(Path(path).suffix)
+    if read is None or not Path(path).exists():
+        raise ValueError(f"{path} is no table; name a .parquet or .csv file that `ringx collect` wrote.")
+    try:
+        frame = read(path)
+    except (ValueError, OSError) as e:
+        raise ValueError(f"{path}: {e}") from e
+    if "labels" in frame:
+        frame["labels"] = frame["labels"].fillna("")
+    frame = frame.astype(object).where(frame.notna(), None)
+    return frame.to_dict("records")
+
+
+def _pandas():
+    try:
+        import pandas
+        import pyarrow  # noqa: F401 - what pandas writes Parquet with
+    except ImportError:
+        raise ImportError("tables need pandas and pyarrow: pip install 'ringx[plot]'") from None
+    return pandas
