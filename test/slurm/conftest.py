@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from testbed import Cluster, why_not
+from helpers.slurm_cluster import Cluster, why_not
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,8 @@ python -m pytest test/slurm/test_gpt_job.py
 """
 
 import pytest
-from testbed import ROOT, wait_for
+from helpers.paths import ROOT
+from helpers.slurm_cluster import wait_for
 
 from apps.common.log import read_metrics, read_sessions
 from apps.gpt.data.prepare import prepare

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from testbed import PROGRAMS, ROOT, wait_for
+from helpers.paths import PROGRAMS, ROOT
+from helpers.slurm_cluster import wait_for
 
 from apps.common.log import read_metrics, read_sessions
 from ringx.measure import records

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from testbed import PROGRAMS, ROOT
+from helpers.paths import PROGRAMS, ROOT
 
 pytestmark = pytest.mark.slurm
 PYTHON = sys.executable

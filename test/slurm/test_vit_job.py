@@ -4,8 +4,8 @@ python -m pytest test/slurm/test_vit_job.py
 """
 
 import pytest
-from invented import weather
-from testbed import ROOT
+from helpers.invented import weather
+from helpers.paths import ROOT
 
 from apps.common.log import read_metrics, read_sessions
 

@@ -1,0 +1,241 @@
+"""The estimate equals what a real run of the same configuration holds and sends; FLOPs and parameters equal torch's counts."""
+
+import dataclasses
+import gc
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers.ranks import run
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import ringx
+from apps.common.config import MeshConfig
+from apps.common.flops import peak_flops
+from apps.common.plan import _alone
+from apps.gpt.config import Config, ModelConfig, TrainConfig, preset
+from apps.gpt.flops import flops_per_token, parameters
+from apps.gpt.model import Llama
+from apps.gpt.parallel import Attend, build
+from apps.gpt.plan import make_plan
+from apps.gpt.train import main
+from ringx.launch.mesh import Mesh, Shape
+from ringx.measure import peak
+from ringx.measure.peak import Lifetimes
+
+MODEL = ModelConfig(dim=128, layers=2, heads=4, kv_heads=2, ffn=384, vocab=512, tied=False)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def config(model=MODEL, mesh=None, **train) -> Config:
+    defaults = dict(seqlen=512, global_batch=2, dtype="float32", loss_chunk=128)
+    return Config("test", model, TrainConfig(**(defaults | train)), MeshConfig(**(mesh or {})))
+
+
+def measure(rank: int, c: Config, shape: Shape) -> tuple[int, float, float]:
+    """(peak of the second step, bytes of attention forward, backward), by tensors that have memory."""
+    mesh = Mesh.make(shape)
+    attend = Attend(c, mesh)
+    _, micro, passes = c.plan_batch(shape)
+    watch = Lifetimes()
+    engine = build(c, mesh, attend, weights=lambda name, size: torch.full(size, 0.01), allocating=watch)
+    attend.check = False
+    with watch:
+        size = (micro, attend.layout.size(mesh.cp_rank))
+        batch = [torch.zeros(n, dtype=torch.long) for n in (size, size[1:], size)]
+        for _ in range(2):
+            gc.collect()
+            watch.peak = watch.now
+            with ringx.comm.traffic() as traffic:
+                for i in range(passes):
+                    with engine.accumulate(last=i == passes - 1):
+                        loss = engine(*batch) / c.train.seqlen
+                        engine.backward(loss)
+                engine.step(1e-3, 1.0)
+                engine.sum(loss.detach())
+    return watch.peak, sum(traffic.forward.values()), sum(traffic.backward.values())
+
+
+def measured(c: Config, shape: Shape) -> list[tuple[int, float, float]]:
+    if shape.world == 1:
+        return [measure(0, c, shape)]
+    return run(shape.world, measure, c, shape)
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes"),
+    [
+        (Shape(), {}),
+        (Shape(), {"checkpointing": "selective", "mlp_tiles": 4, "dtype": "bfloat16"}),
+        (Shape(4), {"checkpointing": "selective", "mlp_tiles": 4}),
+        (Shape(4), {"checkpointing": "full", "dtype": "bfloat16", "algorithm": "ringx4"}),
+        (Shape(2, 1, 2), {"checkpointing": "selective", "dp_engine": "ddp", "dtype": "bfloat16"}),
+        (Shape(2, 1, 2, 2), {"mlp_tiles": 2, "global_batch": 8, "micro_batch": 2}),
+        (Shape(2, 2), {"checkpointing": "selective", "mlp_tiles": 2}),
+    ],
+    ids=str,
+)
+def test_peak_and_bytes_of_attention_are_those_of_a_real_run(shape, changes):
+    c = config().changed(changes)
+    real, plan = measured(c, shape)[0], make_plan(c, shape)
+    assert plan.memory.peak == pytest.approx(real[0], rel=0.03)
+    sent = [sum(plan.sent.get(f"attention {direction}", {}).values()) for direction in ("forward", "backward")]
+    assert sent == pytest.approx(real[1:])
+
+
+@pytest.mark.parametrize("algorithm", ringx.algorithms())
+def test_bytes_equal_closed_forms(algorithm):
+    shape, c = Shape(4, 1, 2), config(algorithm=algorithm, checkpointing="selective", global_batch=4)
+    plans = [make_plan(c, shape, rank) for rank in range(4)]
+    form = ringx.algorithms()[algorithm].bytes(2, 512, MODEL.heads, MODEL.kv_heads, MODEL.head_dim, 4, 4, True, "zigzag")
+    for direction, want in zip(("forward", "backward"), form, strict=True):
+        got = [sum(p.sent[f"attention {direction}"].values()) for p in plans]
+        assert sum(got) / 4 == pytest.approx(MODEL.layers * want)
+
+    # each block is gathered in the forward and again in the backward; the rest of the model stays gathered in between
+    total, n = parameters(MODEL).total, shape.world
+    rest = 2 * MODEL.vocab * MODEL.dim + MODEL.dim
+    for p in plans:
+        assert p.sent["parameters"] == {"all_gather": (2 * total - rest) * 4 * (n - 1) / n}
+        assert p.sent["gradients"] == {"reduce_scatter": total * 4 * (n - 1) / n}
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "ddp"])
+def test_what_is_kept_equals_closed_forms(engine):
+    plan = make_plan(config(mesh={"dp_engine": engine}), Shape(2, 1, 2))
+    shards = 4 if engine == "fsdp" else 1
+    number = parameters(MODEL).total / shards
+    tensors = 2 + 9 * MODEL.layers + 1
+    assert plan.memory.parameters == plan.memory.gradients == 4 * number
+    assert plan.memory.optimizer == 2 * 4 * number + 4 * tensors  # and each one's count of steps
+    assert plan.memory.remote_blocks == 2 * 2 * 512 * MODEL.kv_heads * MODEL.head_dim * 4 // 2  # all keys and values of a sequence
+    if engine == "ddp":
+        assert plan.sent["gradients"] == {"all_reduce": 2 * 4 * number * 3 / 4}
+
+
+def test_passes_are_multiplied():
+    once = make_plan(config(global_batch=2), Shape(2))
+    many = make_plan(config(global_batch=10, micro_batch=2), Shape(2))
+    assert many.passes == 5 and many.flops_full == pytest.approx(5 * once.flops_full)
+    for purpose in ("attention forward", "attention backward"):
+        assert sum(many.sent[purpose].values()) == 5 * sum(once.sent[purpose].values())
+    assert many.sent["gradients"] == once.sent["gradients"]
+
+
+def test_a_rank_of_four_holds_little_more_than_one_process_with_its_tokens():
+    """With four times the tokens on four ranks: memory per rank does not grow with the sequence."""
+    model = replace(MODEL, kv_heads=1)
+    alone, four = (config(model, seqlen=s, global_batch=1, checkpointing="selective", mlp_tiles=2) for s in (512, 2048))
+    assert max(r[0] for r in measured(four, Shape(4))) <= 1.15 * measured(alone, Shape())[0][0]
+    alone, four = (config(model, seqlen=s, global_batch=1, checkpointing="selective", mlp_tiles=2) for s in (2048, 8192))
+    assert make_plan(four, Shape(4)).memory.peak <= 1.15 * make_plan(alone, Shape()).memory.peak
+
+
+def test_8b_at_a_million_tokens_on_4096_ranks():
+    """With 4 of its 32 layers, which are all alike: the whole takes half a minute."""
+    whole = preset("8b-1m")
+    assert parameters(whole.model).total == 8_030_261_248
+    plan = make_plan(replace(whole, model=replace(whole.model, layers=4)), Shape(cp=128, dp=32))
+    gib = 2**30
+    assert plan.tokens == 32 * 2**20
+    # shards are padded, and a dimension of 1,024 cannot be cut over 4,096 ranks: rank 0 has a row of it
+    assert 1 < plan.memory.parameters / (plan.parameters * 4 / 4096) < 1.5
+    assert plan.memory.remote_blocks == 2 * 2**20 * 8 * 128 * 2  # keys and values of the whole sequence in bf16
+    assert 10 * gib < plan.memory.peak < 64 * gib
+    form = ringx.algorithms()["ringx3"].bytes(1, 2**20, 32, 8, 128, 128, 2, True)
+    assert sum(plan.sent["attention forward"].values()) == 4 * form[0]
+    assert max(map(len, plan.table().splitlines())) <= 100
+    assert json.loads(json.dumps(dataclasses.asdict(plan)))["memory"]["peak"] == plan.memory.peak
+    assert plan.table(memory_only=True) == "\n".join(plan.table().splitlines()[:9])
+
+
+@pytest.mark.parametrize("flag", ["--estimate", "--dry-run"])
+def test_the_command(flag, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--preset", "tiny", "--cp", "2", "--dp", "2", flag]) == 0
+    said = capsys.readouterr().out
+    assert "peak, of which" in said and not list(tmp_path.iterdir())
+    assert ("attention forward" in said and "cp 2 x tp 1 x dp 2" in said) == (flag == "--dry-run")
+
+
+def test_refused():
+    with pytest.raises(ValueError, match="dp_engine=zero2"):
+        make_plan(config(mesh={"dp_engine": "zero2"}), Shape(2))
+    with pytest.raises(ValueError, match="tp=3 does not divide"):
+        make_plan(config(), Shape(1, 3))
+    with pytest.raises(ValueError, match="rank=4"):
+        make_plan(config(), Shape(4), rank=4)
+    with _alone(2, 0), pytest.raises(RuntimeError, match="process of its own"):
+        make_plan(config(), Shape(2))
+    assert not dist.is_initialized()
+
+
+# ---- the counter
+
+
+def test_lifetimes_heed_resized_storages():
+    with Lifetimes() as seen:
+        x = torch.empty(100, dtype=torch.uint8)
+        x.untyped_storage().resize_(0)
+        y = torch.empty(50, dtype=torch.uint8)
+        assert (seen.now, seen.peak) == (50, 100)
+        x.untyped_storage().resize_(100)
+        assert (seen.now, seen.peak) == (150, 150)
+        assert sorted(seen.at_peak.values()) == [50, 100] and len(seen.resized) == 1
+        del x, y
+        assert seen.now == 0
+    assert torch.UntypedStorage.resize_ is peak._resize  # torch's own again
+
+
+# ---- FLOPs and parameters
+
+
+def plain(q, k, v):
+    heads = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_flops_and_parameters_are_those_that_torch_counts(tied):
+    model = replace(MODEL, tied=tied)
+    llama = Llama.make(model, plain, seed=0, dtype=torch.float32)
+    assert parameters(model).total == sum(p.numel() for p in llama.parameters())
+    S = 256
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # those of its kernel for CPUs it does not know
+        llama(torch.zeros(2, S, dtype=torch.long), torch.arange(S)).sum().backward()
+    per_token = flops_per_token(model, S)
+    assert counter.get_total_flops() == 2 * S * per_token.full
+    assert per_token.full - per_token.causal == 6 * model.layers * model.heads * model.head_dim * S
+
+
+def test_parameters_of_known_models():
+    assert parameters(preset("8b").model).total == 8_030_261_248
+    assert parameters(preset("1b").model).total == 1_235_814_400
+
+
+@pytest.mark.parametrize(
+    ("name", "flops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("AMD Instinct MI250X", 191.5e12),
+        ("AMD Instinct MI300X", 1307e12),
+        ("Some GPU", None),
+    ],
+)
+def test_peak_flops(monkeypatch, name, flops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops("cuda:0") == flops
+    assert peak_flops("cpu") is None

@@ -1,0 +1,81 @@
+"""The known faults of such systems, each by the number it has in the project's notes, with a test that shows it absent here.
+
+Elsewhere: 1 (half-written reduce buffers), 3 (fp32 aliases of a reused buffer), 5 (N = 1), 9 (group=None): test_exact.py and
+test_ringx*.py, which run in fp32 and fp64 with fresh memory full of NaN; 6 (arguments swallowed): test_errors.py; 8 (a
+backend's lse): test_kernels.py; 10 (gradients, labels and positions over cp): test_gpt.py; 11 and 12 concern trainers and scripts.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers.exact import errors, outputs
+from helpers.oracle import full_attention, problem
+from helpers.ranks import run
+
+import ringx
+from ringx.kernels import cpu
+
+ALGORITHMS = tuple(ringx.algorithms())
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_2_no_mask_is_taken_and_ignored(algorithm):
+    """X1 took causal=True and returned wrong gradients, X2o took causal=False: both masks differ here, and both are right."""
+    p = problem(24)
+    for causal in (True, False):
+        got = run(2, lambda rank: outputs(rank, p, algorithm=algorithm, causal=causal))[0]  # noqa: B023
+        assert max(errors(got, full_attention(p, causal=causal)).values()) < 1e-10
+        assert errors(got, full_attention(p, causal=not causal))["dk"] > 0.1
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_4_kernels_that_read_a_bare_pointer_get_what_they_expect(algorithm, monkeypatch):
+    """The CPU backward reads lse as if it were contiguous."""
+    original = cpu._bwd
+
+    def bare(dout, q, k, v, out, lse, *rest, **options):
+        b, h, s = lse.shape
+        return original(dout, q, k, v, out, lse.as_strided((b, h, s), (h * s, s, 1)), *rest, **options)
+
+    monkeypatch.setattr(cpu, "_bwd", bare)
+    p = problem(48)
+    got = run(3, lambda rank: outputs(rank, p, algorithm=algorithm, causal=True))[0]
+    assert max(errors(got, full_attention(p, causal=True)).values()) < 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_7_gradients_have_their_inputs_dtype(algorithm, dtype):
+    p = problem(16, dtype=dtype)
+    got = run(2, lambda rank: outputs(rank, p, algorithm=algorithm))[0]
+    assert {n: x.dtype for n, x in got.items()} == {
+        n: dtype if n != "lse" else (torch.float64 if dtype == torch.float64 else torch.float32) for n in got
+    }
+
+
+def test_7_errors_do_not_grow_with_ranks():
+    """dkv rounded to bf16 at every hop of a ring grows with N; here 8 ranks err as one does."""
+    p = problem(256, dtype=torch.bfloat16, D=32)
+    want = full_attention(p)
+    for algorithm in ALGORITHMS:
+        one, eight = (errors(run(n, lambda rank: outputs(rank, p, algorithm=algorithm))[0], want) for n in (1, 8))  # noqa: B023
+        for name in ("out", "dq", "dk", "dv"):
+            assert eight[name] < 1.5 * one[name], (algorithm, name, eight, one)
+
+
+@pytest.mark.parametrize("algorithm", ["ringx1", "ringx2", "ringx4"])
+def test_13_what_a_reduce_leaves_elsewhere_is_not_used(algorithm, monkeypatch):
+    """A backend may write anything to the buffers of ranks that are not the destination."""
+    original = ringx.comm.Pending.wait
+
+    def wait(self):
+        was_flying, result = self._work is not None, original(self)
+        if was_flying and self._step.startswith("reduce to") and not self._step.endswith(f" {dist.get_rank()}"):
+            result.fill_(torch.nan)
+        return result
+
+    monkeypatch.setattr(ringx.comm.Pending, "wait", wait)
+    p = problem(33)
+    for overlap in (True, False):
+        got = run(3, lambda rank: outputs(rank, p, algorithm=algorithm, causal=True, overlap=overlap))[0]  # noqa: B023
+        assert max(errors(got, full_attention(p, causal=True)).values()) < 1e-10

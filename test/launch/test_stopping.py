@@ -1,0 +1,122 @@
+"""Being told to stop: all ranks heed it at the same place; what is done is kept, and the exit status says to come again.
+
+python -m pytest test/launch/test_stopping.py
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from helpers import ranks
+from helpers.paths import ROOT
+
+from ringx import launch
+from ringx.comm import PeerError
+from ringx.launch import stopping
+from ringx.measure import records
+
+BENCH = [
+    "bench",
+    "--heads",
+    "4",
+    "--kv-heads",
+    "2",
+    "--head-dim",
+    "16",
+    "--dtypes",
+    "fp32",
+    "--algorithms",
+    "ringx3",
+    "--device",
+    "cpu",
+]
+
+
+def test_one_rank_is_told_and_all_stop_at_the_same_place(monkeypatch):
+    """Ranks are threads; the signal's handler is called on one of them between two meetings."""
+    world = 3
+    watches = [type("OneRank", (stopping.Watch,), {"told": None})() for _ in range(world)]
+
+    def rank_main(rank):
+        me = launch.World(rank, world, rank, world, torch.device("cpu"), "gloo", "threads", "", 0)
+        for place in range(5):
+            try:
+                watches[rank].meet(me)
+            except stopping.Stopped:
+                return place
+            if (rank, place) == (1, 2):
+                type(watches[rank]).told = "SIGUSR1"
+        return None
+
+    assert ranks.run(world, rank_main) == [3, 3, 3]
+
+
+def test_a_rank_that_does_not_come_is_named_as_in_any_other_collective():
+    def rank_main(rank):
+        me = launch.World(rank, 2, rank, 2, torch.device("cpu"), "gloo", "threads", "", 0)
+        if rank == 0:
+            stopping.Watch().meet(me)
+
+    error = ranks.attempt(2, rank_main, timeout=1)[0]
+    assert isinstance(error, PeerError) and "the meeting of all ranks" in str(error) and "failed on rank 0 of 2" in str(error)
+
+
+def test_signals_are_left_alone_outside():
+    program = (
+        "import os,signal\nfrom ringx.launch.stopping import Watch\n"
+        "with Watch() as w: assert w.told is None\n"
+        "assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL\n"
+        "with Watch() as w:\n    os.kill(os.getpid(), signal.SIGUSR1); os.kill(os.getpid(), signal.SIGUSR1); print(w.told)\n"
+        "os.kill(os.getpid(), signal.SIGUSR1); print('still here')\n"  # the batch script repeats it until the end
+        "with Watch() as w:\n    print(w.told)\n    with w.at_once(False): print('goes on')\n"
+        "    try:\n        with w.at_once(True): print('waits')\n    except KeyboardInterrupt: print('does not wait')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.stdout.split("\n")[:-1] == ["SIGUSR1", "still here", "SIGUSR1", "goes on", "does not wait"], done.stderr
+
+
+@pytest.mark.parametrize(("nproc", "number"), list(zip(["1", "2"], stopping.SIGNALS, strict=True)))
+def test_bench_keeps_what_it_has_and_says_to_come_again(tmp_path, number, nproc):
+    """A real process, with and without ranks that it has started itself; told after its first size, before its second."""
+    command = [
+        sys.executable,
+        "-m",
+        "ringx",
+        *BENCH,
+        "--nproc",
+        nproc,
+        "--seqlens",
+        "64,4096",
+        "--reps",
+        "200",
+        "--out",
+        str(tmp_path),
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    end = time.monotonic() + 60
+    while not list(tmp_path.glob("*.json")):
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+        time.sleep(0.05)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == stopping.AGAIN, said
+    assert f"interrupted by {signal.Signals(number).name}: 1 of 2 cases" in said and "Traceback" not in said
+    (r,) = records.read_all(tmp_path)[0]
+    assert r["case"]["seqlen"] == 64
+
+
+def test_without_any_progress_it_does_not_ask_to_come_again(tmp_path):
+    """Else a job whose limit is too short for one size would start itself again forever."""
+    command = [sys.executable, "-m", "ringx", *BENCH, "--nproc", "1", "--seqlens", "8192", "--reps", "200", "--out", str(tmp_path)]
+    ignoring = ["bash", "-c", 'trap "" USR1; exec "$@"', "_", *command]
+    process = subprocess.Popen(ignoring, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    time.sleep(0.5)  # for bash to do so
+    while process.poll() is None:
+        os.kill(process.pid, signal.SIGUSR1)  # ignored until it listens, as in a batch job
+        time.sleep(0.2)
+    said = process.communicate()[0]
+    assert process.returncode == 1 and "not one size was finished" in said and not list(tmp_path.glob("*.json")), said
