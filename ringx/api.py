@@ -12,10 +12,11 @@ from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import kernels
+from .checks import require_name
 from .comm import Group, phase
-from .consistency import agree
-from .layout import Run, Sharding, bind_local, name_of, rows_upto, tiles
-from .merge import Partial, absorb_dlse, acc_dtype
+from .consistency import check_consistency
+from .layout import Sharding, TokenRange, resolve_local_sharding, rows_upto, tiles
+from .merge import OnlineSoftmax, absorb_dlse, acc_dtype
 from .patterns.registry import ALGORITHMS, pattern
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -75,7 +76,7 @@ def attention(
         error = e
     if check:
         with phase(str(algorithm), "check"):
-            agree(peers, plan.signature(q, k, v) if plan else {}, error)
+            check_consistency(peers, plan.signature(q, k, v) if plan else {}, error)
     if error or plan is None:
         raise error or AssertionError
     out, lse = _Attention.apply(q, k, v, plan)
@@ -101,12 +102,12 @@ class Plan:
         _check_tensors(q, k, v)
         for name, flag in (("causal", causal), ("overlap", overlap), ("deterministic", deterministic)):
             _expect_bool(name, flag)
-        name_of(algorithm, ALGORITHMS, "algorithm")
-        need = kernels.Need(q.device, q.dtype, q.shape[3], q.shape[2], k.shape[2], _wants_grad(q, k, v), deterministic)
+        require_name(algorithm, ALGORITHMS, "algorithm")
+        need = kernels.KernelRequest(q.device, q.dtype, q.shape[3], q.shape[2], k.shape[2], _wants_grad(q, k, v), deterministic)
         return cls(
             algorithm,
             group,
-            bind_local(layout, group.world, group.rank, q.shape[1]),
+            resolve_local_sharding(layout, group.world_size, group.rank, q.shape[1]),
             causal,
             _check_scale(scale, q.shape[3]),
             kernels.choose(kernel, need),
@@ -134,29 +135,29 @@ class Plan:
 
     # ---- which rows
 
-    def runs(self, rank: int) -> list[Run]:
+    def runs(self, rank: int) -> list[TokenRange]:
         return self.sharding.runs(rank)
 
     @cached_property
-    def mine(self) -> list[Run]:
+    def mine(self) -> list[TokenRange]:
         return self.runs(self.group.rank)
 
-    def keys_seen(self, src: int, by: int) -> slice:
+    def visible_keys(self, src: int, by: int) -> slice:
         """Local rows of src's keys that some query of rank `by` sees."""
         runs = self.runs(src)
         return slice(0, rows_upto(runs, self.runs(by)[-1].last) if self.causal else self.sharding.size(src))
 
-    def keys_sent(self, src: int) -> slice:
+    def keys_to_send(self, src: int) -> slice:
         """Local rows of src's keys that some other rank sees: only these are worth sending."""
         if not self.causal:
-            return slice(0, self.sharding.size(src) if self.group.world > 1 else 0)
+            return slice(0, self.sharding.size(src) if self.group.world_size > 1 else 0)
         return slice(0, rows_upto(self.runs(src), _last_elsewhere(self.sharding, src)))
 
-    def queries_sent(self, dst: int) -> slice:
+    def queries_to_send(self, dst: int) -> slice:
         """Local rows of dst's queries that see some other rank's keys."""
         size = self.sharding.size(dst)
         if not self.causal:
-            return slice(0 if self.group.world > 1 else size, size)
+            return slice(0 if self.group.world_size > 1 else size, size)
         return slice(rows_upto(self.runs(dst), _first_elsewhere(self.sharding, dst) - 1), size)
 
     # ---- local attention of runs of queries against runs of keys
@@ -169,7 +170,7 @@ class Plan:
     def _kernel(self) -> kernels.Kernel:
         return kernels.load(self.kernel)
 
-    def attend(self, acc: Partial, q, k, v, q_runs: list[Run], k_runs: list[Run]) -> Partial:
+    def attend(self, acc: OnlineSoftmax, q, k, v, q_runs: list[TokenRange], k_runs: list[TokenRange]) -> OnlineSoftmax:
         """Merge attention of q [B, Sq, H, D] over k and v [B, Sk, Hkv, D] into acc; the runs say which tokens the rows are."""
         for t in self._pieces(q_runs, k_runs, by_keys=False):
             with record_function(f"{self.algorithm} forward: attend"):
@@ -177,7 +178,7 @@ class Plan:
                 acc.add(out, lse, t.q)
         return acc
 
-    def attend_backward(self, dq, dout, q, k, v, out, lse, q_runs: list[Run], k_runs: list[Run]):
+    def attend_backward(self, dq, dout, q, k, v, out, lse, q_runs: list[TokenRange], k_runs: list[TokenRange]):
         """Adds to dq (accumulator dtype); returns dk, dv like k, v (in the accumulator dtype where several pieces add up)."""
         pieces = self._pieces(q_runs, k_runs, by_keys=True)
         once = all(a.k.stop <= b.k.start for a, b in itertools.pairwise(pieces))  # no key's gradient is a sum of pieces
@@ -199,7 +200,7 @@ class Plan:
     def attend_own_backward(self, part: int, dq, dkv, dout, q, k, v, out, lse) -> None:
         """The own block's share of dq and dkv [2, B, S, Hkv, D], for one half of the heads: part 0 is to hide the first block's
         arrival, part 1 the last gradients' way home (without overlap, or with one kv head, part 0 is all)."""
-        heads, late = k.shape[2], k.shape[2] // 2 if self.overlap and self.group.world > 1 else 0
+        heads, late = k.shape[2], k.shape[2] // 2 if self.overlap and self.group.world_size > 1 else 0
         first, last = (0, heads - late) if part == 0 else (heads - late, heads)
         if first == last:
             return

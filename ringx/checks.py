@@ -2,14 +2,23 @@
 
 import argparse
 import contextlib
+import difflib
 from collections.abc import Callable, Iterable
 
 import torch
 
-from .layout import name_of
-
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MASKS = {"causal": "a token sees itself and those before", "full": "every token sees all"}
+
+
+def require_name(value: object, known: Iterable[str], what: str) -> str:
+    """`value` if it is one of the `known` names; otherwise a ValueError with the nearest of them."""
+    known = list(known)
+    if value in known:
+        return str(value)
+    near = difflib.get_close_matches(str(value).lower(), known, n=1, cutoff=0.4)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{what}={value!r} is unknown.{hint} Known: {', '.join(known)}.")
 
 
 def integers(text: str) -> list[int]:
@@ -30,7 +39,7 @@ def choices(known: Iterable[str]) -> Callable[[str], list[str]]:
         if text == "all":
             return list(known)
         try:
-            return list(dict.fromkeys(name_of(part.strip(), known, "name") for part in text.split(",")))
+            return list(dict.fromkeys(require_name(part.strip(), known, "name") for part in text.split(",")))
         except ValueError as e:
             raise argparse.ArgumentTypeError(str(e)) from None
 

@@ -15,9 +15,9 @@ SIZE = 1024  # bytes a rank sends
 _companions: dict[int, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
 
 
-def agree(group: Group, mine: dict[str, object], error: Exception | None) -> None:
+def check_consistency(group: Group, mine: dict[str, object], error: Exception | None) -> None:
     """Raises on every rank if some rank has an `error` (its own as it is) or a different `mine`; returns otherwise."""
-    if group.world > 1:
+    if group.world_size > 1:
         said = {"error": f"{type(error).__name__}: {error}"[: SIZE - 64]} if error else mine
         text = json.dumps(said, ensure_ascii=True).encode()[:SIZE].ljust(SIZE)
         words = torch.frombuffer(bytearray(text), dtype=torch.uint8)
@@ -29,7 +29,7 @@ def agree(group: Group, mine: dict[str, object], error: Exception | None) -> Non
 
 
 def _gather(words: torch.Tensor, group: Group) -> torch.Tensor:
-    out = words.new_empty((group.world, SIZE))
+    out = words.new_empty((group.world_size, SIZE))
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
     pg = cpu_group(group)
     return Pending(

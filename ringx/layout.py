@@ -5,13 +5,14 @@ the rectangles that a mask leaves of them.  It is the only place that knows abou
 and document boundary goes through it, for single ranks and for sets of ranks alike.
 """
 
-import difflib
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+
+from .checks import require_name
 
 LAYOUTS = {
     "contiguous": "rank r holds the r-th of N equal parts; causal work grows with the rank",
@@ -20,7 +21,7 @@ LAYOUTS = {
 }
 
 
-class Run(NamedTuple):
+class TokenRange(NamedTuple):
     """`length` tokens at the global positions start, start+step, ...; they are local rows at, at+1, ..."""
 
     start: int
@@ -58,16 +59,6 @@ def _below(m: int, n: int, h: int) -> int:
     return banded * (first + h + 1) + banded * (banded - 1) // 2 + (m - full) * n
 
 
-def name_of(value: object, known: Iterable[str], what: str) -> str:
-    """`value` if it is one of the `known` names; otherwise a ValueError with the nearest of them."""
-    known = list(known)
-    if value in known:
-        return str(value)
-    near = difflib.get_close_matches(str(value).lower(), known, n=1, cutoff=0.4)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{what}={value!r} is unknown.{hint} Known: {', '.join(known)}.")
-
-
 @dataclass(frozen=True)
 class Sharding:
     """A layout bound to one sequence: any `seqlen` >= `world`, shards (zigzag: chunks) that differ by at most one token.
@@ -90,7 +81,7 @@ class Sharding:
                 raise TypeError(f"Sharding: {what}={value!r} must be an integer, not {type(value).__name__}.")
             if value < 1:
                 raise ValueError(f"Sharding: {what}={value} must be at least 1.")
-        name_of(self.layout, LAYOUTS, "layout")
+        require_name(self.layout, LAYOUTS, "layout")
         if self.seqlen < self.world:
             raise ValueError(
                 f"Sharding: seqlen={self.seqlen} is shorter than world={self.world}: some rank would hold no token; "
@@ -109,17 +100,17 @@ class Sharding:
             )
         return sharding
 
-    def runs(self, rank: int) -> list[Run]:
+    def runs(self, rank: int) -> list[TokenRange]:
         """The runs of global positions that `rank` holds, in the order of its local rows (ascending positions)."""
         if not 0 <= rank < self.world:
             raise ValueError(f"Sharding: rank={rank} is not one of the {self.world} ranks 0..{self.world - 1}.")
         if self.layout == "striped":
-            return [Run(rank, -(-(self.seqlen - rank) // self.world), 0, self.world)]
+            return [TokenRange(rank, -(-(self.seqlen - rank) // self.world), 0, self.world)]
         if self.layout == "contiguous" or self.world == 1:
             chunks = [self._chunk(rank, self.world)]
         else:
             chunks = [self._chunk(rank, 2 * self.world), self._chunk(2 * self.world - 1 - rank, 2 * self.world)]
-        return pack([Run(start, stop - start, 0) for start, stop in chunks if stop > start])
+        return pack([TokenRange(start, stop - start, 0) for start, stop in chunks if stop > start])
 
     def _chunk(self, i: int, of: int) -> tuple[int, int]:
         """[start, stop) of part i; the first seqlen % of parts hold one token more."""
@@ -136,7 +127,7 @@ class Sharding:
         return torch.cat([torch.arange(r.start, r.last + 1, r.step) for r in self.runs(rank)])
 
 
-def bind(layout: "str | Sharding", world: int, seqlen: int) -> Sharding:
+def resolve_sharding(layout: "str | Sharding", world: int, seqlen: int) -> Sharding:
     """What a `layout` argument means on `world` ranks: a Sharding as it is, a name as equal shards of `seqlen` tokens."""
     if isinstance(layout, Sharding):
         if layout.world != world:
@@ -147,9 +138,9 @@ def bind(layout: "str | Sharding", world: int, seqlen: int) -> Sharding:
     return Sharding.equal(seqlen, world, layout)
 
 
-def bind_local(layout: "str | Sharding", world: int, rank: int, tokens: int) -> Sharding:
+def resolve_local_sharding(layout: "str | Sharding", world: int, rank: int, tokens: int) -> Sharding:
     """The same from what one rank holds: `tokens` of the sequence."""
-    sharding = bind(layout, world, tokens * world)
+    sharding = resolve_sharding(layout, world, tokens * world)
     if sharding.size(rank) != tokens:
         raise ValueError(
             f"{sharding} gives rank {rank} {sharding.size(rank)} tokens, but its tensor has {tokens}; "
@@ -158,9 +149,9 @@ def bind_local(layout: "str | Sharding", world: int, rank: int, tokens: int) -> 
     return sharding
 
 
-def pack(runs: Sequence[Run]) -> list[Run]:
+def pack(runs: Sequence[TokenRange]) -> list[TokenRange]:
     """The same tokens in the same order, laid out row after row from 0; runs that continue each other become one."""
-    out: list[Run] = []
+    out: list[TokenRange] = []
     at = 0
     for run in runs:
         if out and run.step == out[-1].step and run.start == out[-1].last + run.step:
@@ -171,22 +162,22 @@ def pack(runs: Sequence[Run]) -> list[Run]:
     return out
 
 
-def clip(runs: Sequence[Run], rows: slice) -> list[Run]:
+def clip(runs: Sequence[TokenRange], rows: slice) -> list[TokenRange]:
     """The runs of local rows [rows.start, rows.stop), as they stand in a tensor that holds only those rows."""
     out = []
     for run in runs:
         a, b = max(rows.start, run.at), min(rows.stop, run.at + run.length)
         if a < b:
-            out.append(Run(run.start + (a - run.at) * run.step, b - a, a - rows.start, run.step))
+            out.append(TokenRange(run.start + (a - run.at) * run.step, b - a, a - rows.start, run.step))
     return out
 
 
-def rows_upto(runs: Sequence[Run], position: int) -> int:
+def rows_upto(runs: Sequence[TokenRange], position: int) -> int:
     """How many of the (ascending) tokens lie at global positions <= `position`."""
     return sum(min(max((position - r.start) // r.step + 1, 0), r.length) for r in runs)
 
 
-def _documents(run: Run, cu_seqlens: Sequence[int] | None) -> Iterable[tuple[Run, int]]:
+def _documents(run: TokenRange, cu_seqlens: Sequence[int] | None) -> Iterable[tuple[TokenRange, int]]:
     """The run cut at document boundaries, with the number of each document."""
     if cu_seqlens is None:
         yield run, 0
@@ -194,12 +185,12 @@ def _documents(run: Run, cu_seqlens: Sequence[int] | None) -> Iterable[tuple[Run
     for doc, (a, b) in enumerate(itertools.pairwise(cu_seqlens)):
         i, j = (min(max(-(-(x - run.start) // run.step), 0), run.length) for x in (a, b))
         if i < j:
-            yield Run(run.start + i * run.step, j - i, run.at + i, run.step), doc
+            yield TokenRange(run.start + i * run.step, j - i, run.at + i, run.step), doc
 
 
 def tiles(
-    q_runs: Sequence[Run],
-    k_runs: Sequence[Run],
+    q_runs: Sequence[TokenRange],
+    k_runs: Sequence[TokenRange],
     *,
     window: tuple[int | None, int | None] = (None, None),
     cu_seqlens: Sequence[int] | None = None,

@@ -26,7 +26,7 @@ def rows(lse: torch.Tensor) -> torch.Tensor:
     return lse.transpose(1, 2).unsqueeze(-1)
 
 
-class Partial:
+class OnlineSoftmax:
     """Running (out, lse) of some queries over the keys seen so far; `out` [B, S, H, D] and `lse` [B, H, S] accumulate in
     fp32 (fp64 for fp64)."""
 

@@ -6,7 +6,7 @@ from torch.autograd.function import once_differentiable
 
 from . import comm
 from .comm import Group
-from .layout import Sharding, bind, bind_local
+from .layout import Sharding, resolve_local_sharding, resolve_sharding
 
 
 def positions(seqlen: int, *, group: "dist.ProcessGroup | None" = None, layout: "str | Sharding" = "zigzag") -> torch.Tensor:
@@ -39,7 +39,7 @@ def unshard(
     ranks have for it.  Where every rank computes the same loss from the result, divide it by the number of ranks."""
     peers = Group.of(group)
     dim = _check(x, dim)
-    sharding = bind_local(layout, peers.world, peers.rank, x.shape[dim])
+    sharding = resolve_local_sharding(layout, peers.world_size, peers.rank, x.shape[dim])
     return _Unshard.apply(x, peers, dim, sharding)
 
 
@@ -47,7 +47,7 @@ class _Unshard(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group: Group, dim: int, sharding: Sharding):
         ctx.args = group, dim, sharding
-        sizes = [sharding.size(r) for r in range(group.world)]
+        sizes = [sharding.size(r) for r in range(group.world_size)]
         first = x.movedim(dim, 0)
         padded = first.new_zeros((max(sizes), *first.shape[1:]))
         padded[: first.shape[0]] = first
@@ -63,12 +63,12 @@ class _Unshard(torch.autograd.Function):
     def backward(ctx, dout):
         group, dim, sharding = ctx.args
         first = dout.movedim(dim, 0)
-        parts = [first[sharding.positions(r).to(dout.device)] for r in range(group.world)]
+        parts = [first[sharding.positions(r).to(dout.device)] for r in range(group.world_size)]
         mine = parts[group.rank].numel()
         with comm.phase("unshard", "backward"):
-            came = comm.all_to_all(parts, [mine] * group.world, group).wait()
+            came = comm.all_to_all(parts, [mine] * group.world_size, group).wait()
         wide = torch.float32 if dout.dtype in (torch.float16, torch.bfloat16) else dout.dtype
-        dx = came.view(group.world, *parts[group.rank].shape).sum(0, dtype=wide).to(dout.dtype)
+        dx = came.view(group.world_size, *parts[group.rank].shape).sum(0, dtype=wide).to(dout.dtype)
         return dx.movedim(0, dim).contiguous(), None, None, None
 
 
@@ -83,7 +83,7 @@ def _check(x: torch.Tensor, dim: int) -> int:
 
 
 def _bind(layout: "str | Sharding", group: Group, seqlen: int) -> Sharding:
-    sharding = bind(layout, group.world, seqlen)
+    sharding = resolve_sharding(layout, group.world_size, seqlen)
     if sharding.seqlen != seqlen:
         raise ValueError(f"layout is a Sharding of {sharding.seqlen} tokens, but the sequence has {seqlen}.")
     return sharding

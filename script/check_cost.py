@@ -18,7 +18,7 @@ from ringx.checks import integers
 def measure(world: ringx.launch.World, seqlen: int) -> tuple[float, float]:
     """(seconds of one comparison, seconds of one step without it) on this rank; bf16, H = 8, D = 64, causal, zigzag."""
     g = torch.Generator().manual_seed(world.rank)
-    shape = (1, seqlen // world.world, 8, 64)
+    shape = (1, seqlen // world.world_size, 8, 64)
     q, k, v, dout = (torch.randn(shape, generator=g).to(world.device, torch.bfloat16).requires_grad_() for _ in range(4))
 
     def step(tokens: int, check: bool) -> float:

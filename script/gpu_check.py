@@ -37,9 +37,9 @@ import ringx
 from ringx import comm, kernels
 from ringx.api import Plan
 from ringx.comm import Group
-from ringx.kernels import KERNELS, Need, cut
+from ringx.kernels import KERNELS, KernelRequest, cut
 from ringx.layout import Sharding, Tile, tiles
-from ringx.merge import Partial, acc_dtype
+from ringx.merge import OnlineSoftmax, acc_dtype
 from ringx.patterns.registry import algorithms, pattern
 
 LIMIT = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -89,8 +89,8 @@ def check_kernels(report: dict, device: torch.device, args: argparse.Namespace) 
         cases: list[dict] = []
         for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             for D, (H, Hkv), causal in _shapes(name, args.quick):
-                need = Need(device, dtype, D, H, Hkv)
-                if reason := kernels.why_not(name, need):
+                need = KernelRequest(device, dtype, D, H, Hkv)
+                if reason := kernels.unsupported_reason(name, need):
                     cases.append(_case(dtype, D, H, Hkv, causal) | {"refused": reason})
                     continue
                 case = _case(dtype, D, H, Hkv, causal) | _tried(lambda: _kernel_errors(name, need, causal, args.quick))  # noqa: B023
@@ -118,7 +118,7 @@ def _case(dtype: torch.dtype, D: int, H: int, Hkv: int, causal: bool) -> dict[st
     return {"dtype": str(dtype).removeprefix("torch."), "D": D, "H": H, "Hkv": Hkv, "causal": causal}
 
 
-def _kernel_errors(name: str, need: Need, causal: bool, quick: bool) -> dict[str, Any]:
+def _kernel_errors(name: str, need: KernelRequest, causal: bool, quick: bool) -> dict[str, Any]:
     """Errors of one call on everything, and of the pieces that rank 1 of 4 computes of a longer, uneven sequence."""
     S = 150 if quick else 1000
     whole = [Tile(slice(0, S), slice(0, S), None, 0 if causal else None)]
@@ -135,11 +135,13 @@ def _kernel_errors(name: str, need: Need, causal: bool, quick: bool) -> dict[str
     return {"single": single, "pieces": pieces, "pieces_bounds": bounds}
 
 
-def _errors(name: str, need: Need, work: list[Tile], q_at: torch.Tensor, k_at: torch.Tensor, causal: bool) -> dict[str, float]:
+def _errors(
+    name: str, need: KernelRequest, work: list[Tile], q_at: torch.Tensor, k_at: torch.Tensor, causal: bool
+) -> dict[str, float]:
     kernel, scale = kernels.load(name), need.head_dim**-0.5
     q, k, v, dout = _inputs(need, len(q_at), len(k_at))
     pieces = [piece for tile in work for piece in cut(tile, kernel.causal)]
-    acc = Partial(q)
+    acc = OnlineSoftmax(q)
     for t in pieces:
         acc.add(*kernel.fwd(q[:, t.q], k[:, t.k], v[:, t.k], band=(t.lo, t.hi), scale=scale), t.q)
     out, lse = acc.out.to(q.dtype).contiguous(), acc.lse.contiguous()
@@ -165,7 +167,7 @@ def definition(q, k, v, dout, q_at, k_at, causal: bool, scale: float) -> tuple[t
     return out.detach(), lse.detach(), *torch.autograd.grad(out, (q, k, v), dout.double())
 
 
-def _inputs(need: Need, m: int, n: int, B: int = 1) -> list[torch.Tensor]:
+def _inputs(need: KernelRequest, m: int, n: int, B: int = 1) -> list[torch.Tensor]:
     g = torch.Generator(need.device).manual_seed(m + n)
     shapes = [(B, s, h, need.head_dim) for s, h in ((m, need.heads), (n, need.kv_heads), (n, need.kv_heads), (m, need.heads))]
     return [torch.randn(shape, generator=g, device=need.device).to(need.dtype) for shape in shapes]
@@ -324,7 +326,7 @@ def check_algorithms(report: dict, device: torch.device, args: argparse.Namespac
     S = 211 if args.quick else 2051  # prime: uneven shards
     own: dict[tuple, dict[str, float]] = {}
     for dtype, kernel, algorithm, world, layout, causal, overlap in _algorithm_cases(device, args):
-        need = Need(device, dtype, 64, 8, 2)
+        need = KernelRequest(device, dtype, 64, 8, 2)
         x = _inputs(need, S, S)
         sharding = Sharding(S, world, layout)
         at = torch.arange(S)
@@ -354,18 +356,20 @@ def check_algorithms(report: dict, device: torch.device, args: argparse.Namespac
 def _algorithm_cases(device: torch.device, args: argparse.Namespace) -> Iterator[tuple]:
     """All algorithms, ranks and masks with the kernel that "auto" takes; then all layouts, kernels and no overlap once each."""
     for dtype in (torch.bfloat16, torch.float32):
-        auto = kernels.choose("auto", Need(device, dtype, 64, 8, 2))
+        auto = kernels.choose("auto", KernelRequest(device, dtype, 64, 8, 2))
         for name, algorithm in algorithms().items():
             for world in args.worlds:
                 for causal in (True, False):
                     yield dtype, auto, name, world, algorithm.recommended_layout, causal, True
     world = max(args.worlds)
-    auto = kernels.choose("auto", Need(device, torch.bfloat16, 64, 8, 2))
+    auto = kernels.choose("auto", KernelRequest(device, torch.bfloat16, 64, 8, 2))
     for name in algorithms():
         for layout in ("contiguous", "striped", "zigzag"):
             yield torch.bfloat16, auto, name, world, layout, True, False
         for kernel in KERNELS:
-            if kernel not in (auto, "flex") and not kernels.why_not(kernel, Need(device, torch.bfloat16, 64, 8, 2)):
+            if kernel not in (auto, "flex") and not kernels.unsupported_reason(
+                kernel, KernelRequest(device, torch.bfloat16, 64, 8, 2)
+            ):
                 yield torch.bfloat16, kernel, name, world, "zigzag", True, True
 
 
@@ -378,8 +382,8 @@ def time_kernels(report: dict, device: torch.device, args: argparse.Namespace) -
     B, H, Hkv, D, dtype, reps, sizes = _timing_sizes(args.quick)
     for name in KERNELS:
         for S in sizes:
-            need = Need(device, dtype, D, H, Hkv)
-            if kernels.why_not(name, need) or (name == "reference" and S > 4096):
+            need = KernelRequest(device, dtype, D, H, Hkv)
+            if kernels.unsupported_reason(name, need) or (name == "reference" and S > 4096):
                 continue
             for causal in (True, False):
                 record = {"kernel": name, "B": B, "S": S, "H": H, "Hkv": Hkv, "D": D, "dtype": "bfloat16", "causal": causal}
@@ -399,14 +403,14 @@ def _timing_sizes(quick: bool):
     return 1, 32, 8, 128, torch.bfloat16, 7, (8192, 16384, 32768)
 
 
-def _kernel_times(name: str, need: Need, S: int, causal: bool, reps: int) -> dict[str, float]:
+def _kernel_times(name: str, need: KernelRequest, S: int, causal: bool, reps: int) -> dict[str, float]:
     calls = [(S, S, (None, 0 if causal else None))]
     fwd, bwd = _replay(name, need, calls, calls, reps)
     work = 4 * need.heads * S * S * need.head_dim * (0.5 if causal else 1)
     return {"fwd_ms": fwd, "fwd_tflops": work / fwd / 1e9, "bwd_ms": bwd, "bwd_tflops": 2.5 * work / bwd / 1e9}
 
 
-def _replay(name: str, need: Need, forward: list, backward: list, reps: int) -> tuple[float, float]:
+def _replay(name: str, need: KernelRequest, forward: list, backward: list, reps: int) -> tuple[float, float]:
     """Milliseconds (median) of these kernel calls, (queries, keys, band) each, on random tensors."""
     kernel, scale = kernels.load(name), need.head_dim**-0.5
     longest = [max((c[i] for c in (*forward, *backward)), default=1) for i in (0, 1)]
@@ -487,7 +491,7 @@ def time_algorithms(report: dict, device: torch.device, args: argparse.Namespace
     print(f"\n{LABEL}\nshare: the kernel's time for everything on one device, divided by N, over that of the slowest rank")
     print(f"{'algorithm':10}{'N':>3}{'S':>7} {'mask':7}{'layout':12}{'slowest ms':>12}{'mean ms':>10}{'calls':>7}{'share':>9}")
     B, H, Hkv, D, dtype, reps, sizes = _timing_sizes(args.quick)
-    S, need = sizes[-1], Need(device, dtype, D, H, Hkv)
+    S, need = sizes[-1], KernelRequest(device, dtype, D, H, Hkv)
     kernel = kernels.choose("auto", need)
     for causal in (True, False):
         calls = [(S, S, (None, 0 if causal else None))]

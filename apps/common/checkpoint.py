@@ -93,7 +93,7 @@ class Checkpoints:
             raise ValueError(f"keep={keep!r} must be a number of checkpoints, or 0 to keep all.")
         self._folder = Path(folder)
         self._world, self._keep, self._say = world, keep, say
-        self._rank, self._ranks = (world.rank, world.world) if world else (0, 1)
+        self._rank, self._ranks = (world.rank, world.world_size) if world else (0, 1)
         # our own group: the background's messages must not mix with those of training, and must not need the GPU
         self._pg = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if self._ranks > 1 else None
         self._thread: threading.Thread | None = None

@@ -17,9 +17,10 @@ import yaml
 
 import ringx
 from apps.common.schedule import SCHEDULES
+from ringx.checks import require_name
 from ringx.kernels import KERNELS
 from ringx.launch.mesh import ORDERS, Shape
-from ringx.layout import LAYOUTS, name_of
+from ringx.layout import LAYOUTS
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 SHORT = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16"}  # as in ringx bench
@@ -49,7 +50,7 @@ def known(config: Any) -> None:
     """ValueError naming the first field that has choices and is none of them."""
     for f in dataclasses.fields(config):
         if f.metadata.get("choices"):
-            name_of(getattr(config, f.name), f.metadata["choices"], f.name)
+            require_name(getattr(config, f.name), f.metadata["choices"], f.name)
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ def load(path: str, kind: type[C], presets: Mapping[str, C]) -> C:
         raise ValueError(f"--config {path}: it must be a mapping with the keys {', '.join(keys)}.")
     if unknown := set(given) - set(keys):
         raise ValueError(f"--config {path}: unknown key {sorted(unknown)[0]!r}; known: {', '.join(keys)}.")
-    base = presets[name_of(given["preset"], presets, "preset")] if "preset" in given else None
+    base = presets[require_name(given["preset"], presets, "preset")] if "preset" in given else None
     parts: dict[str, Any] = {"name": str(given.get("name", base.name if base else Path(path).stem))}
     for part, type_ in types.items():
         values = given.get(part) or {}

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 import ringx
-from ringx.measure.records import put
+from ringx.files import write_text
 
 NEEDED = ("step", "loss", "tokens_per_s")  # in every record
 SHOWN = 20  # steps that have a line each where there is no terminal; then at most one line in
@@ -171,7 +171,7 @@ def write_header(folder: Path, header: dict[str, Any], *, start_step: int = 0) -
     folder.mkdir(parents=True, exist_ok=True)
     session = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "start_step": start_step, "versions": versions(), **header}
     before = read_sessions(folder) if start_step > 0 else []
-    put(folder / "run.json", json.dumps({"sessions": [*before, session]}, indent=1) + "\n", replace=True)
+    write_text(folder / "run.json", json.dumps({"sessions": [*before, session]}, indent=1) + "\n", replace=True)
 
 
 def read_sessions(folder: "str | Path") -> list[dict[str, Any]]:
@@ -216,7 +216,7 @@ def _keep_before(folder: Path, step: int) -> None:
     records = read_metrics(folder) if step > 0 else []  # a new run need not understand an older one's
     kept = "".join(json.dumps(r) + "\n" for r in records if r["step"] < step)
     if kept.encode() != path.read_bytes():
-        put(path, kept, replace=True)
+        write_text(path, kept, replace=True)
 
 
 def _start_wandb(folder: Path, project: str, config: dict[str, Any] | None, resumed: bool) -> Any:
@@ -224,7 +224,7 @@ def _start_wandb(folder: Path, project: str, config: dict[str, Any] | None, resu
 
     note = folder / "wandb.id"
     if not (resumed and note.exists()):
-        put(note, uuid.uuid4().hex[:12] + "\n", replace=True)
+        write_text(note, uuid.uuid4().hex[:12] + "\n", replace=True)
     identity = note.read_text(encoding="utf-8").strip()
     return wandb.init(
         project=project, name=folder.resolve().name, dir=str(folder), config=config or {}, id=identity, resume="allow"
@@ -256,7 +256,13 @@ def progress(total: int, first: int, title: str, *, chief: bool = True) -> Itera
 
 @contextlib.contextmanager
 def _bar(total: int, first: int, title: str) -> Iterator[Callable[[Record], None]]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     numbers = (TextColumn("{task.fields[numbers]}"), TextColumn("left"), TimeRemainingColumn())
     with Progress(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), *numbers) as bar:

@@ -67,7 +67,7 @@ def run_steps(
             norm = float(engine.step(lr, c.clip))
             record: Record = {"step": step, "loss": float(engine.sum(loss)), "grad_norm": norm, "lr": lr}
             seconds = time.perf_counter() - began  # the sums above waited for the slowest rank and the device
-            per_rank = work.tokens / seconds / engine.mesh.shape.world
+            per_rank = work.tokens / seconds / engine.mesh.shape.world_size
             record |= {
                 "tokens": (step + 1) * work.tokens,
                 "tokens_per_s": work.tokens / seconds,

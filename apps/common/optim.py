@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from ringx.layout import name_of
+from ringx.checks import require_name
 
 OPTIMIZERS = {
     "adamw": "torch's AdamW (Loshchilov and Hutter, arXiv 1711.05101)",
@@ -55,7 +55,7 @@ def make_optimizer(
     Raises:
         ValueError: an unknown name, a number out of range, no parameters, or a fused LAMB that is not installed or cannot
             take these parameters."""
-    name_of(name, OPTIMIZERS, "optimizer")
+    require_name(name, OPTIMIZERS, "optimizer")
     _expect(math.isfinite(lr) and lr >= 0, "lr", lr, "a number of at least 0")
     _expect(math.isfinite(weight_decay) and weight_decay >= 0, "weight_decay", weight_decay, "a number of at least 0")
     _expect(len(betas) == 2 and all(0 <= b < 1 for b in betas), "betas", betas, "two numbers from 0 to below 1")

@@ -68,7 +68,7 @@ class Plan:
         """For people: lines of at most 100 columns."""
         s, m = self.shape, self.memory
         lines = [
-            f"{self.name}: {self.parameters:,} parameters on {s.world} ranks ({self.engine}); memory of rank {self.rank}:",
+            f"{self.name}: {self.parameters:,} parameters on {s.world_size} ranks ({self.engine}); memory of rank {self.rank}:",
             f"  {_size(m.peak)}  peak, of which:",
             f"    {_size(m.parameters)}  parameters (this rank's shards)",
             f"    {_size(m.optimizer)}  optimizer state",
@@ -122,13 +122,13 @@ def make_plan(config: C, shape: Shape, subject: Callable[[C], Subject], rank: in
             f"take {' or '.join(ENGINES)}, or measure a step."
         )
     config.expect_fits(shape)
-    if not 0 <= rank < shape.world:
-        raise ValueError(f"rank={rank} must be one of the {shape.world} ranks.")
+    if not 0 <= rank < shape.world_size:
+        raise ValueError(f"rank={rank} must be one of the {shape.world_size} ranks.")
     config = config.changed({"kernel": "auto"})
     about = subject(config)
     samples, _, passes = config.plan_batch(shape)
     tokens = samples * about.tokens
-    with _alone(shape.world, rank):
+    with _alone(shape.world_size, rank):
         mesh = Mesh.make(shape)
         memory, sent = _run(config, mesh, about)
     return Plan(
@@ -141,8 +141,8 @@ def make_plan(config: C, shape: Shape, subject: Callable[[C], Subject], rank: in
         samples=samples,
         tokens=tokens,
         passes=passes,
-        flops_full=about.flops.full * tokens / shape.world,
-        flops_causal=about.flops.causal * tokens / shape.world,
+        flops_full=about.flops.full * tokens / shape.world_size,
+        flops_causal=about.flops.causal * tokens / shape.world_size,
         memory=memory,
         sent=sent,
     )

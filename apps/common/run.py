@@ -108,7 +108,7 @@ class Run(abc.ABC):
     def _prepare(self, checkpoints: Checkpoints) -> int:
         """Everything before the first step, whose number it returns.  Raises ValueError on all ranks."""
         self.open()
-        self.mesh = Mesh.make(self.config.mesh.fit(self.world.world), self.world.device.type)
+        self.mesh = Mesh.make(self.config.mesh.fit(self.world.world_size), self.world.device.type)
         total, *_ = self.config.plan_batch(self.mesh.shape)
         self.config = replace(self.config, train=replace(self.config.train, global_batch=total))
         self.complete()
@@ -175,7 +175,7 @@ class Run(abc.ABC):
             if step == c.steps or (c.save_every and step % c.save_every == 0):
                 save(step)
             try:
-                watch.meet(self.world)
+                watch.barrier_or_stop(self.world)
             except Stopped:
                 save(step)
                 raise
@@ -183,7 +183,7 @@ class Run(abc.ABC):
         records: list[Record] = []
         if self.chief:
             world = self.world
-            launch = {"world": world.world, "launcher": world.launcher, "backend": world.backend, "device": str(world.device)}
+            launch = {"world": world.world_size, "launcher": world.launcher, "backend": world.backend, "device": str(world.device)}
             header = {"config": as_dict, "launch": launch, "data": self.about_data(), "loss_unit": self.loss_unit}
             write_header(self.out, header, start_step=first)
         job, folder = self.job, self.out if self.chief else None
@@ -206,12 +206,14 @@ class Run(abc.ABC):
                 return 1
         checkpoints.finish()
         if stopped:
-            self.say(f"stopped by {watch.told or 'another rank'} after {saved} steps, all saved; go on with --resume {self.out}")
+            self.say(
+                f"stopped by {watch.stop_signal or 'another rank'} after {saved} steps, all saved; go on with --resume {self.out}"
+            )
             return AGAIN if saved > first else 1
         if records:
             rates = sorted(r["tokens_per_s"] for r in records)
             self.say(
-                f"{config.name}: steps {first} to {c.steps - 1} of {self.work_text()}, {c.algorithm} on {self.world.world} "
+                f"{config.name}: steps {first} to {c.steps - 1} of {self.work_text()}, {c.algorithm} on {self.world.world_size} "
                 f"rank(s), {c.dtype}: loss {records[0]['loss']:.4f} -> {records[-1]['loss']:.4f}, "
                 f"{rates[len(rates) // 2]:,.0f} tokens/s; in {self.out}"
             )

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from ringx.layout import name_of
+from ringx.checks import require_name
 
 
 def warmup_cosine(step: int, *, steps: int, peak: float, warmup: int, floor: float) -> float:
@@ -55,7 +55,7 @@ def rate(name: str, step: int, *, steps: int, peak: float, warmup: int, decay: i
 
     Raises:
         ValueError: an unknown name, or a number out of range."""
-    name_of(name, SCHEDULES, "schedule")
+    require_name(name, SCHEDULES, "schedule")
     for what, value, least in (("step", step, 0), ("steps", steps, 1), ("warmup", warmup, 0), ("decay", decay, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{what}={value!r} must be an integer of at least {least}.")

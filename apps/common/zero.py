@@ -116,8 +116,8 @@ class ZeroEngine(Engine):
                 if weights is not None:
                     fill(model, weights)
             self._params = dict(model.named_parameters())
-            name_of = {stand_in: name for name, stand_in in stand_ins.items()}
-            self._groups = [[name_of[p] for p in g["params"]] for g in self.optimizer.param_groups]
+            require_name = {stand_in: name for name, stand_in in stand_ins.items()}
+            self._groups = [[require_name[p] for p in g["params"]] for g in self.optimizer.param_groups]
             for group, members in zip(self.optimizer.param_groups, self._groups, strict=True):
                 group["params"] = [self._params[name] for name in members]
             with contextlib.redirect_stdout(io.StringIO()):  # it prints how much memory there is, twenty times

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 import ringx
 from apps.common.config import MeshConfig, RunConfig, Training, at_least, option
 from apps.common.config import load as load_yaml
+from ringx.checks import require_name
 from ringx.launch.mesh import Shape
-from ringx.layout import name_of
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def load(path: str) -> Config:
 
 
 def preset(name: str) -> Config:
-    return PRESETS[name_of(name, PRESETS, "preset")]
+    return PRESETS[require_name(name, PRESETS, "preset")]
 
 
 def long_base(seqlen: int, head_dim: int = 128, base: float = 500_000.0, trained: int = 8192) -> float:

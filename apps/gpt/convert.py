@@ -23,7 +23,15 @@ from apps.common.arguments import Parser
 from apps.common.checkpoint import Checkpoints
 from apps.common.config import DTYPES, SHORT
 from apps.gpt.config import Config, TrainConfig
-from apps.gpt.huggingface import TOKENIZER, Source, copy_tokenizer, expect_new, open_model, save, shapes
+from apps.gpt.huggingface import (
+    TOKENIZER,
+    Source,
+    copy_tokenizer,
+    expect_new,
+    open_model,
+    save,
+    shapes,
+)
 
 
 def to_hf(

@@ -37,10 +37,11 @@ from apps.gpt.generate import attending
 from apps.gpt.huggingface import open_model, open_tokenizer
 from apps.gpt.loss import token_losses
 from apps.gpt.model import Llama
+from ringx.checks import require_name
+from ringx.files import write_text
 from ringx.kernels import KERNELS
 from ringx.launch import World
-from ringx.layout import LAYOUTS, name_of
-from ringx.measure.records import put
+from ringx.layout import LAYOUTS
 from ringx.report import figures as house  # one look for all figures
 
 PROG = "apps.gpt.evaluate"
@@ -91,10 +92,10 @@ def evaluate(
     Raises ValueError for lengths that make no sense, or are too short for the ranks."""
     device = model.norm.weight.device
     peers = ringx.comm.Group.of(group)
-    expect_lengths(tokens, seqlen, windows, contexts, peers.world, layout)
+    expect_lengths(tokens, seqlen, windows, contexts, peers.world_size, layout)
     means = {}
     for context in sorted({*contexts, seqlen}):
-        sharding, pieces = ringx.Sharding(context, peers.world, layout), seqlen // context
+        sharding, pieces = ringx.Sharding(context, peers.world_size, layout), seqlen // context
         checked = False
 
         def attend(q: Tensor, k: Tensor, v: Tensor, sharding: ringx.Sharding = sharding) -> Tensor:
@@ -113,7 +114,7 @@ def evaluate(
                 mine = cut(rows, layout=sharding, group=group, device=device)
                 x = model.hidden(mine.tokens, mine.positions)
                 sums[:, mine.positions] += token_losses(x, model.head, mine.labels, chunk=model.loss_chunk)
-        if peers.world > 1:
+        if peers.world_size > 1:
             dist.all_reduce(sums, group=group)  # of each position, all but one are 0
         means[context] = sums.flatten().cpu() / windows
     return means
@@ -215,7 +216,7 @@ def work(world: World, job: Job) -> int:
         tokens.check_vocab(source.model.vocab)
         seqlen = job.seqlen or min(source.seqlen, tokens.length - 1)
         windows = job.windows or min(16, max(1, tokens.windows(seqlen)))
-        expect_lengths(tokens, seqlen, windows, job.contexts, world.world, job.layout)
+        expect_lengths(tokens, seqlen, windows, job.contexts, world.world_size, job.layout)
     except ValueError as e:  # of all ranks alike: what can only be known here
         if chief:
             print(f"{PROG}: error: {e}", file=sys.stderr, flush=True)
@@ -231,7 +232,9 @@ def work(world: World, job: Job) -> int:
     if not chief:
         return 0
     rows = summarize(means, windows)
-    print(f"{source.folder}: {windows} windows of {seqlen:,} tokens of {tokens.source} ({tokens.split}), {world.world} rank(s)")
+    print(
+        f"{source.folder}: {windows} windows of {seqlen:,} tokens of {tokens.source} ({tokens.split}), {world.world_size} rank(s)"
+    )
     print(table(rows))
     if job.out:
         for line in _write(Path(job.out), source.folder, tokens, dtype, world, windows, rows):
@@ -254,13 +257,13 @@ def _write(out: Path, model: Path, tokens: Tokens, dtype: torch.dtype, world: Wo
         "model": str(model),
         "data": {"source": tokens.source, "split": tokens.split, "sha256": tokens.sha256},
         "dtype": str(dtype).removeprefix("torch."),
-        "world": world.world,
+        "world": world.world_size,
         "windows": windows,
         "loss_unit": "nats per token",
         "rows": rows,
     }
     file = out / "evaluation.json"
-    put(file, json.dumps(what, indent=1) + "\n", replace=True)
+    write_text(file, json.dumps(what, indent=1) + "\n", replace=True)
     try:
         plt = house.pyplot()
     except ImportError as e:
@@ -300,10 +303,10 @@ def configure(args: argparse.Namespace) -> Job:
         if getattr(args, name) < 0:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 1.")
     if args.dtype:
-        name_of(args.dtype, [*DTYPES, *SHORT], "dtype")
-    name_of(args.algorithm, ringx.algorithms(), "algorithm")
-    name_of(args.layout, LAYOUTS, "layout")
-    name_of(args.kernel, [*KERNELS, "auto"], "kernel")
+        require_name(args.dtype, [*DTYPES, *SHORT], "dtype")
+    require_name(args.algorithm, ringx.algorithms(), "algorithm")
+    require_name(args.layout, LAYOUTS, "layout")
+    require_name(args.kernel, [*KERNELS, "auto"], "kernel")
     ringx.launch.world_size(args.nproc)
     if not Path(args.model).is_dir():
         raise ValueError(f"{args.model} is no folder; name a run's, a checkpoint's, or a Hugging Face one.")

@@ -7,8 +7,9 @@ from pathlib import Path
 import ringx
 from apps.common.config import MeshConfig, RunConfig, Training, at_least, known, option
 from apps.common.config import load as load_yaml
+from ringx.checks import require_name
 from ringx.launch.mesh import Shape
-from ringx.layout import LAYOUTS, name_of
+from ringx.layout import LAYOUTS
 
 from .data.samples import BASES
 from .patches import Patches
@@ -162,7 +163,7 @@ def load(path: str) -> Config:
 
 
 def preset(name: str) -> Config:
-    return PRESETS[name_of(name, PRESETS, "preset")]
+    return PRESETS[require_name(name, PRESETS, "preset")]
 
 
 _ERA = dict(height=360, width=720, in_channels=20, out_channels=20)  # half a degree, as the public ancestor trains

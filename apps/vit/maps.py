@@ -24,7 +24,7 @@ import numpy as np
 from apps.common.arguments import Parser
 from apps.vit import scores
 from apps.vit.scores import Row, SpectrumRow
-from ringx.layout import name_of
+from ringx.checks import require_name
 from ringx.report import figures as house  # one look for all figures
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ def _frame(ax, title: str, aspect: float, coasts: Sequence[np.ndarray]) -> None:
 
 def _fields(dataset: "xr.Dataset", channel: str, time_index: int, lead_index: int) -> tuple[np.ndarray, np.ndarray]:
     """Target and forecast, [H, W] float64."""
-    name_of(channel, channels_of(dataset), "variable")
+    require_name(channel, channels_of(dataset), "variable")
     for name, index, size in (
         ("time_index", time_index, dataset.sizes["time"]),
         ("lead_index", lead_index, dataset.sizes["lead_time"]),
@@ -379,7 +379,7 @@ def draw(
     folder, out = Path(folder), Path(out)
     with open_forecasts(folder) as dataset:
         known = channels_of(dataset)
-        chosen = known[:VARIABLES] if variable is None else [name_of(variable, known, "variable")]
+        chosen = known[:VARIABLES] if variable is None else [require_name(variable, known, "variable")]
         at = _time_index(dataset, time)
         leads = _leads(dataset, lead)
         plt = house.pyplot()

@@ -311,7 +311,7 @@ def _work(world: World, job: Job) -> None:
     fields = open_alike(job.data, config.data, identity, world)
     samples = samples_of(fields, config.data, made, job.part, "valid")
 
-    mesh = Mesh.make(Shape.fit(world.world, cp=job.cp, tp=1, dp=0), world.device.type)
+    mesh = Mesh.make(Shape.fit(world.world_size, cp=job.cp, tp=1, dp=0), world.device.type)
     config.expect_fits(mesh.shape)
     dtype = DTYPES[job.dtype] if job.dtype else torch.promote_types(DTYPES[config.train.dtype], torch.float32)
     forecaster = Forecaster(config, CheckpointWeights(path), mesh, world.device, dtype)

@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ringx.layout import name_of
-from ringx.measure.records import put
+from ringx.checks import require_name
+from ringx.files import write_text
 
 FORECASTS = ("model", "persistence", "climatology", "damped anomaly", "roll-out")
 MODELS = ("model", "roll-out")  # roll-out: the model fed with its own forecasts
@@ -290,7 +290,7 @@ class Row:
     times: int
 
     def __post_init__(self) -> None:
-        name_of(self.forecast, FORECASTS, "forecast")
+        require_name(self.forecast, FORECASTS, "forecast")
 
 
 @dataclass(frozen=True)
@@ -304,7 +304,7 @@ class SpectrumRow:
     energy: float
 
     def __post_init__(self) -> None:
-        name_of(self.forecast, SPECTRA, "forecast")
+        require_name(self.forecast, SPECTRA, "forecast")
 
 
 def spectrum_rows(variable: str, lead_hours: int, forecast: str, energy: np.ndarray) -> list[SpectrumRow]:
@@ -359,7 +359,7 @@ def _write(path: "str | Path", kind: type[R], rows: Iterable[R]) -> None:
     table.writerows([_cell(getattr(row, name)) for name in names] for row in rows)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    put(path, text.getvalue(), replace=True)
+    write_text(path, text.getvalue(), replace=True)
 
 
 def _cell(value: Any) -> str:

@@ -248,7 +248,7 @@ class VitRun(Run):
         validates = self.config.train.val_every or self.config.train.epochs
         self.val = samples_of(self.fields, c, made, "val") if validates else None
         self.config = fitted(self.config, self.fields, self.samples)
-        self.config.expect_fits(self.config.mesh.fit(self.world.world))
+        self.config.expect_fits(self.config.mesh.fit(self.world.world_size))
 
     def complete(self) -> None:
         c = self.config.train

@@ -34,7 +34,7 @@ class Group:
 
     pg: dist.ProcessGroup | None
     rank: int
-    world: int
+    world_size: int
     ranks: tuple[int, ...]  # global rank of each group rank
 
     @classmethod
@@ -157,7 +157,7 @@ class Pending:
                 return call()
         except RuntimeError as error:
             raise PeerError(
-                f"{where}: {self._step} failed on rank {self._group.rank} of {self._group.world} (global rank {self._group.me}): "
+                f"{where}: {self._step} failed on rank {self._group.rank} of {self._group.world_size} (global rank {self._group.me}): "
                 f"{error}\nA peer has most likely died, raised, or not made this call within the group's timeout; look for the "
                 "first error among the other ranks' output."
             ) from error
@@ -176,10 +176,10 @@ class Done(Pending):
 
 def broadcast(x: torch.Tensor, src: int, group: Group) -> Pending:
     """x of group rank `src`, on every rank (received in the memory of x where that is contiguous)."""
-    if group.world == 1:
+    if group.world_size == 1:
         return Done(x)
     x = x.contiguous()
-    _count(group, "broadcast", _bytes(x) * (group.world - 1) / group.world)
+    _count(group, "broadcast", _bytes(x) * (group.world_size - 1) / group.world_size)
     return Pending(
         group,
         f"broadcast from rank {src}",
@@ -190,10 +190,10 @@ def broadcast(x: torch.Tensor, src: int, group: Group) -> Pending:
 
 def reduce(x: torch.Tensor, dst: int, group: Group) -> Pending:
     """Sum of every rank's x, on group rank `dst`.  What the others get is of no use, and their x is lost (gloo writes to it)."""
-    if group.world == 1:
+    if group.world_size == 1:
         return Done(x)
     x = x.contiguous()
-    _count(group, "reduce", _bytes(x) * (group.world - 1) / group.world)
+    _count(group, "reduce", _bytes(x) * (group.world_size - 1) / group.world_size)
     return Pending(
         group,
         f"reduce to rank {dst}",
@@ -204,10 +204,10 @@ def reduce(x: torch.Tensor, dst: int, group: Group) -> Pending:
 
 def all_reduce_max(x: torch.Tensor, group: Group) -> Pending:
     """The elementwise maximum over all ranks; x is lost."""
-    if group.world == 1:
+    if group.world_size == 1:
         return Done(x)
     x = x.contiguous()
-    _count(group, "all_reduce", 2 * _bytes(x) * (group.world - 1) / group.world)
+    _count(group, "all_reduce", 2 * _bytes(x) * (group.world_size - 1) / group.world_size)
     return Pending(
         group,
         "all-reduce",
@@ -218,18 +218,18 @@ def all_reduce_max(x: torch.Tensor, group: Group) -> Pending:
 
 def all_gather(x: torch.Tensor, group: Group) -> Pending:
     """[N, *x.shape]: every rank's x (equal shapes)."""
-    if group.world == 1:
+    if group.world_size == 1:
         return Done(x[None])
     x = x.contiguous()
-    out = x.new_empty((group.world, *x.shape))
+    out = x.new_empty((group.world_size, *x.shape))
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
-    _count(group, "all_gather", _bytes(x) * (group.world - 1))
+    _count(group, "all_gather", _bytes(x) * (group.world_size - 1))
     return Pending(group, "all-gather", lambda: gather(out.view(-1), x.view(-1), group=group.pg, async_op=True), out, x)
 
 
 def all_to_all(parts: Sequence[torch.Tensor], incoming: Sequence[int], group: Group) -> Pending:
     """Part i goes to rank i; the result is flat, `incoming[i]` elements from each rank i, one after another."""
-    if group.world == 1:
+    if group.world_size == 1:
         return Done(parts[0].reshape(-1))
     send = torch.cat([p.reshape(-1) for p in parts])
     out = send.new_empty(sum(incoming))

@@ -46,12 +46,12 @@ def main(args: argparse.Namespace) -> int:
     device = torch.device("cuda", 0) if count else torch.device("cpu")
     dtype = DTYPES[args.dtype or "bf16"]
     for d in args.head_dim:
-        need = kernels.Need(device, dtype, d, grad=not args.forward_only)
+        need = kernels.KernelRequest(device, dtype, d, grad=not args.forward_only)
         what = "forward" if args.forward_only else "forward and backward"
         print(f"\nKernels for {str(dtype).removeprefix('torch.')}, head size {d}, {what} on {device.type}")
         auto = kernels.choose("auto", need)
         for name, text in kernels.KERNELS.items():
-            reason = kernels.why_not(name, need)
+            reason = kernels.unsupported_reason(name, need)
             _row(name, text if reason is None else f"no: {reason}", mark="*" if name == auto else " ")
         print("  * what kernel='auto' takes; those above it cannot serve, those below it are slower or less preferred")
     return 0

@@ -9,12 +9,13 @@ from typing import Literal, NamedTuple, Protocol
 
 import torch
 
-from ..layout import Tile, name_of
+from ..checks import require_name
+from ..layout import Tile
 
 Band = tuple[int | None, int | None]
 
 
-class Need(NamedTuple):
+class KernelRequest(NamedTuple):
     """What a call asks of a kernel."""
 
     device: torch.device
@@ -45,7 +46,7 @@ class Kernel(Protocol):
 
     causal: Literal["any", "top-left", "bottom-right", "square"]
 
-    def refuses(self, need: Need) -> str | None:
+    def unsupported_reason(self, need: KernelRequest) -> str | None:
         """Why this kernel cannot do it here, in a few words; None if it can."""
 
     def fwd(self, q, k, v, *, band: Band, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,26 +73,26 @@ KERNELS = {
 
 
 def load(name: str) -> Kernel:
-    """The kernel of that name (its file is imported now, optional packages by its ``refuses``)."""
-    return importlib.import_module(f"{__name__}.{name_of(name, KERNELS, 'kernel')}")  # type: ignore[return-value]
+    """The kernel of that name (its file is imported now, optional packages by its ``unsupported_reason``)."""
+    return importlib.import_module(f"{__name__}.{require_name(name, KERNELS, 'kernel')}")  # type: ignore[return-value]
 
 
-def why_not(name: str, need: Need) -> str | None:
+def unsupported_reason(name: str, need: KernelRequest) -> str | None:
     """Why kernel `name` cannot serve `need` here; None if it can."""
-    return load(name).refuses(need)
+    return load(name).unsupported_reason(need)
 
 
-def choose(name: str, need: Need) -> str:
+def choose(name: str, need: KernelRequest) -> str:
     """`name` itself if it can serve `need`; for "auto" the first of KERNELS that can (``reference`` only where nothing
     faster exists for that device and dtype).  Raises NotImplementedError with the reasons otherwise."""
     if name != "auto":
-        name_of(name, [*KERNELS, "auto"], "kernel")
-        if reason := why_not(name, need):
+        require_name(name, [*KERNELS, "auto"], "kernel")
+        if reason := unsupported_reason(name, need):
             raise NotImplementedError(f"kernel={name!r} cannot do this: {reason}. `ringx info` lists what can run here.")
         return name
     reasons = {}
     for candidate in KERNELS:
-        reason = why_not(candidate, need)
+        reason = unsupported_reason(candidate, need)
         if reason is None:
             return candidate
         reasons[candidate] = reason

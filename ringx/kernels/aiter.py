@@ -10,7 +10,7 @@ Untested on hardware when written; test/standins.py has the signatures that the 
 
 import torch
 
-from . import Band, Need, gpu
+from . import Band, KernelRequest, gpu
 
 causal = "square"
 _PACKAGE = ("amd-aiter", "aiter.ops.mha")
@@ -25,8 +25,8 @@ _bwd = gpu.Function(
 _OFF = {"dropout_p": 0.0, "window_size_left": -1, "window_size_right": -1, "sink_size": 0, "return_softmax": False}
 
 
-def refuses(need: Need) -> str | None:
-    return gpu.refuses(need, nvidia=None, rocm=True) or _fwd.missing() or _bwd.missing()
+def unsupported_reason(need: KernelRequest) -> str | None:
+    return gpu.unsupported_reason(need, nvidia=None, rocm=True) or _fwd.missing() or _bwd.missing()
 
 
 def fwd(q, k, v, *, band: Band, scale: float):

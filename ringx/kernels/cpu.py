@@ -1,6 +1,6 @@
 """aten's flash attention for CPUs: fp64, fp32, bf16, fp16; any head size.
 
-Facts that shape the calls: causal is aligned top-left; empty operands kill the process (tiles are never empty); the last dimension
+LauncherInfo that shape the calls: causal is aligned top-left; empty operands kill the process (tiles are never empty); the last dimension
 must have stride 1 (otherwise NaN); bwd wants lse contiguous and dout and out in q's dtype; before torch 2.9 grouped heads are
 read out of bounds, so they are repeated there.
 """
@@ -8,7 +8,7 @@ read out of bounds, so they are repeated there.
 import torch
 
 from ..merge import acc_dtype
-from . import Band, Need
+from . import Band, KernelRequest
 from .heads import fold_heads, repeat_heads
 
 causal = "top-left"
@@ -17,7 +17,7 @@ _fwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _bwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def refuses(need: Need) -> str | None:
+def unsupported_reason(need: KernelRequest) -> str | None:
     return None if need.device.type == "cpu" else f"it runs on cpu tensors, these are on {need.device.type}"
 
 

@@ -10,7 +10,7 @@ Untested on hardware when written; test/standins.py has the signatures that the 
 
 import torch
 
-from . import Band, Need, gpu
+from . import Band, KernelRequest, gpu
 
 causal = "bottom-right"
 _PACKAGE = ("flash-attn", "flash_attn.flash_attn_interface")
@@ -32,8 +32,8 @@ _OFF = {
 }
 
 
-def refuses(need: Need) -> str | None:
-    return gpu.refuses(need, nvidia=(8, 0), rocm=True) or _fwd.missing() or _bwd.missing()
+def unsupported_reason(need: KernelRequest) -> str | None:
+    return gpu.unsupported_reason(need, nvidia=(8, 0), rocm=True) or _fwd.missing() or _bwd.missing()
 
 
 def fwd(q, k, v, *, band: Band, scale: float):

@@ -10,7 +10,7 @@ Untested on hardware when written; test/standins.py has the signatures that the 
 
 import torch
 
-from . import Band, Need, gpu
+from . import Band, KernelRequest, gpu
 
 causal = "bottom-right"
 _PACKAGE = ("FlashAttention-3", "flash_attn_interface")
@@ -25,8 +25,8 @@ _bwd = gpu.Function(
 _OFF = {"window_size": (-1, -1), "window_size_left": -1, "window_size_right": -1, "softcap": 0.0}
 
 
-def refuses(need: Need) -> str | None:
-    if reason := gpu.refuses(need, nvidia=(9, 0), rocm=False):
+def unsupported_reason(need: KernelRequest) -> str | None:
+    if reason := gpu.unsupported_reason(need, nvidia=(9, 0), rocm=False):
         return reason
     found = gpu.capability(need.device)
     if found and found[0] != 9:

@@ -8,7 +8,7 @@ compute capability 12 have no deterministic backward.
 Untested on hardware when written; test/standins.py has the signatures that the calls are tested against.
 """
 
-from . import Band, Need, gpu
+from . import Band, KernelRequest, gpu
 
 causal = "bottom-right"
 _PACKAGE = ("flash-attn-4", "flash_attn.cute.interface")
@@ -17,8 +17,8 @@ _fwd = gpu.Function(*_PACKAGE, "_flash_attn_fwd", (*_MUST, "return_lse"))
 _bwd = gpu.Function(*_PACKAGE, "_flash_attn_bwd", (*_MUST, "dout", "out", "lse"))
 
 
-def refuses(need: Need) -> str | None:
-    if reason := gpu.refuses(need, nvidia=(9, 0), rocm=False):
+def unsupported_reason(need: KernelRequest) -> str | None:
+    if reason := gpu.unsupported_reason(need, nvidia=(9, 0), rocm=False):
         return reason
     major = (gpu.capability(need.device) or (9, 0))[0]
     if major > 9 and 128 < need.head_dim != 256:

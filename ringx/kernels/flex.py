@@ -6,7 +6,7 @@ through both of its results.  With this tile's (out_i, lse_i), the global (out, 
     w = exp(lse_i - lse)        out = sum_i w_i out_i,    lse = log sum_i exp lse_i
     dout_i = w dout             dlse_i = w (rowsum(dout * out_i) - delta)
 
-Facts that shape the calls (torch 2.8 to 2.13): the decoding kernel for few queries has limits of its own on heads and head
+LauncherInfo that shape the calls (torch 2.8 to 2.13): the decoding kernel for few queries has limits of its own on heads and head
 sizes, so it is switched off; on CPU 16-bit scores are rounded, so fp32 is computed there; `return_lse` became `return_aux`.
 
 The GPU side is untested on hardware when written; the algebra is tested with a differentiable stand-in.
@@ -18,18 +18,18 @@ import inspect
 import torch
 
 from ..merge import rows
-from . import Band, Need, gpu
+from . import Band, KernelRequest, gpu
 
 causal = "any"
 _BLOCK = 128
 
 
-def refuses(need: Need) -> str | None:
+def unsupported_reason(need: KernelRequest) -> str | None:
     if need.device.type == "cpu":
         return "on cpu it has no backward; it is for inference only there" if need.grad else None
     if need.head_dim < 16:
         return f"its head size is at least 16, not {need.head_dim}"
-    if reason := gpu.refuses(need, nvidia=(8, 0), rocm=True, dtypes=(*gpu.HALF, torch.float32)):
+    if reason := gpu.unsupported_reason(need, nvidia=(8, 0), rocm=True, dtypes=(*gpu.HALF, torch.float32)):
         return reason
     try:
         import triton  # noqa: F401

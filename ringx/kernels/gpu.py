@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from . import Need
+from . import KernelRequest
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -17,8 +17,8 @@ HALF = (torch.float16, torch.bfloat16)
 # ---- questions to the machine
 
 
-def refuses(
-    need: Need,
+def unsupported_reason(
+    need: KernelRequest,
     *,
     nvidia: tuple[int, int] | None,
     rocm: bool,

@@ -6,13 +6,13 @@ The yardstick of all other kernels, hence written from the definition.  16-bit i
 import torch
 
 from ..merge import acc_dtype
-from . import Band, Need
+from . import Band, KernelRequest
 from .heads import fold_heads, repeat_heads
 
 causal = "any"
 
 
-def refuses(need: Need) -> str | None:
+def unsupported_reason(need: KernelRequest) -> str | None:
     return None
 
 

@@ -1,6 +1,6 @@
 """cuDNN attention through PyTorch (NVIDIA, Ampere and later).
 
-Facts that shape the calls (schemas of torch 2.8 to 2.13): causal is only offered for Sq == Sk; grouped heads are supported; head
+LauncherInfo that shape the calls (schemas of torch 2.8 to 2.13): causal is only offered for Sq == Sk; grouped heads are supported; head
 sizes are multiples of 8 up to 128 (padded; larger ones depend on cuDNN's version and the GPU); a single key is not supported:
 those tiles are computed by their definition.  PyTorch remembers cuDNN's plans by the layout of q, k and v alone, so out and
 dout must always be laid out as q is: all are contiguous.  lse is [B, H, S] or [B, H, S, 1] by version, and the backward wants
@@ -13,7 +13,7 @@ import functools
 
 import torch
 
-from . import Band, Need, gpu, reference
+from . import Band, KernelRequest, gpu, reference
 from .sdpa_flash import seeds
 
 causal = "square"
@@ -21,8 +21,8 @@ _fwd = torch.ops.aten._scaled_dot_product_cudnn_attention.default
 _bwd = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
 
 
-def refuses(need: Need) -> str | None:
-    if reason := gpu.refuses(need, nvidia=(8, 0), rocm=False, head_dim=128):
+def unsupported_reason(need: KernelRequest) -> str | None:
+    if reason := gpu.unsupported_reason(need, nvidia=(8, 0), rocm=False, head_dim=128):
         return reason
     if (torch.backends.cudnn.version() or 0) < 90000:
         return "it needs cuDNN 9"

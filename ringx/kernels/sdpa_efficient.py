@@ -1,6 +1,6 @@
 """PyTorch's memory-efficient attention (CUTLASS on NVIDIA, AOTriton on ROCm): also fp32, and GPUs before Ampere.
 
-Facts that shape the calls (schemas of torch 2.8 to 2.13): causal is aligned top-left (CausalFromTopLeft); no grouped heads, so
+LauncherInfo that shape the calls (schemas of torch 2.8 to 2.13): causal is aligned top-left (CausalFromTopLeft); no grouped heads, so
 keys and values are repeated and their gradients added up in fp32; head sizes are padded to multiples of 8.  On NVIDIA lse comes
 in rows of a multiple of 32 (the backward's block), filled with +inf, so that exp(s - lse) of rows that do not exist is zero:
 the backward is given the same.  `out` and `dout` are read with the strides of contiguous [B, S, H, D] tensors.
@@ -11,7 +11,7 @@ Untested on hardware when written; the calls are checked against the operators' 
 
 import torch
 
-from . import Band, Need, gpu
+from . import Band, KernelRequest, gpu
 from .heads import fold_heads, repeat_heads
 
 causal = "top-left"
@@ -20,9 +20,11 @@ _bwd = torch.ops.aten._scaled_dot_product_efficient_attention_backward.default
 _LSE_ROWS = 32
 
 
-def refuses(need: Need) -> str | None:
+def unsupported_reason(need: KernelRequest) -> str | None:
     bf16 = need.dtype == torch.bfloat16
-    if reason := gpu.refuses(need, nvidia=(8, 0) if bf16 else (5, 0), rocm=True, dtypes=(*gpu.HALF, torch.float32), head_dim=512):
+    if reason := gpu.unsupported_reason(
+        need, nvidia=(8, 0) if bf16 else (5, 0), rocm=True, dtypes=(*gpu.HALF, torch.float32), head_dim=512
+    ):
         return reason
     if need.deterministic and need.grad and gpu.on_rocm():
         return "its backward on ROCm does not promise to be deterministic"

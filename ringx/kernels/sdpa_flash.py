@@ -1,6 +1,6 @@
 """PyTorch's own flash attention (FlashAttention-2 on NVIDIA, AOTriton on ROCm) with its log-sum-exp.
 
-Facts that shape the calls (schemas of torch 2.8 to 2.13): [B, H, S, D] views of [B, S, H, D] tensors are taken as they are;
+LauncherInfo that shape the calls (schemas of torch 2.8 to 2.13): [B, H, S, D] views of [B, S, H, D] tensors are taken as they are;
 grouped heads are supported both ways; head sizes must be multiples of 8; lse [B, H, S] is read as a bare pointer, hence
 contiguous; causal is aligned bottom-right on NVIDIA and refused by ROCm's backward unless Sq == Sk, hence "square".  The
 seeds are only read with dropout.  ROCm's backward ignores the deterministic switch.
@@ -10,7 +10,7 @@ Untested on hardware when written; the calls are checked against the operators' 
 
 import torch
 
-from . import Band, Need, gpu
+from . import Band, KernelRequest, gpu
 
 causal = "square"
 _fwd = torch.ops.aten._scaled_dot_product_flash_attention.default
@@ -18,8 +18,8 @@ _bwd = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
 _SMALL_SHARED_MEMORY = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))
 
 
-def refuses(need: Need) -> str | None:
-    if reason := gpu.refuses(need, nvidia=(8, 0), rocm=True):
+def unsupported_reason(need: KernelRequest) -> str | None:
+    if reason := gpu.unsupported_reason(need, nvidia=(8, 0), rocm=True):
         return reason
     if not torch.backends.cuda.is_flash_attention_available():
         return "this build of PyTorch has no flash attention"

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 from . import environ
-from .environ import Facts
+from .environ import LauncherInfo
 
 ANNOUNCED = 8  # hosts that announce() names
 VISIBLE = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
@@ -40,10 +40,10 @@ LEAVE = 10.0  # seconds that shutdown() waits for ranks still at work
 class World:
     """What a rank must know about itself.  `address` and `port` are where rank 0 is met; "" and 0 for a lone process.
 
-    ``detect`` cannot ask the other ranks: where only mpi4py knows, it says world 0, local_rank -1, address "" or port 0."""
+    ``detect`` cannot ask the other ranks: where only mpi4py knows, it says world_size 0, local_rank -1, address "" or port 0."""
 
     rank: int
-    world: int
+    world_size: int
     local_rank: int  # among the ranks of this host
     local_world: int
     device: torch.device
@@ -51,6 +51,11 @@ class World:
     launcher: str  # "torchrun" | "srun" | "mpirun" | "plain" | "ringx"
     address: str
     port: int
+
+    @property
+    def world(self) -> int:
+        """`world_size`, under the name that it had before."""
+        return self.world_size
 
 
 @dataclass
@@ -81,7 +86,7 @@ def launched() -> bool:
     """Was this process started as one of several ranks (or by torchrun)?  A lone task of srun or mpirun is a plain process:
     ``srun --pty bash`` looks the same."""
     facts = environ.read(os.environ)
-    return (dist.get_world_size() if dist.is_initialized() else facts.world) != 1 or facts.launcher == "torchrun"
+    return (dist.get_world_size() if dist.is_initialized() else facts.world_size) != 1 or facts.launcher == "torchrun"
 
 
 def world_size(nproc: int | None = None) -> int:
@@ -93,7 +98,7 @@ def world_size(nproc: int | None = None) -> int:
         raise ValueError(f"nproc={nproc!r} must be a positive integer or None.")
     if not launched():
         return nproc or 1
-    there = dist.get_world_size() if dist.is_initialized() else environ.read(os.environ).world
+    there = dist.get_world_size() if dist.is_initialized() else environ.read(os.environ).world_size
     if nproc not in (None, there) and there:
         raise ValueError(
             f"nproc={nproc}, but this process was started as one of {there} ranks; leave nproc out, or start {nproc} ranks "
@@ -121,9 +126,9 @@ def init(*, device: str = "auto", timeout: float = 600.0) -> World:
         return _adopt(device)
     if not _joined:
         facts = environ.read(os.environ)
-        if facts.world != 1 and not (facts.port and facts.address and facts.local_world):
+        if facts.world_size != 1 and not (facts.port and facts.address and facts.local_world):
             facts = environ.ask_mpi4py(facts)
-        if facts.world > 1 and "OMP_NUM_THREADS" not in os.environ and _kind(device) == "cpu":
+        if facts.world_size > 1 and "OMP_NUM_THREADS" not in os.environ and _kind(device) == "cpu":
             torch.set_num_threads(1)
         kept = facts.launcher == "torchrun" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun keeps a store
         return join(facts, device, timeout, serve=facts.rank == 0 and not kept)
@@ -143,7 +148,7 @@ def shutdown() -> None:
     with contextlib.suppress(RuntimeError):  # the store ends with rank 0, which may be the first to go
         joined.store.set(f"bye/{joined.world.rank}", "")
         if not failed:
-            joined.store.wait([f"bye/{r}" for r in range(joined.world.world)], timedelta(seconds=LEAVE))
+            joined.store.wait([f"bye/{r}" for r in range(joined.world.world_size)], timedelta(seconds=LEAVE))
     if not dist.is_initialized():
         return
     if not failed:
@@ -194,7 +199,7 @@ def run(
 def decide(world: World | None, ask: Callable[[], Any]) -> Any:
     """Rank 0's ask() on every rank: for what the ranks may see differently, such as files.  A ValueError or OSError of rank 0 is
     raised on every rank.  `world` None is a process without peers."""
-    if world is None or world.world == 1:
+    if world is None or world.world_size == 1:
         return ask()
     told: list[Any] = [None]
     if world.rank == 0:
@@ -211,8 +216,8 @@ def decide(world: World | None, ask: Callable[[], Any]) -> Any:
 
 def gather(mine: Any, world: World) -> list[Any]:
     """What every rank has, by rank; on every rank."""
-    everyone = [mine] * world.world
-    if world.world > 1:
+    everyone = [mine] * world.world_size
+    if world.world_size > 1:
         dist.all_gather_object(everyone, mine)
     return everyone
 
@@ -223,7 +228,7 @@ def announce(world: World) -> None:
     count = torch.cuda.device_count() if world.device.type == "cuda" else 0
     mine = (socket.gethostname(), str(world.device), count, visible)
     everyone = gather(mine, world)
-    if world.rank == 0 and (world.device.type == "cuda" or world.local_world < world.world):
+    if world.rank == 0 and (world.device.type == "cuda" or world.local_world < world.world_size):
         print("\n".join(described(world, everyone)), file=sys.stderr, flush=True)
 
 
@@ -232,7 +237,7 @@ def described(world: World, everyone: Sequence[tuple[str, str, int, str | None]]
     hosts: dict[str, list[int]] = {}
     for rank, (host, *_) in enumerate(everyone):
         hosts.setdefault(host, []).append(rank)
-    lines = [f"{world.world} ranks on {len(hosts)} host{'s'[: len(hosts) != 1]}, started by {world.launcher}, {world.backend}"]
+    lines = [f"{world.world_size} ranks on {len(hosts)} host{'s'[: len(hosts) != 1]}, started by {world.launcher}, {world.backend}"]
     if interfaces := os.environ.get("GLOO_SOCKET_IFNAME"):
         lines[0] += f" over {interfaces}"
     counts = {count for _, _, count, _ in everyone}
@@ -265,7 +270,7 @@ def _kind(device: str) -> str:
     return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def bind(device: str, local_rank: int, local_world: int, launcher: str) -> torch.device:
+def bind_device(device: str, local_rank: int, local_world: int, launcher: str) -> torch.device:
     """The CPU; or GPU `local_rank` where all are visible, the only one where the scheduler shows each rank its own."""
     if _kind(device) == "cpu":
         return torch.device("cpu")
@@ -278,16 +283,16 @@ def bind(device: str, local_rank: int, local_world: int, launcher: str) -> torch
     return torch.device("cuda", max(local_rank, 0) % count)
 
 
-def _world(f: Facts, device: str) -> World:
-    bound = bind(device, f.local_rank, f.local_world, f.launcher)
+def _world(f: LauncherInfo, device: str) -> World:
+    bound = bind_device(device, f.local_rank, f.local_world, f.launcher)
     backend = "cpu:gloo,cuda:nccl" if bound.type == "cuda" else "gloo"
-    return World(f.rank, f.world, f.local_rank, f.local_world, bound, backend, f.launcher, f.address, f.port)
+    return World(f.rank, f.world_size, f.local_rank, f.local_world, bound, backend, f.launcher, f.address, f.port)
 
 
 # ---- joining the others
 
 
-def join(facts: Facts, device: str, timeout: float, serve: bool) -> World:
+def join(facts: LauncherInfo, device: str, timeout: float, serve: bool) -> World:
     """``init`` with the facts known; `serve`: this rank keeps the store in which all meet."""
     global _joined
     world = _world(facts, device)
@@ -295,11 +300,11 @@ def join(facts: Facts, device: str, timeout: float, serve: bool) -> World:
         torch.cuda.set_device(world.device)
         torch.cuda.init()  # a DeviceMesh made later respects the device only then
     store = None
-    if world.world > 1 or world.launcher == "torchrun":
+    if world.world_size > 1 or world.launcher == "torchrun":
         store = _meet(world, facts.job, timeout, serve)
         try:
             dist.init_process_group(
-                world.backend, store=store, rank=world.rank, world_size=world.world, timeout=timedelta(seconds=timeout)
+                world.backend, store=store, rank=world.rank, world_size=world.world_size, timeout=timedelta(seconds=timeout)
             )
         except RuntimeError as error:
             raise RuntimeError(
@@ -316,12 +321,12 @@ def _meet(world: World, job: str, timeout: float, serve: bool) -> dist.Store:
     """The store that all ranks reached; each has said in it that it is here."""
     end = time.monotonic() + timeout
     where = f"{world.address}:{world.port}"
-    choose = f"MASTER_ADDR and MASTER_PORT, set alike for all {world.world} ranks, choose another place."
+    choose = f"MASTER_ADDR and MASTER_PORT, set alike for all {world.world_size} ranks, choose another place."
     try:
         if not serve:
             _await_server(world.address, world.port, end)
         left = timedelta(seconds=max(end - time.monotonic(), 1))
-        tcp = dist.TCPStore(world.address, world.port, world.world, serve, left, wait_for_workers=False, multi_tenant=True)
+        tcp = dist.TCPStore(world.address, world.port, world.world_size, serve, left, wait_for_workers=False, multi_tenant=True)
     except (RuntimeError, OSError) as error:
         raise RuntimeError(
             f"{_who(world)} could not meet the others at {where} within {timeout:g} s: {str(error).splitlines()[0]}\n"
@@ -330,7 +335,7 @@ def _meet(world: World, job: str, timeout: float, serve: bool) -> dist.Store:
     tcp.set_timeout(timedelta(seconds=timeout))
     store = dist.PrefixStore(f"ringx/{job}/{next(_times)}", tcp)
     gpu = str(getattr(torch.cuda.get_device_properties(world.device), "uuid", "")) if world.device.type == "cuda" else ""
-    keys = [f"here/{r}" for r in range(world.world)]
+    keys = [f"here/{r}" for r in range(world.world_size)]
     found = ""
     try:  # rank 0 waits for all and tells the rest: N keys to watch, not N * N
         store.set(keys[world.rank], f"{gpu}\t{_my_address(world.address)}")
@@ -348,7 +353,7 @@ def _meet(world: World, job: str, timeout: float, serve: bool) -> dist.Store:
                 time.sleep(0.5)  # for the others to read it
     if "\t" not in found:
         raise RuntimeError(
-            f"{_who(world)}: not all of {world.world} ranks came to {where} within {timeout:g} s. {found or 'Rank 0 has ended.'} "
+            f"{_who(world)}: not all of {world.world_size} ranks came to {where} within {timeout:g} s. {found or 'Rank 0 has ended.'} "
             f"Look for an earlier error in their output; {choose}"
         )
     said = [line.split("\t") for line in found.split("\n")]
@@ -361,7 +366,7 @@ def _meet(world: World, job: str, timeout: float, serve: bool) -> dist.Store:
 
 
 def _who(world: World) -> str:
-    return f"rank {world.rank} of {world.world} ({world.launcher})"
+    return f"rank {world.rank} of {world.world_size} ({world.launcher})"
 
 
 def _await_server(address: str, port: int, end: float) -> None:
@@ -389,7 +394,7 @@ def _my_address(peer: str) -> str:
 def _interface(world: World, addresses: Sequence[str]) -> str:
     """The name of the network interface that leads to the other ranks; "" where that cannot be told (not on Linux)."""
     mine = addresses[world.rank]
-    if mine.startswith("127.") and world.local_world < world.world:  # rank 0's host, whose own name leads to itself
+    if mine.startswith("127.") and world.local_world < world.world_size:  # rank 0's host, whose own name leads to itself
         mine = next((_my_address(a) for a in addresses if a and not a.startswith("127.")), "")
     with contextlib.suppress(ImportError, OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         import fcntl
@@ -407,8 +412,8 @@ def _adopt(device: str) -> World:
     """The World of a group that somebody else initialised."""
     rank, size = dist.get_rank(), dist.get_world_size()
     facts = environ.read(os.environ)
-    if (facts.rank, facts.world) != (rank, size):
-        facts = Facts("plain", rank, size, rank, size)
+    if (facts.rank, facts.world_size) != (rank, size):
+        facts = LauncherInfo("plain", rank, size, rank, size)
     world = _world(facts, device)
     here = torch.device("cuda", torch.cuda.current_device()) if world.device.type == "cuda" else world.device
     return replace(world, device=here, backend=str(dist.get_backend()))

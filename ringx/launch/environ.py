@@ -30,12 +30,12 @@ MPI = (  # rank, world, local rank, local world
 
 
 @dataclass(frozen=True)
-class Facts:
+class LauncherInfo:
     """What the environment says, before any device or peer was asked."""
 
     launcher: str
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
     local_rank: int = 0
     local_world: int = 1
     address: str = ""
@@ -43,22 +43,22 @@ class Facts:
     job: str = ""  # tells this job's ranks from another's that meet at the same port
 
 
-def read(env: Mapping[str, str]) -> Facts:
+def read(env: Mapping[str, str]) -> LauncherInfo:
     scheduler = _mpirun(env) or _srun(env) or _pmi(env)
-    facts = _torchrun(env, scheduler) or scheduler or Facts("plain")
+    facts = _torchrun(env, scheduler) or scheduler or LauncherInfo("plain")
     if facts.launcher == "plain":
         return facts
     if env.get("MASTER_ADDR"):
         facts = replace(facts, address=env["MASTER_ADDR"])
     if env.get("MASTER_PORT"):
         facts = replace(facts, port=_int(env, "MASTER_PORT", 1, 65536))
-    for what, n, size in (("rank", facts.rank, facts.world), ("local rank", facts.local_rank, facts.local_world)):
+    for what, n, size in (("rank", facts.rank, facts.world_size), ("local rank", facts.local_rank, facts.local_world)):
         if size and n >= size:
             raise ValueError(
                 f"{facts.launcher} says {what} {n} of {size}: its variables contradict each other; see the top of ringx/launch/environ.py."
             )
-    if facts.local_world > facts.world > 0:
-        raise ValueError(f"{facts.launcher} says {facts.local_world} ranks on this host of {facts.world} in all.")
+    if facts.local_world > facts.world_size > 0:
+        raise ValueError(f"{facts.launcher} says {facts.local_world} ranks on this host of {facts.world_size} in all.")
     return facts
 
 
@@ -72,50 +72,50 @@ def _int(env: Mapping[str, str], name: str, low: int = 0, high: int | None = Non
     return int(text)
 
 
-def _torchrun(env: Mapping[str, str], scheduler: Facts | None) -> Facts | None:
+def _torchrun(env: Mapping[str, str], scheduler: LauncherInfo | None) -> LauncherInfo | None:
     there = [name for name in ("RANK", "WORLD_SIZE") if name in env]
     if not there or (scheduler and len(there) == 1):
         return None
     world = _int(env, "WORLD_SIZE", 1)
     rank = _int(env, "RANK", 0, world)
     if rank == 0 == world - 1 and "MASTER_ADDR" not in env:  # needs no meeting point
-        return Facts("torchrun", address="127.0.0.1", port=_port("torchrun", str(os.getpid())))
-    fallback = scheduler if scheduler and (scheduler.rank, scheduler.world) == (rank, world) else None
+        return LauncherInfo("torchrun", address="127.0.0.1", port=_port("torchrun", str(os.getpid())))
+    fallback = scheduler if scheduler and (scheduler.rank, scheduler.world_size) == (rank, world) else None
     address = env.get("MASTER_ADDR") or (fallback.address if fallback else "")
     port = _int(env, "MASTER_PORT", 1, 65536) if "MASTER_PORT" in env or not fallback else fallback.port
     if not address:
         raise ValueError("MASTER_ADDR is not set, though RANK and WORLD_SIZE are; set it to the host of rank 0, or use torchrun.")
     if not fallback and (address == "localhost" or address == "::1" or address.startswith("127.")):
-        fallback = Facts("", local_rank=rank, local_world=world)
+        fallback = LauncherInfo("", local_rank=rank, local_world=world)
     local = [  # torchrun sets both; hand-written scripts may not
         getattr(fallback, field) if fallback and name not in env else _int(env, name, low)
         for name, field, low in (("LOCAL_RANK", "local_rank", 0), ("LOCAL_WORLD_SIZE", "local_world", 1))
     ]
     job = env.get("TORCHELASTIC_RUN_ID", "") + "/" + env.get("TORCHELASTIC_RESTART_COUNT", "")
-    return Facts("torchrun", rank, world, local[0], local[1], address, port, job)
+    return LauncherInfo("torchrun", rank, world, local[0], local[1], address, port, job)
 
 
-def _mpirun(env: Mapping[str, str]) -> Facts | None:
+def _mpirun(env: Mapping[str, str]) -> LauncherInfo | None:
     for names in MPI:
         if names[0] in env and names[2] in env:
             rank, world, local_rank, local_world = (_int(env, name, low) for name, low in zip(names, (0, 1, 0, 1), strict=True))
             job = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid") or env.get("PMI_JOBID") or ""
             if local_world < world:  # which host rank 0 is on, only MPI can tell
-                return Facts("mpirun", rank, world, local_rank, local_world, job=job)
+                return LauncherInfo("mpirun", rank, world, local_rank, local_world, job=job)
             job = job or f"parent {os.getppid()}"  # hydra: one proxy starts all ranks of a host
-            return Facts("mpirun", rank, world, local_rank, local_world, "127.0.0.1", _port("mpirun", job), job)
+            return LauncherInfo("mpirun", rank, world, local_rank, local_world, "127.0.0.1", _port("mpirun", job), job)
     return None
 
 
-def _pmi(env: Mapping[str, str]) -> Facts | None:
+def _pmi(env: Mapping[str, str]) -> LauncherInfo | None:
     """Ranks of an MPI that does not say who shares this host (PMIX_RANK: nor how many there are)."""
     if "PMI_RANK" in env and "PMI_SIZE" in env:
         world = _int(env, "PMI_SIZE", 1)
-        return Facts("mpirun", _int(env, "PMI_RANK", 0, world), world, -1, 0)
-    return Facts("mpirun", _int(env, "PMIX_RANK"), 0, -1, 0) if "PMIX_RANK" in env else None
+        return LauncherInfo("mpirun", _int(env, "PMI_RANK", 0, world), world, -1, 0)
+    return LauncherInfo("mpirun", _int(env, "PMIX_RANK"), 0, -1, 0) if "PMIX_RANK" in env else None
 
 
-def _srun(env: Mapping[str, str]) -> Facts | None:
+def _srun(env: Mapping[str, str]) -> LauncherInfo | None:
     # Steps numbered from 2**32 - 16 are Slurm's own: batch script, salloc's shell, external.  sbatch sets SLURM_PROCID=0 and
     # SLURM_NTASKS for its script, but no step.
     if not {"SLURM_STEP_ID", "SLURM_PROCID"} <= env.keys() or _int(env, "SLURM_STEP_ID") >= 2**32 - 16:
@@ -128,7 +128,7 @@ def _srun(env: Mapping[str, str]) -> Facts | None:
     if not address:
         raise ValueError("SLURM_STEP_NODELIST is not set, though SLURM_STEP_ID is; set MASTER_ADDR to the host of rank 0.")
     step = _int(env, "SLURM_STEP_ID")
-    return Facts("srun", rank, world, local_rank, local_world, address, _port("srun", job, step), f"slurm {job}.{step}")
+    return LauncherInfo("srun", rank, world, local_rank, local_world, address, _port("srun", job, step), f"slurm {job}.{step}")
 
 
 def _tasks_here(env: Mapping[str, str], world: int, hosts: int) -> int:
@@ -180,7 +180,7 @@ def _port(launcher: str, job: "int | str", step: int = 0) -> int:
     return 15000 + (131 * job + step if isinstance(job, int) else zlib.crc32(f"{launcher} {job}".encode())) % 12007
 
 
-def ask_mpi4py(facts: Facts) -> Facts:
+def ask_mpi4py(facts: LauncherInfo) -> LauncherInfo:
     """The ranks tell each other what their environment does not.  Collective over all ranks of mpirun."""
     try:
         from mpi4py import MPI as mpi
@@ -191,9 +191,9 @@ def ask_mpi4py(facts: Facts) -> Facts:
             "LOCAL_WORLD_SIZE where an MPI does not say who shares a host)."
         ) from error
     everyone = mpi.COMM_WORLD
-    if facts.world not in (0, everyone.size) or facts.rank != everyone.rank:
+    if facts.world_size not in (0, everyone.size) or facts.rank != everyone.rank:
         raise ValueError(
-            f"mpirun says rank {facts.rank} of {facts.world}, mpi4py rank {everyone.rank} of {everyone.size}: mpi4py was built for "
+            f"mpirun says rank {facts.rank} of {facts.world_size}, mpi4py rank {everyone.rank} of {everyone.size}: mpi4py was built for "
             "another MPI than mpirun; install one that fits, or set MASTER_ADDR and MASTER_PORT."
         )
     local = everyone.Split_type(mpi.COMM_TYPE_SHARED)
@@ -201,7 +201,7 @@ def ask_mpi4py(facts: Facts) -> Facts:
     address, port = everyone.bcast(here)
     if local.size == everyone.size and not facts.address:
         address = "127.0.0.1"
-    return Facts("mpirun", everyone.rank, everyone.size, local.rank, local.size, address, port, facts.job)
+    return LauncherInfo("mpirun", everyone.rank, everyone.size, local.rank, local.size, address, port, facts.job)
 
 
 def _free_port() -> int:

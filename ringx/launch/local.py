@@ -23,14 +23,14 @@ import torch.distributed as dist
 
 from .. import launch
 from ..comm import Disagreement, PeerError
-from .environ import Facts
+from .environ import LauncherInfo
 
 GRACE = 2.0  # seconds to wait, after a rank said that a peer died, for the peer's own story
 
 
 def start(fn: Callable[..., Any], nproc: int, args: tuple, device: str, timeout: float, threads: int) -> list[Any]:
     """[fn(world, *args) of each of `nproc` ranks]; see ``launch.run``."""
-    launch.bind(device, 0, nproc, "ringx")  # refuse here what every rank would
+    launch.bind_device(device, 0, nproc, "ringx")  # refuse here what every rank would
     call = pickle.dumps((fn, args))  # by value: torch's own way would share the tensors' memory with the ranks
     # forkserver: a clean process that has imported torch once (seconds) and forks each rank from itself (milliseconds)
     fork = "forkserver" in multiprocessing.get_all_start_methods()
@@ -44,7 +44,7 @@ def start(fn: Callable[..., Any], nproc: int, args: tuple, device: str, timeout:
             ours, theirs = context.Pipe()
             # a forkserver has the stdout that it was started with, not this call's: hand over ours
             stdio = [Connection(os.dup(fd), readable=False) for fd in (1, 2)] if fork else []
-            facts = Facts("ringx", rank, nproc, rank, nproc, "127.0.0.1", store.port)
+            facts = LauncherInfo("ringx", rank, nproc, rank, nproc, "127.0.0.1", store.port)
             rest = (theirs, stdio, facts, call, device, timeout, threads, dict(os.environ))
             process = context.Process(target=_rank, args=rest, name=f"rank {rank}")
             process.start()
@@ -110,7 +110,7 @@ def _how_died(process: Any) -> str:
     )
 
 
-def _rank(conn: Connection, stdio, facts: Facts, call: bytes, device: str, timeout: float, threads: int, env: dict) -> None:
+def _rank(conn: Connection, stdio, facts: LauncherInfo, call: bytes, device: str, timeout: float, threads: int, env: dict) -> None:
     """The life of a started rank: ends when the parent closes `conn` or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends us: one traceback, not N
     watch = threading.Thread(target=_end_with, args=(conn,), daemon=True)

@@ -40,7 +40,7 @@ class Shape:
             raise ValueError(f"order={self.order!r} must name cp, tp and dp once each: {', '.join(ORDERS)}.")
 
     @property
-    def world(self) -> int:
+    def world_size(self) -> int:
         return self.cp * self.tp * self.dp
 
     @classmethod
@@ -53,8 +53,8 @@ class Shape:
         tp, dp = tp or 1, dp or 1
         cp = cp or max(1, world // (tp * dp))
         shape = cls(cp, tp, dp, replicate, order)
-        if shape.world != world:
-            raise ValueError(f"cp={cp} x tp={tp} x dp={dp} is {shape.world} ranks, but there are {world}; change one of them.")
+        if shape.world_size != world:
+            raise ValueError(f"cp={cp} x tp={tp} x dp={dp} is {shape.world_size} ranks, but there are {world}; change one of them.")
         return shape
 
     @property
@@ -68,7 +68,7 @@ class Shape:
         """int64 over the axes ``names``: the global rank at each place."""
         sizes = {"cp": self.cp, "tp": self.tp, "dp": self.dp}
         slow_to_fast = self.order.split("-")[::-1]
-        grid = torch.arange(self.world).view([sizes[axis] for axis in slow_to_fast])
+        grid = torch.arange(self.world_size).view([sizes[axis] for axis in slow_to_fast])
         grid = grid.permute([slow_to_fast.index(axis) for axis in ("dp", "cp", "tp")])
         grid = grid.reshape(self.replicate, self.dp // self.replicate, self.cp, self.tp)
         return grid if self.names[1] == "shard" else grid.transpose(1, 2)
@@ -78,9 +78,9 @@ class Shape:
         fast, *slow = self.order.split("-")
         sizes = {"cp": self.cp, "tp": self.tp, "dp": self.dp}
         lines = [
-            f"mesh: cp {self.cp} x tp {self.tp} x dp {self.dp} ({self.replicate} replicas), {self.world} ranks, order {self.order}"
+            f"mesh: cp {self.cp} x tp {self.tp} x dp {self.dp} ({self.replicate} replicas), {self.world_size} ranks, order {self.order}"
         ]
-        number = self.world // sizes[fast]
+        number = self.world_size // sizes[fast]
         for i in range(min(number, rows)):
             first, second = i % sizes[slow[0]], i // sizes[slow[0]]
             start = i * sizes[fast]
@@ -108,8 +108,8 @@ class Mesh:
         """The mesh over the default process group, whose size must be the shape's; without one, of a lone rank."""
         started = dist.is_available() and dist.is_initialized()
         world = dist.get_world_size() if started else 1
-        if world != shape.world:
-            raise ValueError(f"cp={shape.cp} x tp={shape.tp} x dp={shape.dp} is {shape.world} ranks, but there are {world}.")
+        if world != shape.world_size:
+            raise ValueError(f"cp={shape.cp} x tp={shape.tp} x dp={shape.dp} is {shape.world_size} ranks, but there are {world}.")
         if not started:
             return cls(shape, 0, 0, 0)
         # The order of the axes is in the ranks, not in the names: torch slices a mesh only in the order of its axes.  But shard and

@@ -2,7 +2,7 @@
 
     with Watch() as watch:
         for piece in work:
-            watch.meet(world)           # a barrier; raises Stopped on every rank if some rank was told to stop
+            watch.barrier_or_stop(world)           # a barrier; raises Stopped on every rank if some rank was told to stop
             do(piece)
 
 SIGUSR1 is what `sbatch --signal=B:USR1@120` sends to the batch script two minutes before the limit; script/job.sh passes it on to
@@ -30,7 +30,7 @@ class Stopped(Exception):
     """Some rank was told to stop; raised on all ranks at the same place."""
 
 
-_told: str | None = None  # once told, this process stays told
+_received: str | None = None  # once told, this process stays told
 
 
 class Watch:
@@ -42,9 +42,9 @@ class Watch:
         self._before: dict[int, Any] = {}
 
     @property
-    def told(self) -> str | None:
+    def stop_signal(self) -> str | None:
         """The name of the signal that told this process to stop."""
-        return _told
+        return _received
 
     def __enter__(self) -> "Watch":
         if threading.current_thread() is threading.main_thread():
@@ -53,12 +53,12 @@ class Watch:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            if not _told:
+            if not _received:
                 signal.signal(number, handler)
 
     def _note(self, number: int, _: object) -> None:
-        global _told
-        _told = signal.Signals(number).name
+        global _received
+        _received = signal.Signals(number).name
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the batch script repeats it until all ranks have ended
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if self._at_once:
@@ -67,22 +67,22 @@ class Watch:
     @contextlib.contextmanager
     def at_once(self, when: bool) -> Iterator[None]:
         """Inside, and if ``when``, the signal raises KeyboardInterrupt where it finds the process, and so does one that came
-        before: for a process that only waits for others and does not ``meet`` them."""
+        before: for a process that only waits for others and does not ``barrier_or_stop`` them."""
         self._at_once = when
         try:
-            if when and self.told:
+            if when and self.stop_signal:
                 raise KeyboardInterrupt
             yield
         finally:
             self._at_once = False
 
-    def meet(self, world: launch.World) -> None:
+    def barrier_or_stop(self, world: launch.World) -> None:
         """Waits for all ranks.  Raises Stopped on all of them if one was told to stop before it came here.
 
         Raises:
             PeerError: a rank did not come within the group's timeout."""
-        told = torch.tensor([int(self.told is not None)])
-        if world.world > 1:
+        told = torch.tensor([int(self.stop_signal is not None)])
+        if world.world_size > 1:
             group = Group.of(None)
             pg = cpu_group(group)
             Pending(

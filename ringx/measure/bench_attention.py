@@ -31,9 +31,9 @@ from rich.progress import Progress
 
 from .. import comm, kernels, launch
 from ..api import attention
-from ..checks import DTYPES, MASKS, choices, integers, sift, switches
+from ..checks import DTYPES, MASKS, choices, integers, require_name, sift, switches
 from ..launch.stopping import AGAIN, Stopped, Watch
-from ..layout import LAYOUTS, Sharding, name_of
+from ..layout import LAYOUTS, Sharding
 from ..patterns.registry import ALGORITHMS
 from . import provenance, records, wire
 from .peak import peak_bytes
@@ -92,8 +92,8 @@ class Case:
     def causal(self) -> bool:
         return self.mask == "causal"
 
-    def need(self, device: torch.device) -> kernels.Need:
-        return kernels.Need(device, DTYPES[self.dtype], self.head_dim, self.heads, self.kv_heads)
+    def need(self, device: torch.device) -> kernels.KernelRequest:
+        return kernels.KernelRequest(device, DTYPES[self.dtype], self.head_dim, self.heads, self.kv_heads)
 
     def flops(self) -> dict[str, float]:
         """Of all ranks together; the rule is FLOPS_RULE."""
@@ -159,7 +159,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _main(args: argparse.Namespace, watch: Watch) -> int:
     me = launch.init(device=args.device, timeout=args.timeout) if launch.launched() else None
-    cases = plan(args, me.world if me else None)
+    cases = plan(args, me.world_size if me else None)
     labels = labelled(args.label)
     todo = launch.decide(me, lambda: remaining(args.out, cases, args.resume, labels))
     speaks = not me or me.rank == 0  # one rank talks where a launcher started several
@@ -177,7 +177,7 @@ def _main(args: argparse.Namespace, watch: Watch) -> int:
             if told:
                 break
     except KeyboardInterrupt:
-        told = watch.told or "SIGINT"
+        told = watch.stop_signal or "SIGINT"
     if told:
         done = sum(records.path_of(args.out, c.id).exists() for c in todo)
         return _stopped(args.out, len(cases) - len(todo) + done, len(cases), done > 0, told, me)
@@ -239,7 +239,7 @@ def examine(args: argparse.Namespace, launched: int | None, device: torch.device
         value = getattr(args, name)
         if value is not None and value < 1:
             faults.append(f"--{name.replace('_', '-')} {value} must be at least 1")
-    _try(faults, "--kernel", lambda: name_of(args.kernel, [*kernels.KERNELS, "auto"], "kernel"))
+    _try(faults, "--kernel", lambda: require_name(args.kernel, [*kernels.KERNELS, "auto"], "kernel"))
     _try(faults, "--label", lambda: labelled(args.label))
 
     cases = {}  # of ids: "recommended,zigzag" must not measure a case twice
@@ -355,7 +355,7 @@ def measure(world: launch.World, cases: list[Case], job: Job) -> str | None:
         try:
             _measure(world, cases, job, common, watch)
         except Stopped:
-            return next(told for told in launch.gather(watch.told, world) if told)
+            return next(told for told in launch.gather(watch.stop_signal, world) if told)
     return None
 
 
@@ -385,7 +385,7 @@ def measure_size(world: launch.World, cases: Sequence[Case], tick: Callable[[Cas
     """Measures cases of one size side by side; on every rank, what their records hold of it."""
     size, device = cases[0], world.device
     kernel = kernels.choose(size.kernel, size.need(device))
-    q, k, v, dout = _inputs(size, size.seqlen // world.world, world.rank, device)
+    q, k, v, dout = _inputs(size, size.seqlen // world.world_size, world.rank, device)
 
     def ring(case: Case) -> tuple[float, float]:
         how: dict[str, Any] = {"algorithm": case.algorithm, "layout": case.layout, "overlap": case.overlap}
@@ -400,7 +400,7 @@ def measure_size(world: launch.World, cases: Sequence[Case], tick: Callable[[Cas
         if baseline:
             baseline.run(keep=rep >= 0)
         for i, case in enumerate(cases):
-            watch.meet(world)
+            watch.barrier_or_stop(world)
             meter.mark()
             if case not in probes:
                 probes[case] = _probe(partial(ring, case), device)
@@ -409,7 +409,7 @@ def measure_size(world: launch.World, cases: Sequence[Case], tick: Callable[[Cas
             else:
                 times[i].append(ring(case))
             tick(case)
-    watch.meet(world)
+    watch.barrier_or_stop(world)
     meter.mark()
 
     passes = range(size.warmup * len(cases), (size.warmup + size.reps) * len(cases))

@@ -207,7 +207,7 @@ def main(args: argparse.Namespace) -> int:
     with Watch() as watch:
         me = launch.init(device=args.device, timeout=args.timeout) if launch.launched() else None
         names, faults = examine(args)
-        worlds = _worlds(args, me.world if me else None, faults)
+        worlds = _worlds(args, me.world_size if me else None, faults)
         if faults:
             raise ValueError(all_of(faults))
         before = launch.decide(me, lambda: _count(args.out, 2**14 * len(names) * len(worlds)))
@@ -219,7 +219,7 @@ def main(args: argparse.Namespace) -> int:
                 if told:
                     break
         except KeyboardInterrupt:
-            told = watch.told or "SIGINT"
+            told = watch.stop_signal or "SIGINT"
         chief = not me or me.rank == 0
         if not told:
             if chief:
@@ -315,12 +315,12 @@ def measure(world: launch.World, names: list[str], args: argparse.Namespace) -> 
     common = provenance.of_run(world, options, labels)
     launch.announce(world)
     hosts = len(common["machine"]["hosts"])
-    cases = [Case(name, world.world, hosts, DTYPE_NAME, args.warmup, args.reps) for name in names]
+    cases = [Case(name, world.world_size, hosts, DTYPE_NAME, args.warmup, args.reps) for name in names]
     todo = launch.decide(world, lambda: remaining(args.out, cases, args.resume, labels))
     chief = world.rank == 0
     if chief:
         print(
-            f"{world.world} ranks on {hosts} host{'s'[: hosts != 1]}, {world.backend}, {common['machine']['device']}\n{HEADER}",
+            f"{world.world_size} ranks on {hosts} host{'s'[: hosts != 1]}, {world.backend}, {common['machine']['device']}\n{HEADER}",
             flush=True,
         )
     with (
@@ -333,7 +333,7 @@ def measure(world: launch.World, names: list[str], args: argparse.Namespace) -> 
             try:
                 found = measure_collective(world, case, args, watch, print if chief else lambda *_, **__: None)
             except Stopped:
-                return next(told for told in launch.gather(watch.told, world) if told)
+                return next(told for told in launch.gather(watch.stop_signal, world) if told)
             bar.advance(task)
             if chief:
                 head = {
@@ -360,7 +360,7 @@ def measure_collective(
     missing = next((m for m in launch.gather(meter.missing, world) if m), None)
     end, ended = time.monotonic() + args.seconds, None
     rows: list[dict[str, Any]] = []
-    for size in sizes_of(in_bytes(args.min_bytes), in_bytes(args.max_bytes), args.factor, world.world, _also(args)):
+    for size in sizes_of(in_bytes(args.min_bytes), in_bytes(args.max_bytes), args.factor, world.world_size, _also(args)):
         expected = rows[-1]["median"] * size / rows[-1]["bytes"] if rows else 0.0
         ended = launch.decide(world, partial(_enough, size, expected * (case.warmup + LEAST_REPS), end))
         ended = next((e for e in launch.gather(ended or _no_room(size, world), world) if e), None)
@@ -403,24 +403,24 @@ def _free_memory() -> int:
 
 def _measure_size(world, what, size, case, watch, meter, missing, end) -> dict[str, Any]:
     n = size // DTYPE.itemsize
-    call, expected = what.prepare(world.rank, world.world, n, world.device, True)
-    watch.meet(world)
+    call, expected = what.prepare(world.rank, world.world_size, n, world.device, True)
+    watch.barrier_or_stop(world)
     got, want = call(), expected()
     wrong = 0 if want is None else int((got != want).sum())
-    call, _ = what.prepare(world.rank, world.world, n, world.device, False)
+    call, _ = what.prepare(world.rank, world.world_size, n, world.device, False)
     del got, want
     for _ in range(case.warmup - 1):
-        watch.meet(world)
+        watch.barrier_or_stop(world)
         _timed(call, world.device)
     seconds: list[float] = []
     meter.marks.clear()
     while len(seconds) < case.reps:
-        watch.meet(world)
+        watch.barrier_or_stop(world)
         meter.mark()
         seconds.append(_timed(call, world.device))
         if len(seconds) >= LEAST_REPS and launch.decide(world, partial(_late, end)):
             break
-    watch.meet(world)
+    watch.barrier_or_stop(world)
     meter.mark()
     sent = [meter.between(i) for i in range(len(seconds))]
     everyone = launch.gather({"seconds": seconds, "wrong": wrong, "sent": sent}, world)
@@ -435,9 +435,9 @@ def _measure_size(world, what, size, case, watch, meter, missing, end) -> dict[s
         "median": statistics.median(slowest),
         "p99": float(np.quantile(slowest, 0.99)),
         "algbw": size / mean,
-        "busbw": size / mean * what.bus(world.world),
+        "busbw": size / mean * what.bus(world.world_size),
         "wrong": sum(r["wrong"] for r in everyone),
-        "wire_factor": None if missing else left / (what.sent(world.world) * size * world.world),
+        "wire_factor": None if missing else left / (what.sent(world.world_size) * size * world.world_size),
     }
 
 

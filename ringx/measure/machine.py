@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import files
 from . import records
 
 FILE = "machine.json"
@@ -87,7 +88,7 @@ def collected(directory: Path) -> list[dict[str, Any]]:
 def write(directory: Path, found: Sequence[dict[str, Any]]) -> Path:
     """Puts the machine file of these records into a folder."""
     path = Path(directory) / FILE
-    records.put(path, json.dumps(of(found), indent=1) + "\n", replace=True)
+    files.write_text(path, json.dumps(of(found), indent=1) + "\n", replace=True)
     return path
 
 

@@ -35,6 +35,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import files
+
 SCHEMA = 2
 DERIVED = ("machine.json", "environment.json")  # files beside records that are made from them
 PHASES = ("forward", "backward", "total")
@@ -234,31 +236,8 @@ def write(directory: Path, record: dict[str, Any]) -> Path:
             while the restarted job has measured the case, changes nothing."""
     validate(record)
     path = path_of(directory, record["id"])
-    put(path, json.dumps(record, indent=1, allow_nan=False) + "\n", replace=False)
+    files.write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n", replace=False)
     return path
-
-
-def put(path: Path, text: str, replace: bool) -> None:
-    """Writes a file so that a reader never sees half of it.  FileExistsError if it is there and may not be replaced."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # of no other process on any host
-    try:
-        with open(aside, "x", encoding="utf-8") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        if replace:
-            os.replace(aside, path)
-            return
-        try:
-            os.link(aside, path)  # atomic, and refuses to replace
-        except FileExistsError:
-            raise FileExistsError(f"{path} is there already and was kept.") from None
-        except OSError:  # a file system without hard links
-            if path.exists():
-                raise FileExistsError(f"{path} is there already and was kept.") from None
-            os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def expect_room(directory: Path, size: int) -> None:

@@ -95,15 +95,15 @@ def verify_on_rank(world: launch.World, cases: list[Case], kernel: str) -> list[
     launch.announce(world)
     results = []
     with poisoned_memory(), Progress(transient=True, disable=world.rank != 0 or not sys.stdout.isatty()) as progress:
-        for case in progress.track(cases, description=f"verify on {world.world} ranks"):
-            results.append({"rank": world.rank, "nproc": world.world, **asdict(case), **_measure(world, case, kernel)})
+        for case in progress.track(cases, description=f"verify on {world.world_size} ranks"):
+            results.append({"rank": world.rank, "nproc": world.world_size, **asdict(case), **_measure(world, case, kernel)})
     return results
 
 
 def _measure(world: launch.World, case: Case, kernel: str) -> dict:
     shape = (case.seqlen, case.heads, case.kv_heads, case.head_dim)
     inputs, want, single = _expected(case.mask, case.dtype, *shape, kernel, world.device)
-    sharding = Sharding(case.seqlen, world.world, case.layout)
+    sharding = Sharding(case.seqlen, world.world_size, case.layout)
     where = positions(case.seqlen, layout=sharding).to(world.device)
 
     def once() -> dict[str, torch.Tensor]:
@@ -121,7 +121,7 @@ def _measure(world: launch.World, case: Case, kernel: str) -> dict:
     for i, name in enumerate(NAMES):
         mine = want[name].index_select(2 if name == "lse" else 1, where)
         squares[i, 0], squares[i, 1] = (got[name].double() - mine).square().sum(), mine.square().sum()
-    if world.world > 1:
+    if world.world_size > 1:
         squares, repeats = squares.to(world.device), repeats.to(world.device)
         dist.all_reduce(squares)
         dist.all_reduce(repeats, dist.ReduceOp.MIN)
@@ -153,7 +153,7 @@ def _expected(mask, dtype, seqlen, heads, kv_heads, head_dim, kernel, device):
         return dict(zip(NAMES, (out, lse, *grads), strict=True))
 
     want = run(reference.fwd, reference.bwd, *(x.double() for x in (dout, q, k, v)))
-    chosen = kernels.load(kernels.choose(kernel, kernels.Need(device, DTYPES[dtype], head_dim, heads, kv_heads)))
+    chosen = kernels.load(kernels.choose(kernel, kernels.KernelRequest(device, DTYPES[dtype], head_dim, heads, kv_heads)))
     got = run(chosen.fwd, chosen.bwd, dout, q, k, v)
     return inputs, want, {n: ((got[n].double() - want[n]).norm() / want[n].norm()).item() for n in NAMES}
 

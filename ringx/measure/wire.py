@@ -27,11 +27,11 @@ class Meter:
         self.marks: list[int] = []
 
     def _why_not(self, world: World) -> str | None:
-        if world.world == 1:
+        if world.world_size == 1:
             return "one rank sends nothing"
         if world.device.type != "cpu" or "gloo" not in world.backend:
             return "only gloo's interfaces are read"
-        if world.local_world == world.world:
+        if world.local_world == world.world_size:
             return "all ranks are on one host"
         if not dist.is_initialized() or not self.names or not COUNTERS.exists():
             return f"the interface is not known, or there is no {COUNTERS}"

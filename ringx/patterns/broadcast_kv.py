@@ -21,16 +21,16 @@ import torch
 
 from .. import comm
 from ..layout import clip
-from ..merge import Partial, acc_dtype
+from ..merge import OnlineSoftmax, acc_dtype
 
 
 def forward(q, k, v, plan):
-    acc, me = Partial(q), plan.group.rank
+    acc, me = OnlineSoftmax(q), plan.group.rank
     stream = _stream(k, v, plan)
     plan.attend(acc, q, k, v, plan.mine, plan.mine)
     for src, kv in stream:
         if src != me:
-            plan.attend(acc, q, *kv, plan.mine, clip(plan.runs(src), plan.keys_sent(src)))
+            plan.attend(acc, q, *kv, plan.mine, clip(plan.runs(src), plan.keys_to_send(src)))
     return acc.out, acc.lse
 
 
@@ -44,7 +44,7 @@ def backward(dout, q, k, v, out, lse, plan):
     for src, kv in stream:
         part = torch.zeros(kv.shape, dtype=acc, device=q.device)  # the owner sends none: what it has stays in its dkv
         if src != me:
-            runs = clip(plan.runs(src), plan.keys_sent(src))
+            runs = clip(plan.runs(src), plan.keys_to_send(src))
             part[0], part[1] = plan.attend_backward(dq, dout, q, *kv, out, lse, plan.mine, runs)
         if flying:
             flying.wait()
@@ -55,14 +55,14 @@ def backward(dout, q, k, v, out, lse, plan):
             flying.wait()
     plan.attend_own_backward(1, dq, dkv, dout, q, k, v, out, lse)
     if home is not None:
-        dkv[:, :, plan.keys_sent(me)] += home.wait()
+        dkv[:, :, plan.keys_to_send(me)] += home.wait()
     if flying:
         flying.wait()
     return dq, *dkv
 
 
 def _stream(k, v, plan):
-    rows = [plan.keys_sent(src) for src in range(plan.group.world)]
+    rows = [plan.keys_to_send(src) for src in range(plan.group.world_size)]
     mine = rows[plan.group.rank]
     shapes = [(2, k.shape[0], r.stop - r.start, *k.shape[2:]) for r in rows]
     return comm.broadcasts(torch.stack([k[:, mine], v[:, mine]]), shapes, plan.group, plan.overlap)

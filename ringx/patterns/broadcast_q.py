@@ -29,7 +29,7 @@ import torch
 
 from .. import comm
 from ..layout import clip
-from ..merge import Partial, acc_dtype, rows
+from ..merge import OnlineSoftmax, acc_dtype, rows
 from .broadcast_kv import backward
 from .broadcast_kv import bytes_sent as _bcast_kv_bytes
 
@@ -38,10 +38,10 @@ __all__ = ["backward", "bytes_sent", "forward"]
 
 def forward(q, k, v, plan):
     group, me = plan.group, plan.group.rank
-    sent = [plan.queries_sent(dst) for dst in range(group.world)]
+    sent = [plan.queries_to_send(dst) for dst in range(group.world_size)]
     shapes = [(q.shape[0], r.stop - r.start, *q.shape[2:]) for r in sent]
     stream = comm.broadcasts(q[:, sent[me]].contiguous(), shapes, group, plan.overlap)
-    own = plan.attend(Partial(q), q, k, v, plan.mine, plan.mine)
+    own = plan.attend(OnlineSoftmax(q), q, k, v, plan.mine, plan.mine)
 
     travelling, home = [], None
     last_rounds = repeat((None, q), 2 if plan.overlap else 0)  # bring home what the last two blocks left on its way
@@ -49,7 +49,7 @@ def forward(q, k, v, plan):
         if dst == me:
             travelling.append(_go_home(own.out[:, sent[me]], own.lse[:, :, sent[me]], dst, group))
         elif dst is not None:
-            part = plan.attend(Partial(q_dst), q_dst, k, v, clip(plan.runs(dst), sent[dst]), plan.mine)
+            part = plan.attend(OnlineSoftmax(q_dst), q_dst, k, v, clip(plan.runs(dst), sent[dst]), plan.mine)
             travelling.append(_go_home(part.out, part.lse, dst, group))
         for _ in range(1 if plan.overlap else 3):
             for job in travelling:

@@ -22,11 +22,11 @@ import torch
 
 from .. import comm
 from ..layout import clip, pack
-from ..merge import Partial, acc_dtype
+from ..merge import OnlineSoftmax, acc_dtype
 
 
 def forward(q, k, v, plan):
-    acc, arriving = Partial(q), _gather(k, v, plan)
+    acc, arriving = OnlineSoftmax(q), _gather(k, v, plan)
     plan.attend(acc, q, k, v, plan.mine, plan.mine)
     others = _others(plan)
     if others:
@@ -40,7 +40,7 @@ def backward(dout, q, k, v, out, lse, plan):
     dkv = torch.zeros((2, *k.shape), dtype=acc, device=q.device)
     arriving = _gather(k, v, plan)
     plan.attend_own_backward(0, dq, dkv, dout, q, k, v, out, lse)
-    if group.world == 1:
+    if group.world_size == 1:
         return dq, *dkv
     others, gathered = _others(plan), arriving.wait()
     grads = ()
@@ -48,14 +48,14 @@ def backward(dout, q, k, v, out, lse, plan):
         runs = pack([run for _, run in others])
         grads = plan.attend_backward(dq, dout, q, *_sorted(gathered, others), out, lse, plan.mine, runs)
     del gathered, arriving
-    flying = comm.all_to_all(_by_owner(grads, others, k, group.world), _incoming(k, plan), group)
+    flying = comm.all_to_all(_by_owner(grads, others, k, group.world_size), _incoming(k, plan), group)
     del grads
     if not plan.overlap:
         flying.wait()
     plan.attend_own_backward(1, dq, dkv, dout, q, k, v, out, lse)
     for src, part in enumerate(flying.wait().split(_incoming(k, plan))):
         if part.numel():
-            rows = plan.keys_seen(group.rank, src)
+            rows = plan.visible_keys(group.rank, src)
             dkv[:, :, rows] += part.view(2, k.shape[0], rows.stop, *k.shape[2:])
     return dq, *dkv
 
@@ -63,7 +63,7 @@ def backward(dout, q, k, v, out, lse, plan):
 def _gather(k, v, plan):
     """[N, 2, B, rows, Hkv, D]; shards shorter than the longest are padded to it, as an all-gather wants."""
     longest = max(
-        plan.sharding.size(0), plan.sharding.size(plan.group.world - 1), *map(plan.sharding.size, range(plan.group.world))
+        plan.sharding.size(0), plan.sharding.size(plan.group.world_size - 1), *map(plan.sharding.size, range(plan.group.world_size))
     )
     kv = torch.stack([k, v])
     if k.shape[1] < longest:
@@ -77,7 +77,9 @@ def _gather(k, v, plan):
 def _others(plan):
     """[(rank, run)] of the keys of other ranks that this one sees, by ascending position."""
     me = plan.group.rank
-    runs = [(src, run) for src in range(plan.group.world) if src != me for run in clip(plan.runs(src), plan.keys_seen(src, me))]
+    runs = [
+        (src, run) for src in range(plan.group.world_size) if src != me for run in clip(plan.runs(src), plan.visible_keys(src, me))
+    ]
     return sorted(runs, key=lambda x: x[1].start)
 
 
@@ -100,7 +102,7 @@ def _by_owner(grads, others, k, world):
 def _incoming(k, plan):
     """Elements of dkv that each rank sends here."""
     me, row = plan.group.rank, 2 * k.shape[0] * k.shape[2] * k.shape[3]
-    return [0 if src == me else plan.keys_seen(me, src).stop * row for src in range(plan.group.world)]
+    return [0 if src == me else plan.visible_keys(me, src).stop * row for src in range(plan.group.world_size)]
 
 
 def bytes_sent(s):

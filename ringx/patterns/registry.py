@@ -4,7 +4,8 @@ import importlib
 from dataclasses import dataclass
 from types import ModuleType
 
-from ..layout import LAYOUTS, name_of
+from ..checks import require_name
+from ..layout import LAYOUTS
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Algorithm:
         """(forward, backward): bytes that a rank sends in closed form, mean over ranks where they differ, as defined in
         ``ringx.comm``.  S is the global length, in equal shards (S a multiple of N, of 2N for zigzag; for other lengths
         count with ``ringx.comm.traffic``); `layout` defaults to the recommended one."""
-        layout = self.recommended_layout if layout is None else name_of(layout, LAYOUTS, "layout")
+        layout = self.recommended_layout if layout is None else require_name(layout, LAYOUTS, "layout")
         for name, value in {"B": B, "S": S, "H": H, "Hkv": Hkv, "D": D, "N": N, "itemsize": itemsize}.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"bytes: {name}={value!r} must be a positive integer.")

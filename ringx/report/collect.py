@@ -21,6 +21,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from ..measure import machine, records
 
 TABLES = {"attention": "attention", "collective": "collectives"}  # kind -> name of its table
@@ -52,7 +53,7 @@ def main(args: argparse.Namespace) -> int:
             print(f"{out / name}.parquet, .csv: {len(rows)} rows")
     if collectives:
         print(machine.write(out, collectives))
-    records.put(out / "environment.json", json.dumps(environment([r for _, r in found]), indent=1) + "\n", replace=True)
+    files.write_text(out / "environment.json", json.dumps(environment([r for _, r in found]), indent=1) + "\n", replace=True)
     more = [f"{len(broken)} broken files, named above"] if broken else []
     print("; ".join([f"{len(found)} records", *([f"{twice} copies taken once"] if twice else []), *more]))
     return 0

@@ -18,8 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..checks import DTYPES, MASKS
-from ..layout import name_of
+from ..checks import DTYPES, MASKS, require_name
 from ..measure import records
 from ..measure.bench_collectives import COLLECTIVES as _COLLECTIVES
 from ..patterns.registry import ALGORITHMS
@@ -91,7 +90,7 @@ def figure(name: str, rows: Sequence[Row]):
 
     Raises:
         ValueError: there is no such figure, or the rows lack what it needs; says what."""
-    name_of(name, [*FIGURES, *BANDWIDTH], "figure")
+    require_name(name, [*FIGURES, *BANDWIDTH], "figure")
     plt = pyplot(None)
     with plt.rc_context(RC):
         try:

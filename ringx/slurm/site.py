@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from ..layout import name_of
+from ..checks import require_name
 
 KEYS = {
     "device": "cpu, or cuda (CUDA and ROCm)",
@@ -59,7 +59,7 @@ def load(folder: Path, name: str) -> Site:
 
     Raises:
         ValueError: there is no such site, or a fact makes no sense; names it, and the line."""
-    name_of(name, names(folder), "site")
+    require_name(name, names(folder), "site")
     facts: dict[str, list[str]] = {}
     sbatch: list[str] = []
     file = Path(folder) / f"{name}.sh"

@@ -29,6 +29,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from .. import files
 from ..checks import DTYPES, integers, sift
 from ..measure import bench_attention, bench_collectives, records
 from ..merge import acc_dtype
@@ -116,7 +117,7 @@ def main(args: argparse.Namespace) -> int:
     ids: list[str] = []
     for job in jobs:
         script = args.out / "jobs" / f"{job.name}.sbatch"
-        records.put(script, scripts[job.name], replace=True)
+        files.write_text(script, scripts[job.name], replace=True)
         try:
             ids += submit(script, job.chain, after=ids[-1] if ids and job.serial else None)
         except RuntimeError as error:

@@ -25,7 +25,7 @@ def model(world: ringx.launch.World, source: str) -> tuple[torch.Tensor, list[to
     exec(source, names)
     parts = [p.grad for name in ("embed", "layer", "head") for p in names[name].parameters()]
     for x in (loss := names["loss"].detach(), *parts):
-        if world.world > 1:
+        if world.world_size > 1:
             torch.distributed.all_reduce(x)
     return loss, parts
 

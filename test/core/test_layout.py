@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from ringx.layout import LAYOUTS, Run, Sharding, Tile, clip, pack, rows_upto, tiles
+from ringx.layout import LAYOUTS, Sharding, Tile, TokenRange, clip, pack, rows_upto, tiles
 
 CASES = [(name, s, n) for name, s, n in itertools.product(LAYOUTS, (1, 2, 7, 16, 23, 48), (1, 2, 3, 4, 6, 8)) if s >= n]
 
@@ -83,12 +83,12 @@ def test_tiles_are_the_mask(name, by_keys):
     assert checked > 3000
 
 
-def sorted_runs(sharding: Sharding, some: list[int]) -> list[Run]:
+def sorted_runs(sharding: Sharding, some: list[int]) -> list[TokenRange]:
     runs = sorted((run for r in some for run in sharding.runs(r)), key=lambda r: r.start)
     return pack(runs)
 
 
-def positions(runs: list[Run]) -> list[int]:
+def positions(runs: list[TokenRange]) -> list[int]:
     return [run.start + i * run.step for run in runs for i in range(run.length)]
 
 
@@ -146,4 +146,4 @@ def test_impossible_shardings_are_refused(arguments, error, message):
 
 def test_runs_of_different_steps_are_refused():
     with pytest.raises(ValueError, match="steps 1 and 2"):
-        tiles([Run(0, 4, 0)], [Run(0, 4, 0, 2)])
+        tiles([TokenRange(0, 4, 0)], [TokenRange(0, 4, 0, 2)])

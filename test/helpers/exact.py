@@ -69,6 +69,6 @@ def main(algorithm: str) -> None:
     world = ringx.launch.init()
     cases = check(world.rank, algorithm)
     if world.rank == 0:
-        print(f"{algorithm}: {cases} cases on {world.world} ranks equal full attention in fp64")
+        print(f"{algorithm}: {cases} cases on {world.world_size} ranks equal full attention in fp64")
     ringx.launch.shutdown()
     sys.exit(0)

@@ -13,9 +13,9 @@ from helpers.paths import SCRIPT
 
 import ringx
 from ringx import kernels
-from ringx.kernels import KERNELS, Need, cut, flex, gpu, load, reference
+from ringx.kernels import KERNELS, KernelRequest, cut, flex, gpu, load, reference
 from ringx.layout import Sharding, Tile, tiles
-from ringx.merge import Partial, acc_dtype
+from ringx.merge import OnlineSoftmax, acc_dtype
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -57,10 +57,10 @@ def test_cut_refuses_a_lower_bound_for_kernels_without_windows():
 
 
 def flow(name, q, k, v, dout, tiles_, scale, deterministic=False):
-    """out, lse, dq, dk, dv by way of ``cut``, ``Partial`` and the backward with the global out and lse, as algorithms do it."""
+    """out, lse, dq, dk, dv by way of ``cut``, ``OnlineSoftmax`` and the backward with the global out and lse, as algorithms do it."""
     kernel = load(name)
     pieces = [piece for tile in tiles_ for piece in cut(tile, kernel.causal)]
-    acc = Partial(q)
+    acc = OnlineSoftmax(q)
     for t in pieces:
         out, lse = kernel.fwd(q[:, t.q], k[:, t.k], v[:, t.k], band=(t.lo, t.hi), scale=scale)
         assert out.shape == q[:, t.q].shape and out.dtype == q.dtype
@@ -205,7 +205,7 @@ def test_cudnn_does_a_single_key_by_the_definition():
 
 
 def test_an_algorithm_through_a_stand_in(monkeypatch):
-    monkeypatch.setattr(load("flash2"), "refuses", lambda need: None)
+    monkeypatch.setattr(load("flash2"), "unsupported_reason", lambda need: None)
     p = problem(24)
     want = full_attention(p, causal=True)
 
@@ -282,8 +282,8 @@ def test_flex_backward_algebra(monkeypatch):
 
 
 def test_flex_refuses_to_train_on_cpu():
-    assert "inference" in flex.refuses(Need(CPU, torch.float32, 64))
-    assert flex.refuses(Need(CPU, torch.float32, 64, grad=False)) is None
+    assert "inference" in flex.unsupported_reason(KernelRequest(CPU, torch.float32, 64))
+    assert flex.unsupported_reason(KernelRequest(CPU, torch.float32, 64, grad=False)) is None
     q = torch.randn(1, 8, 2, 16, requires_grad=True)
     with pytest.raises(NotImplementedError, match=r"flex.*inference"):
         ringx.attention(q, q, q, kernel="flex")
@@ -308,7 +308,7 @@ def machine(monkeypatch):
 
 
 def need(**changes):
-    return Need(GPU, torch.bfloat16, 64, 8, 2)._replace(**changes)
+    return KernelRequest(GPU, torch.bfloat16, 64, 8, 2)._replace(**changes)
 
 
 ABSENT = set(KERNELS) - {"cpu", "reference", "flex"}
@@ -316,7 +316,7 @@ ABSENT = set(KERNELS) - {"cpu", "reference", "flex"}
 
 @pytest.mark.parametrize("name", sorted(ABSENT))
 def test_gpu_kernels_say_that_these_tensors_are_on_the_cpu(name):
-    assert "on GPUs" in kernels.why_not(name, need(device=CPU))
+    assert "on GPUs" in kernels.unsupported_reason(name, need(device=CPU))
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def test_gpu_kernels_say_that_these_tensors_are_on_the_cpu(name):
 )
 def test_reasons_on_nvidia(machine, name, found, changes, reason):
     machine(found)
-    assert reason in kernels.why_not(name, need(**changes))
+    assert reason in kernels.unsupported_reason(name, need(**changes))
 
 
 @pytest.mark.parametrize(
@@ -357,23 +357,23 @@ def test_reasons_on_nvidia(machine, name, found, changes, reason):
 )
 def test_reasons_on_rocm(machine, name, changes, reason):
     machine(hip="6.4")
-    assert reason in kernels.why_not(name, need(**changes))
+    assert reason in kernels.unsupported_reason(name, need(**changes))
 
 
 @pytest.mark.parametrize(("name", "found"), [("flash2", (9, 0)), ("flash3", (9, 0)), ("flash4", (9, 0)), ("aiter", None)])
 def test_a_package_that_is_not_installed(machine, monkeypatch, name, found):
     machine(found, hip=None if found else "6.4")
     monkeypatch.setattr(gpu, "_import", lambda module: "is not installed (no module x)")
-    assert "not installed" in kernels.why_not(name, need())
+    assert "not installed" in kernels.unsupported_reason(name, need())
 
 
 def test_a_package_version_that_we_do_not_know_is_refused(machine, monkeypatch):
     machine((9, 0))
     odd = standins._modules("flash_attn.flash_attn_interface")["flash_attn.flash_attn_interface"]
     monkeypatch.setattr(gpu, "_import", lambda module: odd)
-    assert "has no flash_attn.flash_attn_interface._flash_attn_forward" in kernels.why_not("flash2", need())
+    assert "has no flash_attn.flash_attn_interface._flash_attn_forward" in kernels.unsupported_reason("flash2", need())
     odd._flash_attn_forward = lambda q, k, v, softmax_scale, is_causal: None
-    assert "no argument causal, window_size|window_size_left" in kernels.why_not("flash2", need())
+    assert "no argument causal, window_size|window_size_left" in kernels.unsupported_reason("flash2", need())
     with pytest.raises(NotImplementedError, match="no argument causal"):
         x = torch.zeros(1, 8, 1, 8)
         load("flash2").fwd(x, x, x, band=(None, None), scale=1.0)
@@ -381,7 +381,7 @@ def test_a_package_version_that_we_do_not_know_is_refused(machine, monkeypatch):
 
 def test_auto_on_cpu_takes_the_cpu_kernel():
     for grad, dtype in itertools.product((True, False), (torch.float64, torch.float32, torch.bfloat16)):
-        assert kernels.choose("auto", Need(CPU, dtype, 40, grad=grad)) == "cpu"
+        assert kernels.choose("auto", KernelRequest(CPU, dtype, 40, grad=grad)) == "cpu"
 
 
 def test_auto_takes_the_first_of_the_table_that_can(machine, monkeypatch):
@@ -404,12 +404,12 @@ def test_auto_takes_the_first_of_the_table_that_can(machine, monkeypatch):
 
 def test_a_named_kernel_that_cannot_raises_with_its_reason():
     with pytest.raises(NotImplementedError, match=r"kernel='flash2' cannot do this: it runs on GPUs.*ringx info"):
-        kernels.choose("flash2", Need(CPU, torch.float32, 64))
+        kernels.choose("flash2", KernelRequest(CPU, torch.float32, 64))
 
 
 def test_an_unknown_kernel_raises_with_the_nearest_name():
     with pytest.raises(ValueError, match=r"'sdpa_flsh' is unknown\. Did you mean 'sdpa_flash'"):
-        kernels.choose("sdpa_flsh", Need(CPU, torch.float32, 64))
+        kernels.choose("sdpa_flsh", KernelRequest(CPU, torch.float32, 64))
 
 
 @pytest.mark.parametrize("name", ["reference", "cpu"])
@@ -424,7 +424,7 @@ def test_every_kernel_of_the_table_keeps_the_protocol():
     for name in KERNELS:
         kernel = load(name)
         assert kernel.causal in ("any", "top-left", "bottom-right", "square")
-        assert callable(kernel.refuses) and callable(kernel.fwd) and callable(kernel.bwd)
+        assert callable(kernel.unsupported_reason) and callable(kernel.fwd) and callable(kernel.bwd)
 
 
 # ---- script/gpu_check.py

@@ -408,7 +408,7 @@ def test_both_habits_bind_the_right_gpu(monkeypatch, visible, local_rank, want):
     """The scheduler shows each rank one GPU, or all of them: rank 3 of 4 takes the only one, or the fourth."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
-    assert launch.bind("auto", local_rank, 4, "srun") == torch.device("cuda", want)
+    assert launch.bind_device("auto", local_rank, 4, "srun") == torch.device("cuda", want)
 
 
 def decide_refused(world, path):

@@ -25,7 +25,7 @@ def place(rank: int, shape: Shape) -> dict[str, int]:
 @pytest.mark.parametrize("sizes, replicate", [((2, 2, 2), 1), ((2, 1, 4), 2), ((3, 2, 1), 1), ((1, 2, 3), 3)])
 def test_groups_are_those_counted_by_hand(sizes, replicate, order):
     shape = Shape(*sizes, replicate=replicate, order=order)
-    places = [place(r, shape) for r in range(shape.world)]
+    places = [place(r, shape) for r in range(shape.world_size)]
 
     def rank(r):
         mesh = Mesh.make(shape)
@@ -36,7 +36,7 @@ def test_groups_are_those_counted_by_hand(sizes, replicate, order):
         return (mesh.cp_rank, mesh.tp_rank, mesh.dp_rank), ranks(mesh.cp), ranks(tp), ranks(mesh.data), ranks(shards.get_group())
 
     per = shape.dp // replicate
-    for r, (at, cp, tp, data, shards) in enumerate(run(shape.world, rank)):
+    for r, (at, cp, tp, data, shards) in enumerate(run(shape.world_size, rank)):
         me = places[r]
         assert at == (me["cp"], me["tp"], me["dp"])
 

@@ -39,17 +39,17 @@ BENCH = [
 def test_one_rank_is_told_and_all_stop_at_the_same_place(monkeypatch):
     """Ranks are threads; the signal's handler is called on one of them between two meetings."""
     world = 3
-    watches = [type("OneRank", (stopping.Watch,), {"told": None})() for _ in range(world)]
+    watches = [type("OneRank", (stopping.Watch,), {"stop_signal": None})() for _ in range(world)]
 
     def rank_main(rank):
         me = launch.World(rank, world, rank, world, torch.device("cpu"), "gloo", "threads", "", 0)
         for place in range(5):
             try:
-                watches[rank].meet(me)
+                watches[rank].barrier_or_stop(me)
             except stopping.Stopped:
                 return place
             if (rank, place) == (1, 2):
-                type(watches[rank]).told = "SIGUSR1"
+                type(watches[rank]).stop_signal = "SIGUSR1"
         return None
 
     assert ranks.run(world, rank_main) == [3, 3, 3]
@@ -59,7 +59,7 @@ def test_a_rank_that_does_not_come_is_named_as_in_any_other_collective():
     def rank_main(rank):
         me = launch.World(rank, 2, rank, 2, torch.device("cpu"), "gloo", "threads", "", 0)
         if rank == 0:
-            stopping.Watch().meet(me)
+            stopping.Watch().barrier_or_stop(me)
 
     error = ranks.attempt(2, rank_main, timeout=1)[0]
     assert isinstance(error, PeerError) and "the meeting of all ranks" in str(error) and "failed on rank 0 of 2" in str(error)
@@ -68,11 +68,11 @@ def test_a_rank_that_does_not_come_is_named_as_in_any_other_collective():
 def test_signals_are_left_alone_outside():
     program = (
         "import os,signal\nfrom ringx.launch.stopping import Watch\n"
-        "with Watch() as w: assert w.told is None\n"
+        "with Watch() as w: assert w.stop_signal is None\n"
         "assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL\n"
-        "with Watch() as w:\n    os.kill(os.getpid(), signal.SIGUSR1); os.kill(os.getpid(), signal.SIGUSR1); print(w.told)\n"
+        "with Watch() as w:\n    os.kill(os.getpid(), signal.SIGUSR1); os.kill(os.getpid(), signal.SIGUSR1); print(w.stop_signal)\n"
         "os.kill(os.getpid(), signal.SIGUSR1); print('still here')\n"  # the batch script repeats it until the end
-        "with Watch() as w:\n    print(w.told)\n    with w.at_once(False): print('goes on')\n"
+        "with Watch() as w:\n    print(w.stop_signal)\n    with w.at_once(False): print('goes on')\n"
         "    try:\n        with w.at_once(True): print('waits')\n    except KeyboardInterrupt: print('does not wait')\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)

@@ -148,7 +148,7 @@ def test_told_to_stop_it_keeps_what_is_complete(on_threads, tmp_path, monkeypatc
 
     def until_told(world, case, *rest):
         if case.collective == "reduce":
-            monkeypatch.setattr(stopping, "_told", "SIGUSR1")
+            monkeypatch.setattr(stopping, "_received", "SIGUSR1")
         return real(world, case, *rest)
 
     monkeypatch.setattr(bench_collectives, "measure_collective", until_told)
@@ -158,7 +158,7 @@ def test_told_to_stop_it_keeps_what_is_complete(on_threads, tmp_path, monkeypatc
 
 
 def test_told_before_anything_is_complete_it_does_not_ask_to_come_again(on_threads, tmp_path, monkeypatch):
-    monkeypatch.setattr(stopping, "_told", "SIGUSR1")
+    monkeypatch.setattr(stopping, "_received", "SIGUSR1")
     assert bench_collectives.main(options(tmp_path)) == 1
 
 

@@ -27,12 +27,12 @@ if __name__ == "__main__":
         assert ringx.launch.init() == world
         assert ringx.launch.run(lambda w: w.rank, None) == [world.rank]
     here = f"{world.local_rank}/{world.local_world} {world.address} {world.port} {world.backend}"
-    sys.stdout.write(f"ok {world.launcher} {world.rank}/{world.world} {here} threads {torch.get_num_threads()}\n")
+    sys.stdout.write(f"ok {world.launcher} {world.rank}/{world.world_size} {here} threads {torch.get_num_threads()}\n")
     sys.stdout.flush()
     if "--with-mpi" in sys.argv:
         from mpi4py import MPI
 
-        assert (MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size) == (world.rank, world.world)
+        assert (MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size) == (world.rank, world.world_size)
         sys.stdout.write(f"MPI agrees: {MPI.Get_library_version().splitlines()[0][:40]}\n")
     if "--raise" in sys.argv and world.rank == 1:
         raise ZeroDivisionError("on rank 1, with a collective under way")

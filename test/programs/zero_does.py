@@ -28,7 +28,7 @@ def begin(shape: Shape, engine: str, model=None, **train):
 def train(world, shape: Shape, engine: str, model=None, first=0, steps=20, load=None, save=None, **changed):
     """[(loss, gradient norm, loss after the step) of each step], {name: value} of what a checkpoint would hold."""
     config, mesh, attend, e = begin(shape, engine, model, **changed)
-    c, peers = config.train, world if world.world > 1 else None
+    c, peers = config.train, world if world.world_size > 1 else None
     if load:
         with Checkpoints(load, peers) as checkpoints:
             state = e.state()
@@ -75,7 +75,7 @@ def held(state) -> dict[str, torch.Tensor]:
 
 def newborn(world, engine: str, dtype: str):
     """Are the first masters those of the seed, to the bit?  What does a gradient of NaN do?"""
-    config, mesh, _, e = begin(Shape(cp=world.world), engine, dtype=dtype)
+    config, mesh, _, e = begin(Shape(cp=world.world_size), engine, dtype=dtype)
     before = held(e.state())
     right = all(
         torch.equal(before[name], first_weight(name, before[name].shape, config.model, config.train.seed))
@@ -83,7 +83,7 @@ def newborn(world, engine: str, dtype: str):
         and not before[f"{name} exp_avg"].any()
         for name, _ in e.module.named_parameters()
     )
-    tokens = torch.zeros(1, config.train.seqlen // world.world, dtype=torch.long)
+    tokens = torch.zeros(1, config.train.seqlen // world.world_size, dtype=torch.long)
     positions = ringx.positions(config.train.seqlen, group=mesh.cp)
     with e.accumulate(last=True):
         e.backward(e(tokens, positions, tokens) * float("nan"))

@@ -68,9 +68,9 @@ def test_setup_dist_vars_says_what_ringx_would(nodes):
         want = environ.read(slurm)
         got = dict(zip(names, done.stdout.splitlines(), strict=True))
         assert (int(got["RANK"]), int(got["LOCAL_RANK"])) == (want.rank, want.local_rank), done.stderr
-        assert (int(got["WORLD_SIZE"]), int(got["LOCAL_WORLD_SIZE"])) == (want.world, want.local_world)
+        assert (int(got["WORLD_SIZE"]), int(got["LOCAL_WORLD_SIZE"])) == (want.world_size, want.local_world)
         assert int(got["MASTER_PORT"]) == want.port and got["MASTER_ADDR"] == hosts[0]
-        assert environ.read(slurm | got).world == want.world  # and ringx accepts what the script has set
+        assert environ.read(slurm | got).world == want.world_size  # and ringx accepts what the script has set
 
 
 def test_setup_dist_vars_keeps_what_is_set_and_refuses_other_shells():

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from ringx.layout import name_of
+from ringx.checks import require_name
 
 from ..scores import damped_anomaly
 from .dataset import Fields, Split, expect_finite
@@ -75,7 +75,7 @@ class Samples:
         self._steps = lead_steps(fields, self.leads)
         self.history = tuple(int(hours) for hours in history)
         self._back = lead_steps(fields, self.history, "history") if history else []
-        self.base = name_of(base, BASES, "base")
+        self.base = require_name(base, BASES, "base")
         at = [statistics.lead_index(lead) for lead in self.leads]
         sizes = {"none": np.broadcast_to(statistics.std, statistics.std_change.shape), "persistence": statistics.std_change}
         self.scale = sizes.get(self.base, statistics.std_damped)[at]  # [L, C]

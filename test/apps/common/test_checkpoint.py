@@ -152,7 +152,7 @@ def four_ranks(world, folder):
         unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
         if world.rank == 2:
             resource.setrlimit(resource.RLIMIT_FSIZE, (10, unlimited[1]))
-        big = {str(r): torch.ones(1000) for r in range(world.world)}  # each rank writes one
+        big = {str(r): torch.ones(1000) for r in range(world.world_size)}  # each rank writes one
         began = time.monotonic()
         c.save(40, big, {})
         why = message(lambda: c.save(50, big, {}))

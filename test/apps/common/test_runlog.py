@@ -20,7 +20,14 @@ import torch
 from helpers.paths import ROOT
 
 from apps.common import log, plot
-from apps.common.log import Metrics, expect_loggers, progress, read_metrics, read_sessions, write_header
+from apps.common.log import (
+    Metrics,
+    expect_loggers,
+    progress,
+    read_metrics,
+    read_sessions,
+    write_header,
+)
 from apps.common.schedule import SCHEDULES, rate, warmup_cosine, wsd
 
 

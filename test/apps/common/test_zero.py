@@ -31,7 +31,7 @@ def imports(monkeypatch):
 
 
 def on(shape, engine, *args, **changed):
-    return ringx.launch.run(partial(zero_does.train, shape=shape, engine=engine, **changed), shape.world, *args)
+    return ringx.launch.run(partial(zero_does.train, shape=shape, engine=engine, **changed), shape.world_size, *args)
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ def trained(shape: Shape, c: Config, tokens, **how):
         train(c, tokens, mesh, engine, attend, on_step=records.append, **how)
         return records, {n: p.detach() for n, p in whole(engine.module)}
 
-    return run(shape.world, rank, timeout=60)
+    return run(shape.world_size, rank, timeout=60)
 
 
 def whole(model):
@@ -187,7 +187,7 @@ def test_gradient_of_every_parameter_equals_plain_sdpa(shape, tied, tokens):
             engine.backward(engine(mine[0], where, mine[1]) / (labels != -100).sum())
         return {n: getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for n, p in engine.module.named_parameters()}
 
-    for got in run(shape.world, rank):
+    for got in run(shape.world_size, rank):
         assert got.keys() == want.keys()
         for name, g in want.items():
             torch.testing.assert_close(got[name], g, rtol=1e-9, atol=1e-13, msg=name)

@@ -21,7 +21,15 @@ from apps.common.checkpoint import Checkpoints
 from apps.common.weights import CheckpointWeights
 from apps.gpt import convert
 from apps.gpt.config import Config, ModelConfig, TrainConfig
-from apps.gpt.huggingface import Weights, model_config, open_model, open_tokenizer, save, shapes, weights_for
+from apps.gpt.huggingface import (
+    Weights,
+    model_config,
+    open_model,
+    open_tokenizer,
+    save,
+    shapes,
+    weights_for,
+)
 from apps.gpt.parallel import Attend, build
 from ringx.launch.mesh import Mesh, Shape
 

@@ -92,7 +92,7 @@ def trained(shape: Shape, c: Config, data, **how):
         parts = {n: (p.to_local() if hasattr(p, "to_local") else p).detach().clone() for n, p in named}
         return records, whole, parts, (mesh.cp_rank, mesh.tp_rank, mesh.dp_rank)
 
-    return run(shape.world, rank, timeout=120)
+    return run(shape.world_size, rank, timeout=120)
 
 
 def alone(c: Config, data, **how):

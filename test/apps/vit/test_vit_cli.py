@@ -195,7 +195,7 @@ def test_configurations_by_name(name, capsys):
     assert (shape.cp, shape.tp, shape.dp) == (c.mesh.cp, c.mesh.tp, 1)
     assert main([*args, "--layers", "1"]) == 0
     said = capsys.readouterr().out
-    assert f"{name}: " in said and f"on {shape.world} ranks (fsdp)" in said and "peak, of which" in said
+    assert f"{name}: " in said and f"on {shape.world_size} ranks (fsdp)" in said and "peak, of which" in said
     remote = next(line for line in said.splitlines() if "of other ranks' blocks" in line).split()
     assert (float(remote[0]) > 0) == (shape.cp > 1)
 

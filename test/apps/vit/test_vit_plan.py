@@ -72,9 +72,9 @@ def measure(rank: int, c: Config, shape: Shape) -> tuple[int, float, float]:
 
 
 def measured(c: Config, shape: Shape) -> list[tuple[int, float, float]]:
-    if shape.world == 1:
+    if shape.world_size == 1:
         return [measure(0, c, shape)]
-    return run(shape.world, measure, c, shape)
+    return run(shape.world_size, measure, c, shape)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_bytes_equal_closed_forms(algorithm):
         assert sum(got) / 4 == pytest.approx(want)
 
     # the block is gathered in the forward and again in the backward; the rest of the model stays gathered in between
-    total, n = parameters(model).total, shape.world
+    total, n = parameters(model).total, shape.world_size
     block = 4 * (128**2 + 128) + 2 * 128 * 384 + 384 + 128 + 2 * 2 * 128
     for p in plans:
         assert p.sent["parameters"] == {"all_gather": (total + block) * 4 * (n - 1) / n}
