@@ -6,18 +6,37 @@ from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 version = next(
-    line.split('"')[1] for line in (here / "ringx/__init__.py").read_text().splitlines() if line.startswith("__version__")
+    line.split('"')[1]
+    for line in (here / "ringx/__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
 )
 
 extras = {
     "plot": ["matplotlib>=3.7", "pandas>=2", "pyarrow>=14"],
     # what the trainers need; Weights & Biases and DeepSpeed only where they are asked for by name
     "apps": [
-        *("pyyaml>=6", "tokenizers>=0.20", "safetensors>=0.4", "huggingface_hub>=0.24", "pyarrow>=14", "tensorboard>=2.15"),
-        *("xarray>=2024.10", "netCDF4>=1.6", "scipy>=1.11", "h5py>=3.10", "zarr>=2.17"),  # gridded fields
+        *(
+            "pyyaml>=6",
+            "tokenizers>=0.20",
+            "safetensors>=0.4",
+            "huggingface_hub>=0.24",
+            "pyarrow>=14",
+            "tensorboard>=2.15",
+        ),
+        *(
+            "xarray>=2024.10",
+            "netCDF4>=1.6",
+            "scipy>=1.11",
+            "h5py>=3.10",
+            "zarr>=2.17",
+        ),  # gridded fields
     ],
-    "zero": ["deepspeed==0.19.*"],  # --dp-engine zero1..3; parts of it that it does not document are used
-    "hpc": ["mpi4py>=4"],  # NVIDIA/ROCm apex is built from source and detected at run time: PyPI's apex is another project
+    "zero": [
+        "deepspeed==0.19.*"
+    ],  # --dp-engine zero1..3; parts of it that it does not document are used
+    "hpc": [
+        "mpi4py>=4"
+    ],  # NVIDIA/ROCm apex is built from source and detected at run time: PyPI's apex is another project
     # transformers: an independent Llama to compare with; mpich: a real mpiexec for the launch tests
     # nbclient, nbformat, ipykernel: the notebooks in results/ are executed
     "dev": [

@@ -12,4 +12,14 @@ from .patterns.registry import Algorithm, algorithms
 from .sharding import positions, shard, unshard
 
 __version__ = "0.1.0"
-__all__ = ["Algorithm", "Sharding", "algorithms", "attention", "comm", "launch", "positions", "shard", "unshard"]
+__all__ = [
+    "Algorithm",
+    "Sharding",
+    "algorithms",
+    "attention",
+    "comm",
+    "launch",
+    "positions",
+    "shard",
+    "unshard",
+]

@@ -69,7 +69,9 @@ def attention(
     plan: Plan | None = None
     error: Exception | None = None
     try:
-        plan = Plan.make(q, k, v, peers, algorithm, causal, layout, scale, kernel, overlap, deterministic)
+        plan = Plan.make(
+            q, k, v, peers, algorithm, causal, layout, scale, kernel, overlap, deterministic
+        )
         for name, flag in (("check", check), ("return_lse", return_lse)):
             _expect_bool(name, flag)
     except (TypeError, ValueError, NotImplementedError) as e:
@@ -97,13 +99,27 @@ class Plan:
     deterministic: bool
 
     @classmethod
-    def make(cls, q, k, v, group: Group, algorithm, causal, layout, scale, kernel, overlap, deterministic) -> "Plan":
+    def make(
+        cls, q, k, v, group: Group, algorithm, causal, layout, scale, kernel, overlap, deterministic
+    ) -> "Plan":
         """Checks every argument; whatever is not supported is refused here."""
         _check_tensors(q, k, v)
-        for name, flag in (("causal", causal), ("overlap", overlap), ("deterministic", deterministic)):
+        for name, flag in (
+            ("causal", causal),
+            ("overlap", overlap),
+            ("deterministic", deterministic),
+        ):
             _expect_bool(name, flag)
         require_name(algorithm, ALGORITHMS, "algorithm")
-        need = kernels.KernelRequest(q.device, q.dtype, q.shape[3], q.shape[2], k.shape[2], _wants_grad(q, k, v), deterministic)
+        need = kernels.KernelRequest(
+            q.device,
+            q.dtype,
+            q.shape[3],
+            q.shape[2],
+            k.shape[2],
+            _wants_grad(q, k, v),
+            deterministic,
+        )
         return cls(
             algorithm,
             group,
@@ -145,7 +161,9 @@ class Plan:
     def visible_keys(self, src: int, by: int) -> slice:
         """Local rows of src's keys that some query of rank `by` sees."""
         runs = self.runs(src)
-        return slice(0, rows_upto(runs, self.runs(by)[-1].last) if self.causal else self.sharding.size(src))
+        return slice(
+            0, rows_upto(runs, self.runs(by)[-1].last) if self.causal else self.sharding.size(src)
+        )
 
     def keys_to_send(self, src: int) -> slice:
         """Local rows of src's keys that some other rank sees: only these are worth sending."""
@@ -164,24 +182,36 @@ class Plan:
 
     def _pieces(self, q_runs, k_runs, by_keys):
         window = (None, 0 if self.causal else None)
-        return [p for t in tiles(q_runs, k_runs, window=window, by_keys=by_keys) for p in kernels.cut(t, self._kernel.causal)]
+        return [
+            p
+            for t in tiles(q_runs, k_runs, window=window, by_keys=by_keys)
+            for p in kernels.cut(t, self._kernel.causal)
+        ]
 
     @property
     def _kernel(self) -> kernels.Kernel:
         return kernels.load(self.kernel)
 
-    def attend(self, acc: OnlineSoftmax, q, k, v, q_runs: list[TokenRange], k_runs: list[TokenRange]) -> OnlineSoftmax:
+    def attend(
+        self, acc: OnlineSoftmax, q, k, v, q_runs: list[TokenRange], k_runs: list[TokenRange]
+    ) -> OnlineSoftmax:
         """Merge attention of q [B, Sq, H, D] over k and v [B, Sk, Hkv, D] into acc; the runs say which tokens the rows are."""
         for t in self._pieces(q_runs, k_runs, by_keys=False):
             with record_function(f"{self.algorithm} forward: attend"):
-                out, lse = self._kernel.fwd(q[:, t.q], k[:, t.k], v[:, t.k], band=(t.lo, t.hi), scale=self.scale)
+                out, lse = self._kernel.fwd(
+                    q[:, t.q], k[:, t.k], v[:, t.k], band=(t.lo, t.hi), scale=self.scale
+                )
                 acc.add(out, lse, t.q)
         return acc
 
-    def attend_backward(self, dq, dout, q, k, v, out, lse, q_runs: list[TokenRange], k_runs: list[TokenRange]):
+    def attend_backward(
+        self, dq, dout, q, k, v, out, lse, q_runs: list[TokenRange], k_runs: list[TokenRange]
+    ):
         """Adds to dq (accumulator dtype); returns dk, dv like k, v (in the accumulator dtype where several pieces add up)."""
         pieces = self._pieces(q_runs, k_runs, by_keys=True)
-        once = all(a.k.stop <= b.k.start for a, b in itertools.pairwise(pieces))  # no key's gradient is a sum of pieces
+        once = all(
+            a.k.stop <= b.k.start for a, b in itertools.pairwise(pieces)
+        )  # no key's gradient is a sum of pieces
         dkv: list[torch.Tensor] = []
         for t in pieces:
             with record_function(f"{self.algorithm} backward: attend"):
@@ -192,7 +222,10 @@ class Plan:
             dq[:, t.q] += part_q
             if len(pieces) == 1 and part_kv[0].shape == k.shape:
                 return part_kv
-            dkv = dkv or [torch.zeros(k.shape, dtype=k.dtype if once else acc_dtype(k.dtype), device=k.device) for _ in range(2)]
+            dkv = dkv or [
+                torch.zeros(k.shape, dtype=k.dtype if once else acc_dtype(k.dtype), device=k.device)
+                for _ in range(2)
+            ]
             for grad, part in zip(dkv, part_kv, strict=True):
                 grad[:, t.k] += part
         return dkv or [torch.zeros(k.shape, dtype=k.dtype, device=k.device) for _ in range(2)]
@@ -200,7 +233,10 @@ class Plan:
     def attend_own_backward(self, part: int, dq, dkv, dout, q, k, v, out, lse) -> None:
         """The own block's share of dq and dkv [2, B, S, Hkv, D], for one half of the heads: part 0 is to hide the first block's
         arrival, part 1 the last gradients' way home (without overlap, or with one kv head, part 0 is all)."""
-        heads, late = k.shape[2], k.shape[2] // 2 if self.overlap and self.group.world_size > 1 else 0
+        heads, late = (
+            k.shape[2],
+            k.shape[2] // 2 if self.overlap and self.group.world_size > 1 else 0,
+        )
         first, last = (0, heads - late) if part == 0 else (heads - late, heads)
         if first == last:
             return
@@ -208,7 +244,9 @@ class Plan:
         kh, qh = slice(first, last), slice(first * group, last * group)
         dq, dout, q, out = (x[:, :, qh] for x in (dq, dout, q, out))
         k, v, lse = k[:, :, kh], v[:, :, kh], lse[:, qh]
-        dkv[0, :, :, kh], dkv[1, :, :, kh] = self.attend_backward(dq, dout, q, k, v, out, lse, self.mine, self.mine)
+        dkv[0, :, :, kh], dkv[1, :, :, kh] = self.attend_backward(
+            dq, dout, q, k, v, out, lse, self.mine, self.mine
+        )
 
 
 # The forward is one operator of the dispatcher, so that selective activation checkpointing can keep its result instead of
@@ -218,7 +256,9 @@ _library.define("attention(Tensor q, Tensor k, Tensor v, int plan) -> (Tensor, T
 _plans: dict[int, Plan] = {}
 
 
-def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     plan = _plans[key]
     with phase(plan.algorithm, "forward"):
         out, lse = pattern(plan.algorithm).forward(q, k, v, plan)
@@ -226,7 +266,9 @@ def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key: int) -> t
 
 
 def _attention_shapes(q, k, v, key):
-    return torch.empty_like(q), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=acc_dtype(q.dtype))
+    return torch.empty_like(q), q.new_empty(
+        (q.shape[0], q.shape[2], q.shape[1]), dtype=acc_dtype(q.dtype)
+    )
 
 
 _library.impl("attention", _attention, "CompositeExplicitAutograd")
@@ -281,14 +323,22 @@ def _check_tensors(q, k, v) -> None:
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, not {type(x).__name__}.")
         if x.dim() != 4:
-            raise ValueError(f"{name} has {x.dim()} dimensions (shape {tuple(x.shape)}); it must be [B, S_local, heads, D].")
+            raise ValueError(
+                f"{name} has {x.dim()} dimensions (shape {tuple(x.shape)}); it must be [B, S_local, heads, D]."
+            )
         if x.dtype not in DTYPES:
-            raise TypeError(f"{name}.dtype={x.dtype} is not supported; use {', '.join(str(d) for d in DTYPES)}.")
+            raise TypeError(
+                f"{name}.dtype={x.dtype} is not supported; use {', '.join(str(d) for d in DTYPES)}."
+            )
         if 0 in x.shape:
-            raise ValueError(f"{name} has an empty dimension (shape {tuple(x.shape)}); every dimension must be at least 1.")
+            raise ValueError(
+                f"{name} has an empty dimension (shape {tuple(x.shape)}); every dimension must be at least 1."
+            )
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
-            raise TypeError(f"{name}.dtype={x.dtype} differs from q.dtype={q.dtype}; convert one of them.")
+            raise TypeError(
+                f"{name}.dtype={x.dtype} differs from q.dtype={q.dtype}; convert one of them."
+            )
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, q on {q.device}; move them to one device.")
         for dim, what in ((0, "batch size"), (1, "local sequence length"), (3, "head size")):
@@ -297,9 +347,13 @@ def _check_tensors(q, k, v) -> None:
                     f"{name} has {what} {x.shape[dim]}, q has {q.shape[dim]} ({name}: {tuple(x.shape)}, q: {tuple(q.shape)})."
                 )
     if k.shape[2] != v.shape[2]:
-        raise ValueError(f"k has {k.shape[2]} heads, v has {v.shape[2]}; they must have equally many.")
+        raise ValueError(
+            f"k has {k.shape[2]} heads, v has {v.shape[2]}; they must have equally many."
+        )
     if q.shape[2] % k.shape[2]:
-        raise ValueError(f"q has {q.shape[2]} heads, no multiple of the {k.shape[2]} heads of k and v.")
+        raise ValueError(
+            f"q has {q.shape[2]} heads, no multiple of the {k.shape[2]} heads of k and v."
+        )
 
 
 def _check_scale(scale, d: int) -> float:

@@ -7,7 +7,12 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 MASKS = {"causal": "a token sees itself and those before", "full": "every token sees all"}
 
 
@@ -26,7 +31,9 @@ def integers(text: str) -> list[int]:
     try:
         values = [int(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no comma-separated list of integers, such as 1,2,4") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no comma-separated list of integers, such as 1,2,4"
+        ) from None
     if min(values) < 1:
         raise argparse.ArgumentTypeError(f"{min(values)} is less than 1")
     return list(dict.fromkeys(values))
@@ -39,7 +46,9 @@ def choices(known: Iterable[str]) -> Callable[[str], list[str]]:
         if text == "all":
             return list(known)
         try:
-            return list(dict.fromkeys(require_name(part.strip(), known, "name") for part in text.split(",")))
+            return list(
+                dict.fromkeys(require_name(part.strip(), known, "name") for part in text.split(","))
+            )
         except ValueError as e:
             raise argparse.ArgumentTypeError(str(e)) from None
 

@@ -30,7 +30,9 @@ def check_consistency(group: Group, mine: dict[str, object], error: Exception | 
 
 def _gather(words: torch.Tensor, group: Group) -> torch.Tensor:
     out = words.new_empty((group.world_size, SIZE))
-    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
+    gather = getattr(
+        dist, "all_gather_single", dist.all_gather_into_tensor
+    )  # renamed in torch 2.13
     pg = cpu_group(group)
     return Pending(
         group,
@@ -47,8 +49,13 @@ def cpu_group(group: Group) -> dist.ProcessGroup:
     if torch.device("cpu") in pg._device_types:
         return pg
     known = _companions.get(id(pg))
-    if known is None or known[0] is not pg:  # untested on nccl/rccl: no GPU was at hand when this was written
-        known = (pg, dist.new_group(list(group.ranks), backend="gloo", use_local_synchronization=True))
+    if (
+        known is None or known[0] is not pg
+    ):  # untested on nccl/rccl: no GPU was at hand when this was written
+        known = (
+            pg,
+            dist.new_group(list(group.ranks), backend="gloo", use_local_synchronization=True),
+        )
         _companions[id(pg)] = known
     return known[1]
 
@@ -61,7 +68,9 @@ def _explain(group: Group, rows: list[bytes]) -> None:
         except ValueError:  # an error message cut at SIZE
             said.append({"error": row.decode(errors="replace").strip()})
         if "error" in said[-1]:
-            raise Disagreement(f"rank {rank} of the group (global rank {group.ranks[rank]}) refused this call: {said[-1]['error']}")
+            raise Disagreement(
+                f"rank {rank} of the group (global rank {group.ranks[rank]}) refused this call: {said[-1]['error']}"
+            )
     for what, value in said[group.rank].items():
         for rank, other in enumerate(said):
             if other.get(what) != value:

@@ -48,7 +48,9 @@ def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
     try:
         aside.mkdir(parents=True)
     except FileExistsError:
-        raise FileExistsError(f"{aside} is there, of a process that is writing or was killed; delete it.") from None
+        raise FileExistsError(
+            f"{aside} is there, of a process that is writing or was killed; delete it."
+        ) from None
     try:
         fill(aside)
         aside.rename(path)  # over nothing or an empty folder, never over files

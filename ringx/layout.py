@@ -54,7 +54,9 @@ class Tile(NamedTuple):
 def _below(m: int, n: int, h: int) -> int:
     """How many of the m x n pairs (i, j) have j - i <= h."""
     first = min(max(0, -h), m)  # rows before see nothing
-    full = min(max(first, n - 1 - h), m)  # rows from here see all n keys, the rows between one more each
+    full = min(
+        max(first, n - 1 - h), m
+    )  # rows from here see all n keys, the rows between one more each
     banded = full - first
     return banded * (first + h + 1) + banded * (banded - 1) // 2 + (m - full) * n
 
@@ -78,7 +80,9 @@ class Sharding:
         for what in ("seqlen", "world"):
             value = getattr(self, what)
             if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"Sharding: {what}={value!r} must be an integer, not {type(value).__name__}.")
+                raise TypeError(
+                    f"Sharding: {what}={value!r} must be an integer, not {type(value).__name__}."
+                )
             if value < 1:
                 raise ValueError(f"Sharding: {what}={value} must be at least 1.")
         require_name(self.layout, LAYOUTS, "layout")
@@ -103,13 +107,18 @@ class Sharding:
     def runs(self, rank: int) -> list[TokenRange]:
         """The runs of global positions that `rank` holds, in the order of its local rows (ascending positions)."""
         if not 0 <= rank < self.world:
-            raise ValueError(f"Sharding: rank={rank} is not one of the {self.world} ranks 0..{self.world - 1}.")
+            raise ValueError(
+                f"Sharding: rank={rank} is not one of the {self.world} ranks 0..{self.world - 1}."
+            )
         if self.layout == "striped":
             return [TokenRange(rank, -(-(self.seqlen - rank) // self.world), 0, self.world)]
         if self.layout == "contiguous" or self.world == 1:
             chunks = [self._chunk(rank, self.world)]
         else:
-            chunks = [self._chunk(rank, 2 * self.world), self._chunk(2 * self.world - 1 - rank, 2 * self.world)]
+            chunks = [
+                self._chunk(rank, 2 * self.world),
+                self._chunk(2 * self.world - 1 - rank, 2 * self.world),
+            ]
         return pack([TokenRange(start, stop - start, 0) for start, stop in chunks if stop > start])
 
     def _chunk(self, i: int, of: int) -> tuple[int, int]:
@@ -131,14 +140,20 @@ def resolve_sharding(layout: "str | Sharding", world: int, seqlen: int) -> Shard
     """What a `layout` argument means on `world` ranks: a Sharding as it is, a name as equal shards of `seqlen` tokens."""
     if isinstance(layout, Sharding):
         if layout.world != world:
-            raise ValueError(f"layout is a Sharding for {layout.world} ranks, but the group has {world}.")
+            raise ValueError(
+                f"layout is a Sharding for {layout.world} ranks, but the group has {world}."
+            )
         return layout
     if not isinstance(layout, str):
-        raise TypeError(f"layout={layout!r} must be a name ({', '.join(LAYOUTS)}) or a ringx.Sharding.")
+        raise TypeError(
+            f"layout={layout!r} must be a name ({', '.join(LAYOUTS)}) or a ringx.Sharding."
+        )
     return Sharding.equal(seqlen, world, layout)
 
 
-def resolve_local_sharding(layout: "str | Sharding", world: int, rank: int, tokens: int) -> Sharding:
+def resolve_local_sharding(
+    layout: "str | Sharding", world: int, rank: int, tokens: int
+) -> Sharding:
     """The same from what one rank holds: `tokens` of the sequence."""
     sharding = resolve_sharding(layout, world, tokens * world)
     if sharding.size(rank) != tokens:
@@ -168,7 +183,9 @@ def clip(runs: Sequence[TokenRange], rows: slice) -> list[TokenRange]:
     for run in runs:
         a, b = max(rows.start, run.at), min(rows.stop, run.at + run.length)
         if a < b:
-            out.append(TokenRange(run.start + (a - run.at) * run.step, b - a, a - rows.start, run.step))
+            out.append(
+                TokenRange(run.start + (a - run.at) * run.step, b - a, a - rows.start, run.step)
+            )
     return out
 
 
@@ -177,7 +194,9 @@ def rows_upto(runs: Sequence[TokenRange], position: int) -> int:
     return sum(min(max((position - r.start) // r.step + 1, 0), r.length) for r in runs)
 
 
-def _documents(run: TokenRange, cu_seqlens: Sequence[int] | None) -> Iterable[tuple[TokenRange, int]]:
+def _documents(
+    run: TokenRange, cu_seqlens: Sequence[int] | None
+) -> Iterable[tuple[TokenRange, int]]:
     """The run cut at document boundaries, with the number of each document."""
     if cu_seqlens is None:
         yield run, 0
@@ -209,7 +228,11 @@ def tiles(
     left, right = window
     q_parts = [part for run in q_runs for part in _documents(run, cu_seqlens)]
     k_parts = [part for run in k_runs for part in _documents(run, cu_seqlens)]
-    pairs = [(q, k) for k in k_parts for q in q_parts] if by_keys else [(q, k) for q in q_parts for k in k_parts]
+    pairs = (
+        [(q, k) for k in k_parts for q in q_parts]
+        if by_keys
+        else [(q, k) for q in q_parts for k in k_parts]
+    )
     out: list[Tile] = []
     for (q, q_doc), (k, k_doc) in pairs:
         if q_doc != k_doc:
@@ -235,7 +258,8 @@ def _simplest(t: Tile) -> Tile | None:
     if t.area == 0:
         return None
     return t._replace(
-        lo=t.lo if t.lo is not None and t.lo > 1 - m else None, hi=t.hi if t.hi is not None and t.hi < n - 1 else None
+        lo=t.lo if t.lo is not None and t.lo > 1 - m else None,
+        hi=t.hi if t.hi is not None and t.hi < n - 1 else None,
     )
 
 
@@ -248,7 +272,9 @@ def _fuse(a: Tile, b: Tile) -> Tile | None:
     q = slice(min(a.q.start, b.q.start), max(a.q.stop, b.q.stop))
     k = slice(min(a.k.start, b.k.start), max(a.k.stop, b.k.stop))
     total = a.area + b.area
-    shift = [(t.q.start - q.start) - (t.k.start - k.start) for t in (a, b)]  # hi in the box's rows: hi_box = hi - shift
+    shift = [
+        (t.q.start - q.start) - (t.k.start - k.start) for t in (a, b)
+    ]  # hi in the box's rows: hi_box = hi - shift
     for t, s in zip((a, b), shift, strict=True):
         hi = None if t.hi is None else t.hi - s
         if all(_narrow(x, hi, y) == x.area for x, y in zip((a, b), shift, strict=True)):

@@ -39,7 +39,10 @@ class OnlineSoftmax:
     def add(self, out: torch.Tensor, lse: torch.Tensor, at: slice) -> None:
         """Merge in attention of rows `at` over further keys."""
         if self._out is None and (at.start, at.stop) == (0, self._like.shape[1]):
-            self._out, self._lse = out, lse  # the first result is kept as it came; nothing to merge it with
+            self._out, self._lse = (
+                out,
+                lse,
+            )  # the first result is kept as it came; nothing to merge it with
             return
         acc_out, acc_lse = self._accumulators()
         old = acc_lse[:, :, at]
@@ -71,7 +74,9 @@ class OnlineSoftmax:
         return self._accumulators()[1] if self._lse is None else self._lse
 
 
-def absorb_dlse(dout: torch.Tensor, out: torch.Tensor, dlse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def absorb_dlse(
+    dout: torch.Tensor, out: torch.Tensor, dlse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(dout', out') for kernels that form delta = rowsum(dout * out) themselves, so that it equals dout . out - dlse.
 
     out' = out - dlse * dout / |dout|^2.  A row whose dout is (nearly) zero cannot carry dlse this way: it is given a dout' of
@@ -83,7 +88,10 @@ def absorb_dlse(dout: torch.Tensor, out: torch.Tensor, dlse: torch.Tensor) -> tu
     peak = wide.abs().amax(-1, keepdim=True)
     tiny = peak < eps
     unit = wide / peak.masked_fill(tiny, 1.0)
-    wanted = out.to(dtype) - unit * (d / (peak.masked_fill(tiny, 1.0) * unit.square().sum(-1, keepdim=True).masked_fill(tiny, 1.0)))
+    wanted = out.to(dtype) - unit * (
+        d
+        / (peak.masked_fill(tiny, 1.0) * unit.square().sum(-1, keepdim=True).masked_fill(tiny, 1.0))
+    )
     first = torch.zeros_like(wide[..., :1]).expand_as(wide).clone()
     first[..., 0] = 1.0
     dout = torch.where(tiny, first * eps, wide).to(dout.dtype)

@@ -9,7 +9,9 @@ from .comm import Group
 from .layout import Sharding, resolve_local_sharding, resolve_sharding
 
 
-def positions(seqlen: int, *, group: "dist.ProcessGroup | None" = None, layout: "str | Sharding" = "zigzag") -> torch.Tensor:
+def positions(
+    seqlen: int, *, group: "dist.ProcessGroup | None" = None, layout: "str | Sharding" = "zigzag"
+) -> torch.Tensor:
     """[S_local] int64 on the CPU: the global position of each of this rank's tokens, for RoPE, labels and masks.
 
     `seqlen` is the global length.  Local, no communication.  Raises ValueError if the layout cannot hold the sequence."""
@@ -18,7 +20,11 @@ def positions(seqlen: int, *, group: "dist.ProcessGroup | None" = None, layout: 
 
 
 def shard(
-    x: torch.Tensor, *, group: "dist.ProcessGroup | None" = None, dim: int = 1, layout: "str | Sharding" = "zigzag"
+    x: torch.Tensor,
+    *,
+    group: "dist.ProcessGroup | None" = None,
+    dim: int = 1,
+    layout: "str | Sharding" = "zigzag",
 ) -> torch.Tensor:
     """This rank's tokens of a global `x` (the same on every rank), in layout order, along `dim`.
 
@@ -31,7 +37,11 @@ def shard(
 
 
 def unshard(
-    x: torch.Tensor, *, group: "dist.ProcessGroup | None" = None, dim: int = 1, layout: "str | Sharding" = "zigzag"
+    x: torch.Tensor,
+    *,
+    group: "dist.ProcessGroup | None" = None,
+    dim: int = 1,
+    layout: "str | Sharding" = "zigzag",
 ) -> torch.Tensor:
     """The inverse of ``shard``: the global tensor, on every rank.  Collective (one all-gather; backward one all-to-all).
 
@@ -85,5 +95,7 @@ def _check(x: torch.Tensor, dim: int) -> int:
 def _bind(layout: "str | Sharding", group: Group, seqlen: int) -> Sharding:
     sharding = resolve_sharding(layout, group.world_size, seqlen)
     if sharding.seqlen != seqlen:
-        raise ValueError(f"layout is a Sharding of {sharding.seqlen} tokens, but the sequence has {seqlen}.")
+        raise ValueError(
+            f"layout is a Sharding of {sharding.seqlen} tokens, but the sequence has {seqlen}."
+        )
     return sharding

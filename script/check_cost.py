@@ -19,7 +19,10 @@ def measure(world: ringx.launch.World, seqlen: int) -> tuple[float, float]:
     """(seconds of one comparison, seconds of one step without it) on this rank; bf16, H = 8, D = 64, causal, zigzag."""
     g = torch.Generator().manual_seed(world.rank)
     shape = (1, seqlen // world.world_size, 8, 64)
-    q, k, v, dout = (torch.randn(shape, generator=g).to(world.device, torch.bfloat16).requires_grad_() for _ in range(4))
+    q, k, v, dout = (
+        torch.randn(shape, generator=g).to(world.device, torch.bfloat16).requires_grad_()
+        for _ in range(4)
+    )
 
     def step(tokens: int, check: bool) -> float:
         x = [t[:, :tokens] for t in (q, k, v)]
@@ -31,12 +34,18 @@ def measure(world: ringx.launch.World, seqlen: int) -> tuple[float, float]:
         return time.perf_counter() - start
 
     step(2, True)
-    with_check, without = ([step(2, check) for _ in range(31)] for check in (True, False))  # 2 tokens: next to no attention
-    return statistics.median(with_check) - statistics.median(without), min(step(shape[1], False) for _ in range(2))
+    with_check, without = (
+        [step(2, check) for _ in range(31)] for check in (True, False)
+    )  # 2 tokens: next to no attention
+    return statistics.median(with_check) - statistics.median(without), min(
+        step(shape[1], False) for _ in range(2)
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--nproc", type=integers, default=[2, 4, 8], metavar="N,...")
     parser.add_argument("--seqlen", type=int, default=8192, help="global tokens, a multiple of 2N")
     args = parser.parse_args()

@@ -30,7 +30,10 @@ from ringx.launch.mesh import Mesh, Shape
 
 SIZES = {  # name: model, sequence length
     "cp1": (ModelConfig(dim=512, layers=4, heads=8, kv_heads=4, ffn=1408, vocab=8192), 1024),
-    "cp2": (ModelConfig(dim=256, layers=2, heads=8, kv_heads=4, ffn=704, vocab=1024), 8192),  # attention: two thirds of the FLOPs
+    "cp2": (
+        ModelConfig(dim=256, layers=2, heads=8, kv_heads=4, ffn=704, vocab=1024),
+        8192,
+    ),  # attention: two thirds of the FLOPs
 }
 
 
@@ -41,18 +44,27 @@ class Plain(nn.Module):
         super().__init__()
         self.c = c
         self.embed = nn.Embedding(c.vocab, c.dim)
-        sizes = {"q": c.heads * c.head_dim, "k": c.kv_heads * c.head_dim, "v": c.kv_heads * c.head_dim}
+        sizes = {
+            "q": c.heads * c.head_dim,
+            "k": c.kv_heads * c.head_dim,
+            "v": c.kv_heads * c.head_dim,
+        }
         self.blocks = nn.ModuleList(
             nn.ModuleDict(
                 {name: nn.Linear(c.dim, n, bias=False) for name, n in sizes.items()}
-                | {"o": nn.Linear(sizes["q"], c.dim, bias=False), "down": nn.Linear(c.ffn, c.dim, bias=False)}
+                | {
+                    "o": nn.Linear(sizes["q"], c.dim, bias=False),
+                    "down": nn.Linear(c.ffn, c.dim, bias=False),
+                }
                 | {name: nn.Linear(c.dim, c.ffn, bias=False) for name in ("gate", "up")}
                 | {name: nn.RMSNorm(c.dim, c.norm_eps) for name in ("norm1", "norm2")}
             )
             for _ in range(c.layers)
         )
         self.norm = nn.RMSNorm(c.dim, c.norm_eps)
-        angle = torch.outer(torch.arange(seqlen), c.rope_base ** -(torch.arange(0, c.head_dim, 2) / c.head_dim))
+        angle = torch.outer(
+            torch.arange(seqlen), c.rope_base ** -(torch.arange(0, c.head_dim, 2) / c.head_dim)
+        )
         self.register_buffer("cos", angle.cos()[:, None])
         self.register_buffer("sin", angle.sin()[:, None])
 
@@ -70,12 +82,16 @@ class Plain(nn.Module):
             x = x + b["o"](out.transpose(1, 2).flatten(2))
             h = b["norm2"](x)
             x = x + b["down"](F.silu(b["gate"](h)) * b["up"](h))
-        return F.cross_entropy(F.linear(self.norm(x), self.embed.weight).flatten(0, 1), labels.flatten())
+        return F.cross_entropy(
+            F.linear(self.norm(x), self.embed.weight).flatten(0, 1), labels.flatten()
+        )
 
 
 def config_of(what: str, **mesh) -> Config:
     model, seqlen = SIZES[what]
-    return Config(what, model, TrainConfig(seqlen=seqlen, global_batch=1, dtype="float32"), MeshConfig(**mesh))
+    return Config(
+        what, model, TrainConfig(seqlen=seqlen, global_batch=1, dtype="float32"), MeshConfig(**mesh)
+    )
 
 
 def ours(config: Config, mesh: Mesh, attend: Callable, tokens: torch.Tensor) -> Callable[[], float]:
@@ -99,7 +115,9 @@ def ours(config: Config, mesh: Mesh, attend: Callable, tokens: torch.Tensor) -> 
 
 def plain(config: Config, tokens: torch.Tensor) -> Callable[[], float]:
     model = Plain(config.model, config.train.seqlen)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
 
     def step() -> float:
         loss = model(tokens[:, :-1], tokens[:, 1:])
@@ -131,15 +149,31 @@ def spread(x: list[float]) -> list[float]:
 
 def cp1(world, reps: int) -> dict:
     config = config_of("cp1")
-    tokens = torch.randint(0, config.model.vocab, (1, config.train.seqlen + 1), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        0,
+        config.model.vocab,
+        (1, config.train.seqlen + 1),
+        generator=torch.Generator().manual_seed(0),
+    )
     mesh = Mesh.make(Shape())
-    times = alternate({"plain": plain(config, tokens), "ringx": ours(config, mesh, Attend(config, mesh), tokens)}, reps)
-    return {"seconds": times, "ringx_over_plain": statistics.median(times["ringx"]) / statistics.median(times["plain"])}
+    times = alternate(
+        {"plain": plain(config, tokens), "ringx": ours(config, mesh, Attend(config, mesh), tokens)},
+        reps,
+    )
+    return {
+        "seconds": times,
+        "ringx_over_plain": statistics.median(times["ringx"]) / statistics.median(times["plain"]),
+    }
 
 
 def cp2(world, reps: int) -> dict:
     config = config_of("cp2", cp=2)
-    tokens = torch.randint(0, config.model.vocab, (1, config.train.seqlen + 1), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        0,
+        config.model.vocab,
+        (1, config.train.seqlen + 1),
+        generator=torch.Generator().manual_seed(0),
+    )
     mesh = Mesh.make(Shape(2))
     both, solo = ours(config, mesh, Attend(config, mesh), tokens), dist.new_group([0])
     dist.barrier()
@@ -147,7 +181,9 @@ def cp2(world, reps: int) -> dict:
     if world.rank == 0:  # the same code on the whole sequence, by one rank, while the other waits
 
         def attend(q, k, v):
-            return ringx.attention(q, k, v, group=solo, algorithm="ringx3", causal=True, check=False)
+            return ringx.attention(
+                q, k, v, group=solo, algorithm="ringx3", causal=True, check=False
+            )
 
         lone = ours(config, Mesh(Shape(), 0, 0, 0), attend, tokens)
 
@@ -161,19 +197,31 @@ def cp2(world, reps: int) -> dict:
         dist.barrier()
 
     times = alternate({"one": by_one, "two": by_two}, reps)
-    return {"seconds": times, "two_over_half_of_one": statistics.median(times["two"]) / (statistics.median(times["one"]) / 2)}
+    return {
+        "seconds": times,
+        "two_over_half_of_one": statistics.median(times["two"])
+        / (statistics.median(times["one"]) / 2),
+    }
 
 
 def main() -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("what", choices=sorted(SIZES))
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--reps", type=int, default=15)
     args = p.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    found = ringx.launch.run({"cp1": cp1, "cp2": cp2}[args.what], 1 if args.what == "cp1" else 2, args.reps, device="cpu")[0]
+    found = ringx.launch.run(
+        {"cp1": cp1, "cp2": cp2}[args.what], 1 if args.what == "cp1" else 2, args.reps, device="cpu"
+    )[0]
     seqlen = SIZES[args.what][1]
-    found |= {"quartiles": {k: spread(v) for k, v in found["seconds"].items()}, "seqlen": seqlen, "torch": torch.__version__}
+    found |= {
+        "quartiles": {k: spread(v) for k, v in found["seconds"].items()},
+        "seqlen": seqlen,
+        "torch": torch.__version__,
+    }
     (args.out / f"cost_{args.what}.json").write_text(json.dumps(found, indent=1) + "\n")
     print({k: v for k, v in found.items() if k != "seconds"})
     return 0

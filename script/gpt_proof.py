@@ -35,7 +35,14 @@ FP64, FP32 = ("--dtype", "float64"), ("--dtype", "float32", "--lr", "3e-4", "--s
 
 def train(*words: object, check: bool = True) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "apps.gpt.train", *map(str, words), "--no-tensorboard"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if check and done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
     return done
@@ -49,7 +56,11 @@ def parameters(out: Path) -> dict[str, torch.Tensor]:
     """Of the run's last checkpoint."""
     path = max((out / "checkpoints").glob("step-????????"))
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    state = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in stored.items() if k.startswith("model.")}
+    state = {
+        k: torch.empty(m.size, dtype=m.properties.dtype)
+        for k, m in stored.items()
+        if k.startswith("model.")
+    }
     dcp.load(state, checkpoint_id=path, no_dist=True)
     return state
 
@@ -57,18 +68,53 @@ def parameters(out: Path) -> dict[str, torch.Tensor]:
 def product(out: Path, work: Path) -> bool:
     cases = [(mesh, "fsdp", "ringx3", kind) for kind in ("fp64", "fp32") for mesh in MESHES]
     cases += [
-        (mesh, engine, "ringx3", "fp32" if engine != "ddp" else "fp64") for engine in ENGINES for mesh in ((2, 1, 1), (2, 1, 2))
+        (mesh, engine, "ringx3", "fp32" if engine != "ddp" else "fp64")
+        for engine in ENGINES
+        for mesh in ((2, 1, 1), (2, 1, 2))
     ]
-    cases += [(mesh, "fsdp", a, "fp64") for a in ringx.algorithms() if a != "ringx3" for mesh in ((2, 1, 1), (4, 1, 1))]
+    cases += [
+        (mesh, "fsdp", a, "fp64")
+        for a in ringx.algorithms()
+        if a != "ringx3"
+        for mesh in ((2, 1, 1), (4, 1, 1))
+    ]
     alone, rows = {}, []
     for kind, flags in (("fp64", FP64), ("fp32", FP32)):
         train("--preset", "tiny", *flags, "--out", work / kind)
         alone[kind] = losses(work / kind), parameters(work / kind)
     for n, ((cp, tp, dp), engine, algorithm, kind) in enumerate(cases):
         folder = work / f"case{n}"
-        words = ["--preset", "tiny", *(FP64 if kind == "fp64" else FP32), "--algorithm", algorithm, "--dp-engine", engine]
-        words += ["--cp", cp, "--tp", tp, "--dp", dp, "--nproc", cp * tp * dp, "--out", folder, "--data", work / "fp64/data"]
-        row = {"cp": cp, "tp": tp, "dp": dp, "engine": engine, "algorithm": algorithm, "dtype": kind}
+        words = [
+            "--preset",
+            "tiny",
+            *(FP64 if kind == "fp64" else FP32),
+            "--algorithm",
+            algorithm,
+            "--dp-engine",
+            engine,
+        ]
+        words += [
+            "--cp",
+            cp,
+            "--tp",
+            tp,
+            "--dp",
+            dp,
+            "--nproc",
+            cp * tp * dp,
+            "--out",
+            folder,
+            "--data",
+            work / "fp64/data",
+        ]
+        row = {
+            "cp": cp,
+            "tp": tp,
+            "dp": dp,
+            "engine": engine,
+            "algorithm": algorithm,
+            "dtype": kind,
+        }
         done = train(*words, check=engine.startswith("fsdp") or engine == "ddp")
         if done.returncode:
             row |= {"refused": done.stderr.strip().splitlines()[-1]}
@@ -78,11 +124,15 @@ def product(out: Path, work: Path) -> bool:
             row["parameters"] = max((got[1][k] - p).abs().max().item() for k, p in want[1].items())
             row["fell"] = got[0][0] - got[0][-1]
             row["ok"] = row["fell"] >= 0.3 and (
-                max(row["loss"], row["parameters"]) <= 1e-9 if kind == "fp64" else row["loss"] <= 1e-4
+                max(row["loss"], row["parameters"]) <= 1e-9
+                if kind == "fp64"
+                else row["loss"] <= 1e-4
             )
         rows.append(row)
         print(row, flush=True)
-    (out / "product.json").write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+    (out / "product.json").write_text(
+        json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n"
+    )
     lines = [
         "| cp | tp | dp | engine | algorithm | dtype | largest difference of a loss | of a parameter | loss fell by | as promised |"
     ]
@@ -94,7 +144,13 @@ def product(out: Path, work: Path) -> bool:
             else [*(f"{r[k]:.1e}" for k in ("loss", "parameters")), f"{r['fell']:.2f}"]
         )
         end += [] if "refused" in r else ["yes" if r["ok"] else "NO"]
-        lines.append("| " + " | ".join([*(str(r[k]) for k in ("cp", "tp", "dp", "engine", "algorithm", "dtype")), *end]) + " |")
+        lines.append(
+            "| "
+            + " | ".join(
+                [*(str(r[k]) for k in ("cp", "tp", "dp", "engine", "algorithm", "dtype")), *end]
+            )
+            + " |"
+        )
     (out / "product.md").write_text("\n".join(lines) + "\n")
     return all(r.get("ok", True) for r in rows)
 
@@ -110,19 +166,40 @@ def kills(out: Path, work: Path, times: int = 20) -> bool:
     (work / "small.yaml").write_text(SMALL)
     train("--config", work / "small.yaml", "--out", work / "alone")
     run, chance, seen = work / "run", random.Random(1), []
-    words = ["--config", work / "small.yaml", "--data", work / "alone/data", "--out", run, "--resume", run, "--no-tensorboard"]
+    words = [
+        "--config",
+        work / "small.yaml",
+        "--data",
+        work / "alone/data",
+        "--out",
+        run,
+        "--resume",
+        run,
+        "--no-tensorboard",
+    ]
     command = [sys.executable, "-m", "apps.gpt.train", *map(str, words)]
     for n in range(times):
-        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         assert process.stdout is not None
-        begun = (re.match(r"step +(\d+)|resumed from .* after (\d+) steps", line) for line in process.stdout)
+        begun = (
+            re.match(r"step +(\d+)|resumed from .* after (\d+) steps", line)
+            for line in process.stdout
+        )
         first = next((int(m[1] or m[2]) for m in begun if m), None)
         if first is None:
             break  # it had come to its end
         time.sleep(chance.uniform(0.0, 1.0))
         saving = n % 2 == 1  # half of them while a checkpoint is being written
         end = time.monotonic() + 10
-        while saving and not list((run / "checkpoints").glob("*.partial")) and time.monotonic() < end:
+        while (
+            saving and not list((run / "checkpoints").glob("*.partial")) and time.monotonic() < end
+        ):
             time.sleep(0.0005)
         partial = [p.name for p in (run / "checkpoints").glob("*.partial")]
         process.send_signal(signal.SIGKILL)
@@ -134,14 +211,23 @@ def kills(out: Path, work: Path, times: int = 20) -> bool:
     same = losses(run) == losses(work / "alone")
     one, other = parameters(work / "alone"), parameters(run)
     same_parameters = all(torch.equal(p, other[k]) for k, p in one.items())
-    result = {"kills": seen, "losses_bitwise_equal": same, "parameters_bitwise_equal": same_parameters, "torch": torch.__version__}
+    result = {
+        "kills": seen,
+        "losses_bitwise_equal": same,
+        "parameters_bitwise_equal": same_parameters,
+        "torch": torch.__version__,
+    }
     (out / "kills.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{len(seen)} kills, {sum(k['while_saving'] for k in seen)} of them while saving: bitwise equal {same} {same_parameters}")
+    print(
+        f"{len(seen)} kills, {sum(k['while_saving'] for k in seen)} of them while saving: bitwise equal {same} {same_parameters}"
+    )
     return same and same_parameters and len(seen) == times
 
 
 def main() -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("what", choices=("product", "kills"))
     p.add_argument("--out", type=Path, required=True)
     args = p.parse_args()

@@ -45,7 +45,15 @@ from ringx.patterns.registry import algorithms, pattern
 LIMIT = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 NAMES = ("out", "lse", "dq", "dk", "dv")
 LABEL = "ranks run as threads on one device: times the compute side only"
-PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4", "amd-aiter", "triton", "pytorch-triton-rocm", "nvidia-cudnn-cu13")
+PACKAGES = (
+    "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
+    "amd-aiter",
+    "triton",
+    "pytorch-triton-rocm",
+    "nvidia-cudnn-cu13",
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,13 +63,18 @@ def main(argv: list[str] | None = None) -> int:
         torch.cuda.set_device(device)
     report = _machine(device, args.quick)
     misses: list[str] = report["misses"]
-    out = Path(args.out or f"results/gpu_check_{_slug(report['device']['name'])}_{time.strftime('%Y%m%d')}.json")
+    out = Path(
+        args.out
+        or f"results/gpu_check_{_slug(report['device']['name'])}_{time.strftime('%Y%m%d')}.json"
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
 
     def save():
         out.write_text(json.dumps(report, indent=1) + "\n")
 
-    print(f"{report['device']['name']}, torch {report['torch']}, ringx {report['ringx']} {report['commit'] or ''}")
+    print(
+        f"{report['device']['name']}, torch {report['torch']}, ringx {report['ringx']} {report['commit'] or ''}"
+    )
     for part in (check_kernels, check_algorithms, time_kernels, time_algorithms, check_training):
         part(report, device, args)  # each prints its table as it goes
         save()  # an interrupted run keeps what it measured
@@ -73,8 +86,14 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="small sizes and few cases")
-    parser.add_argument("--out", help="the JSON file (default: results/gpu_check_<device>_<date>.json)")
-    parser.add_argument("--worlds", type=lambda s: [int(x) for x in s.split(",")], help="numbers of ranks (default: 1,2,4,8)")
+    parser.add_argument(
+        "--out", help="the JSON file (default: results/gpu_check_<device>_<date>.json)"
+    )
+    parser.add_argument(
+        "--worlds",
+        type=lambda s: [int(x) for x in s.split(",")],
+        help="numbers of ranks (default: 1,2,4,8)",
+    )
     args = parser.parse_args(argv)
     args.worlds = args.worlds or ([1, 2, 4] if args.quick else [1, 2, 4, 8])
     return args
@@ -84,7 +103,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_kernels(report: dict, device: torch.device, args: argparse.Namespace) -> None:
-    print(f"\n{'kernel':15}{'dtype':10}{'D':>4}{'H:Hkv':>7} {'mask':7}" + "".join(f"{x:>8}" for x in NAMES) + f"{'pieces':>9}")
+    print(
+        f"\n{'kernel':15}{'dtype':10}{'D':>4}{'H:Hkv':>7} {'mask':7}"
+        + "".join(f"{x:>8}" for x in NAMES)
+        + f"{'pieces':>9}"
+    )
     for name in KERNELS:
         cases: list[dict] = []
         for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
@@ -93,14 +116,20 @@ def check_kernels(report: dict, device: torch.device, args: argparse.Namespace) 
                 if reason := kernels.unsupported_reason(name, need):
                     cases.append(_case(dtype, D, H, Hkv, causal) | {"refused": reason})
                     continue
-                case = _case(dtype, D, H, Hkv, causal) | _tried(lambda: _kernel_errors(name, need, causal, args.quick))  # noqa: B023
+                case = _case(dtype, D, H, Hkv, causal) | _tried(
+                    lambda: _kernel_errors(name, need, causal, args.quick)
+                )  # noqa: B023
                 cases.append(case)
                 _judge(case, "single", 2 * LIMIT[dtype], f"{name} {_words(case)}", report["misses"])
                 _judge(case, "pieces", None, f"{name} pieces {_words(case)}", report["misses"])
                 print(_kernel_line(name, case))
         refused = [c["refused"] for c in cases if "refused" in c]
         able = len(refused) < len(cases)
-        about = {"available": able, "causal": kernels.load(name).causal, "why_not": sorted(set(refused))}
+        about = {
+            "available": able,
+            "causal": kernels.load(name).causal,
+            "why_not": sorted(set(refused)),
+        }
         report["kernels"][name] = about | {"cases": cases}
         if not able:
             print(f"{name:15}not available: {refused[-1]}"[:100])
@@ -115,7 +144,13 @@ def _shapes(name: str, quick: bool) -> Iterator[tuple[int, tuple[int, int], bool
 
 
 def _case(dtype: torch.dtype, D: int, H: int, Hkv: int, causal: bool) -> dict[str, Any]:
-    return {"dtype": str(dtype).removeprefix("torch."), "D": D, "H": H, "Hkv": Hkv, "causal": causal}
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "D": D,
+        "H": H,
+        "Hkv": Hkv,
+        "causal": causal,
+    }
 
 
 def _kernel_errors(name: str, need: KernelRequest, causal: bool, quick: bool) -> dict[str, Any]:
@@ -136,7 +171,12 @@ def _kernel_errors(name: str, need: KernelRequest, causal: bool, quick: bool) ->
 
 
 def _errors(
-    name: str, need: KernelRequest, work: list[Tile], q_at: torch.Tensor, k_at: torch.Tensor, causal: bool
+    name: str,
+    need: KernelRequest,
+    work: list[Tile],
+    q_at: torch.Tensor,
+    k_at: torch.Tensor,
+    causal: bool,
 ) -> dict[str, float]:
     kernel, scale = kernels.load(name), need.head_dim**-0.5
     q, k, v, dout = _inputs(need, len(q_at), len(k_at))
@@ -163,18 +203,27 @@ def definition(q, k, v, dout, q_at, k_at, causal: bool, scale: float) -> tuple[t
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k[:, :, head]) * scale
     if causal:
         scores = scores.masked_fill((k_at > q_at[:, None]).to(q.device), -torch.inf)
-    out, lse = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v[:, :, head]), scores.logsumexp(-1)
+    out, lse = (
+        torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v[:, :, head]),
+        scores.logsumexp(-1),
+    )
     return out.detach(), lse.detach(), *torch.autograd.grad(out, (q, k, v), dout.double())
 
 
 def _inputs(need: KernelRequest, m: int, n: int, B: int = 1) -> list[torch.Tensor]:
     g = torch.Generator(need.device).manual_seed(m + n)
-    shapes = [(B, s, h, need.head_dim) for s, h in ((m, need.heads), (n, need.kv_heads), (n, need.kv_heads), (m, need.heads))]
+    shapes = [
+        (B, s, h, need.head_dim)
+        for s, h in ((m, need.heads), (n, need.kv_heads), (n, need.kv_heads), (m, need.heads))
+    ]
     return [torch.randn(shape, generator=g, device=need.device).to(need.dtype) for shape in shapes]
 
 
 def _relative(got, want) -> dict[str, float]:
-    return {x: ((a.double() - b).norm() / b.norm()).item() for x, a, b in zip(NAMES, got, want, strict=True)}
+    return {
+        x: ((a.double() - b).norm() / b.norm()).item()
+        for x, a, b in zip(NAMES, got, want, strict=True)
+    }
 
 
 def _tried(call: Callable[[], dict]) -> dict:
@@ -235,7 +284,9 @@ class Exchange:
         with self.swap(group, x) as everyone:
             total = torch.stack(everyone).sum(0) if group.rank == dst else None
         self.barrier.wait()
-        x.copy_(total) if total is not None else x.fill_(torch.nan)  # other ranks' buffers are lost, as with gloo
+        x.copy_(total) if total is not None else x.fill_(
+            torch.nan
+        )  # other ranks' buffers are lost, as with gloo
         return comm.Done(x)
 
     def all_reduce_max(self, x, group):
@@ -287,11 +338,22 @@ def run_ranks(world: int, call: Callable[[int], Any], device: torch.device) -> l
         for name in names:
             setattr(comm, name, real[name])
     if errors:
-        raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
+        raise next(
+            (e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0]
+        )
     return results
 
 
-def run_algorithm(algorithm: str, world: int, x: list[torch.Tensor], *, causal, layout: Sharding, kernel: str, overlap=True):
+def run_algorithm(
+    algorithm: str,
+    world: int,
+    x: list[torch.Tensor],
+    *,
+    causal,
+    layout: Sharding,
+    kernel: str,
+    overlap=True,
+):
     """out, lse, dq, dk, dv of the whole sequence, as ``world`` ranks compute them."""
     device, scale = x[0].device, x[0].shape[3] ** -0.5
 
@@ -299,7 +361,19 @@ def run_algorithm(algorithm: str, world: int, x: list[torch.Tensor], *, causal, 
         q, k, v, dout = (t.index_select(1, layout.positions(r).to(device)) for t in x)
         with torch.enable_grad():  # the plan asks for a kernel that can be trained with
             wants = q.detach().requires_grad_()
-            plan = Plan.make(wants, k, v, _group(r, world), algorithm, causal, layout, scale, kernel, overlap, False)
+            plan = Plan.make(
+                wants,
+                k,
+                v,
+                _group(r, world),
+                algorithm,
+                causal,
+                layout,
+                scale,
+                kernel,
+                overlap,
+                False,
+            )
         module = pattern(algorithm)
         with comm.phase(algorithm, "forward"):
             out, lse = module.forward(q, k, v, plan)
@@ -309,7 +383,9 @@ def run_algorithm(algorithm: str, world: int, x: list[torch.Tensor], *, causal, 
 
     parts = run_ranks(world, rank, device)
     order = torch.cat([layout.positions(r) for r in range(world)]).argsort().to(device)
-    whole = [torch.cat(shards, 2 if i == 1 else 1) for i, shards in enumerate(zip(*parts, strict=True))]
+    whole = [
+        torch.cat(shards, 2 if i == 1 else 1) for i, shards in enumerate(zip(*parts, strict=True))
+    ]
     return [t.index_select(2 if i == 1 else 1, order) for i, t in enumerate(whole)]
 
 
@@ -330,13 +406,22 @@ def check_algorithms(report: dict, device: torch.device, args: argparse.Namespac
         x = _inputs(need, S, S)
         sharding = Sharding(S, world, layout)
         at = torch.arange(S)
-        case = {"algorithm": algorithm, "world": world, "layout": layout, "causal": causal, "overlap": overlap, "kernel": kernel}
+        case = {
+            "algorithm": algorithm,
+            "world": world,
+            "layout": layout,
+            "causal": causal,
+            "overlap": overlap,
+            "kernel": kernel,
+        }
         case |= {"dtype": str(dtype).removeprefix("torch."), "S": S}
 
         def errors():
             q, k, v, dout = x  # noqa: B023
             want = definition(q, k, v, dout, at, at, causal, 64**-0.5)  # noqa: B023
-            got = run_algorithm(algorithm, world, x, causal=causal, layout=sharding, kernel=kernel, overlap=overlap)  # noqa: B023
+            got = run_algorithm(
+                algorithm, world, x, causal=causal, layout=sharding, kernel=kernel, overlap=overlap
+            )  # noqa: B023
             return {"single": _relative(got, want)}
 
         case |= _tried(errors)
@@ -344,12 +429,24 @@ def check_algorithms(report: dict, device: torch.device, args: argparse.Namespac
             whole = [Tile(slice(0, S), slice(0, S), None, 0 if causal else None)]
             tried = _tried(lambda: _errors(kernel, need, whole, at, at, causal))  # noqa: B023
             own[dtype, kernel, causal] = dict.fromkeys(NAMES, 0.0) if "failed" in tried else tried
-        case["single_bounds"] = {n: 2 * own[dtype, kernel, causal][n] + LIMIT[dtype] / 10 for n in NAMES}
+        case["single_bounds"] = {
+            n: 2 * own[dtype, kernel, causal][n] + LIMIT[dtype] / 10 for n in NAMES
+        }
         mask = "causal" if causal else "full"
-        _judge(case, "single", None, f"{algorithm} N={world} {layout} {mask} {kernel} {case['dtype']}", report["misses"])
+        _judge(
+            case,
+            "single",
+            None,
+            f"{algorithm} N={world} {layout} {mask} {kernel} {case['dtype']}",
+            report["misses"],
+        )
         cases.append(case)
         head = f"{algorithm:10}{world:>3} {layout:12}{mask:7}{kernel:15}{case['dtype']:9}"
-        tail = case["failed"] if "failed" in case else "".join(f"{case['single'][n]:8.0e}" for n in NAMES)
+        tail = (
+            case["failed"]
+            if "failed" in case
+            else "".join(f"{case['single'][n]:8.0e}" for n in NAMES)
+        )
         print((head + " ".join(tail.split()) if "failed" in case else head + tail)[:100])
 
 
@@ -378,7 +475,9 @@ def _algorithm_cases(device: torch.device, args: argparse.Namespace) -> Iterator
 
 def time_kernels(report: dict, device: torch.device, args: argparse.Namespace) -> None:
     print("\nbf16, batch 1; causal: half the work counted")
-    print(f"{'kernel':15}{'S':>7} {'mask':7}{'fwd ms':>10}{'TFLOP/s':>9}{'bwd ms':>10}{'TFLOP/s':>9}")
+    print(
+        f"{'kernel':15}{'S':>7} {'mask':7}{'fwd ms':>10}{'TFLOP/s':>9}{'bwd ms':>10}{'TFLOP/s':>9}"
+    )
     B, H, Hkv, D, dtype, reps, sizes = _timing_sizes(args.quick)
     for name in KERNELS:
         for S in sizes:
@@ -386,15 +485,32 @@ def time_kernels(report: dict, device: torch.device, args: argparse.Namespace) -
             if kernels.unsupported_reason(name, need) or (name == "reference" and S > 4096):
                 continue
             for causal in (True, False):
-                record = {"kernel": name, "B": B, "S": S, "H": H, "Hkv": Hkv, "D": D, "dtype": "bfloat16", "causal": causal}
+                record = {
+                    "kernel": name,
+                    "B": B,
+                    "S": S,
+                    "H": H,
+                    "Hkv": Hkv,
+                    "D": D,
+                    "dtype": "bfloat16",
+                    "causal": causal,
+                }
                 record |= _tried(lambda: _kernel_times(name, need, S, causal, reps))  # noqa: B023
                 report["timings"]["kernels"].append(record)
                 head = f"{name:15}{S:>7} {'causal' if causal else 'full':7}"
                 if "failed" in record:
-                    report["misses"].append(f"timing {name} S={S}: {' '.join(record['failed'].split())}")
+                    report["misses"].append(
+                        f"timing {name} S={S}: {' '.join(record['failed'].split())}"
+                    )
                     print((head + " ".join(record["failed"].split()))[:100])
                     continue
-                print(head + "".join(f"{record[f'{w}_ms']:10.3f}{record[f'{w}_tflops']:9.1f}" for w in ("fwd", "bwd")))
+                print(
+                    head
+                    + "".join(
+                        f"{record[f'{w}_ms']:10.3f}{record[f'{w}_tflops']:9.1f}"
+                        for w in ("fwd", "bwd")
+                    )
+                )
 
 
 def _timing_sizes(quick: bool):
@@ -403,14 +519,23 @@ def _timing_sizes(quick: bool):
     return 1, 32, 8, 128, torch.bfloat16, 7, (8192, 16384, 32768)
 
 
-def _kernel_times(name: str, need: KernelRequest, S: int, causal: bool, reps: int) -> dict[str, float]:
+def _kernel_times(
+    name: str, need: KernelRequest, S: int, causal: bool, reps: int
+) -> dict[str, float]:
     calls = [(S, S, (None, 0 if causal else None))]
     fwd, bwd = _replay(name, need, calls, calls, reps)
     work = 4 * need.heads * S * S * need.head_dim * (0.5 if causal else 1)
-    return {"fwd_ms": fwd, "fwd_tflops": work / fwd / 1e9, "bwd_ms": bwd, "bwd_tflops": 2.5 * work / bwd / 1e9}
+    return {
+        "fwd_ms": fwd,
+        "fwd_tflops": work / fwd / 1e9,
+        "bwd_ms": bwd,
+        "bwd_tflops": 2.5 * work / bwd / 1e9,
+    }
 
 
-def _replay(name: str, need: KernelRequest, forward: list, backward: list, reps: int) -> tuple[float, float]:
+def _replay(
+    name: str, need: KernelRequest, forward: list, backward: list, reps: int
+) -> tuple[float, float]:
     """Milliseconds (median) of these kernel calls, (queries, keys, band) each, on random tensors."""
     kernel, scale = kernels.load(name), need.head_dim**-0.5
     longest = [max((c[i] for c in (*forward, *backward)), default=1) for i in (0, 1)]
@@ -425,7 +550,15 @@ def _replay(name: str, need: KernelRequest, forward: list, backward: list, reps:
     def bwd():
         for m, n, band in backward:
             kernel.bwd(
-                dout[:, :m], q[:, :m], k[:, :n], v[:, :n], out[:, :m], lse[:, :, :m], band=band, scale=scale, deterministic=False
+                dout[:, :m],
+                q[:, :m],
+                k[:, :n],
+                v[:, :n],
+                out[:, :m],
+                lse[:, :, :m],
+                band=band,
+                scale=scale,
+                deterministic=False,
             )
 
     return _median_ms(fwd, need.device, reps), _median_ms(bwd, need.device, reps)
@@ -474,7 +607,9 @@ def schedule(algorithm: str, world: int, S: int, causal: bool, layout: str, kind
     def rank(r: int) -> None:
         recorder.me.rank = r
         x = torch.zeros(1, sharding.size(r), 1, 1)
-        plan = Plan.make(x, x, x, _group(r, world), algorithm, causal, sharding, 1.0, "reference", True, False)
+        plan = Plan.make(
+            x, x, x, _group(r, world), algorithm, causal, sharding, 1.0, "reference", True, False
+        )
         plan = dataclasses.replace(plan, kernel="recorder")
         out, lse = pattern(algorithm).forward(x, x, x, plan)
         pattern(algorithm).backward(x, x, x, x, out, lse, plan)
@@ -488,8 +623,12 @@ def schedule(algorithm: str, world: int, S: int, causal: bool, layout: str, kind
 
 
 def time_algorithms(report: dict, device: torch.device, args: argparse.Namespace) -> None:
-    print(f"\n{LABEL}\nshare: the kernel's time for everything on one device, divided by N, over that of the slowest rank")
-    print(f"{'algorithm':10}{'N':>3}{'S':>7} {'mask':7}{'layout':12}{'slowest ms':>12}{'mean ms':>10}{'calls':>7}{'share':>9}")
+    print(
+        f"\n{LABEL}\nshare: the kernel's time for everything on one device, divided by N, over that of the slowest rank"
+    )
+    print(
+        f"{'algorithm':10}{'N':>3}{'S':>7} {'mask':7}{'layout':12}{'slowest ms':>12}{'mean ms':>10}{'calls':>7}{'share':>9}"
+    )
     B, H, Hkv, D, dtype, reps, sizes = _timing_sizes(args.quick)
     S, need = sizes[-1], KernelRequest(device, dtype, D, H, Hkv)
     kernel = kernels.choose("auto", need)
@@ -501,12 +640,33 @@ def time_algorithms(report: dict, device: torch.device, args: argparse.Namespace
                 layout = algorithm.recommended_layout
                 recorder = schedule(name, world, S, causal, layout, kernels.load(kernel).causal)
                 times = [
-                    _replay(kernel, need, fwd, bwd, reps) for fwd, bwd in zip(recorder.forward, recorder.backward, strict=True)
+                    _replay(kernel, need, fwd, bwd, reps)
+                    for fwd, bwd in zip(recorder.forward, recorder.backward, strict=True)
                 ]
                 slowest = max(sum(t) for t in times)
-                record = {"algorithm": name, "world": world, "S": S, "causal": causal, "layout": layout, "kernel": kernel}
-                record |= {"B": B, "H": H, "Hkv": Hkv, "D": D, "one_device_ms": one, "ranks_ms": times, "slowest_ms": slowest}
-                record |= {"calls": [len(f) + len(b) for f, b in zip(recorder.forward, recorder.backward, strict=True)]}
+                record = {
+                    "algorithm": name,
+                    "world": world,
+                    "S": S,
+                    "causal": causal,
+                    "layout": layout,
+                    "kernel": kernel,
+                }
+                record |= {
+                    "B": B,
+                    "H": H,
+                    "Hkv": Hkv,
+                    "D": D,
+                    "one_device_ms": one,
+                    "ranks_ms": times,
+                    "slowest_ms": slowest,
+                }
+                record |= {
+                    "calls": [
+                        len(f) + len(b)
+                        for f, b in zip(recorder.forward, recorder.backward, strict=True)
+                    ]
+                }
                 record["share"] = one / world / slowest
                 report["timings"]["algorithms"].append(record)
                 mean = statistics.mean(sum(t) for t in times)
@@ -528,14 +688,24 @@ def check_training(report: dict, device: torch.device, args: argparse.Namespace)
         print(f"\ntraining: not tried: {error}")
         return
     reps, cases = 3 if args.quick else 7, []
-    print(f"\n{'training':10}{'S':>7} {'kept':10}{'loss off by':>12}{'norm off by':>12}{'ms':>10}{'TFLOP/s':>9}{'peak GiB':>10}")
+    print(
+        f"\n{'training':10}{'S':>7} {'kept':10}{'loss off by':>12}{'norm off by':>12}{'ms':>10}{'TFLOP/s':>9}{'peak GiB':>10}"
+    )
     for app, (model, short, long, step) in apps.items():
         S = long[1]
         want = step("float64", "none", torch.device("cpu"), short)()
         for checkpointing in ("none", "selective", "full"):
-            case: dict[str, Any] = {"app": app, "checkpointing": checkpointing, "S": S, "dtype": "bfloat16", "model": model}
+            case: dict[str, Any] = {
+                "app": app,
+                "checkpointing": checkpointing,
+                "S": S,
+                "dtype": "bfloat16",
+                "model": model,
+            }
 
-            def measure(checkpointing=checkpointing, step=step, short=short, long=long, want=want) -> dict[str, Any]:
+            def measure(
+                checkpointing=checkpointing, step=step, short=short, long=long, want=want
+            ) -> dict[str, Any]:
                 got = step("bfloat16", checkpointing, device, short)()
                 once = step("bfloat16", checkpointing, device, long)
                 if device.type == "cuda":
@@ -544,7 +714,13 @@ def check_training(report: dict, device: torch.device, args: argparse.Namespace)
                     ms = _median_ms(lambda: torch.enable_grad()(once)(), device, reps)
                 peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
                 off = [abs(a - b) / abs(b) for a, b in zip(got, want, strict=True)]
-                return {"loss_off": off[0], "norm_off": off[1], "ms": ms, "tflops": long[2] / ms / 1e9, "peak_bytes": peak}
+                return {
+                    "loss_off": off[0],
+                    "norm_off": off[1],
+                    "ms": ms,
+                    "tflops": long[2] / ms / 1e9,
+                    "peak_bytes": peak,
+                }
 
             case |= _tried(measure)
             cases.append(case)
@@ -556,7 +732,10 @@ def check_training(report: dict, device: torch.device, args: argparse.Namespace)
                 print((head + " ".join(case["failed"].split()))[:100])
                 continue
             peak = "" if case["peak_bytes"] is None else f"{case['peak_bytes'] / 2**30:10.2f}"
-            print(head + f"{case['loss_off']:12.1e}{case['norm_off']:12.1e}{case['ms']:10.1f}{case['tflops']:9.2f}{peak}")
+            print(
+                head
+                + f"{case['loss_off']:12.1e}{case['norm_off']:12.1e}{case['ms']:10.1f}{case['tflops']:9.2f}{peak}"
+            )
     report["training"] = {"cases": cases}
 
 
@@ -569,14 +748,27 @@ def _gpt(quick: bool) -> tuple:
 
     model, S = ModelConfig(dim=64, layers=2, heads=4, kv_heads=2, ffn=128, vocab=320), 256
     if not quick:
-        model, S = ModelConfig(dim=2048, layers=4, heads=16, kv_heads=4, ffn=5632, vocab=32000), 16384
+        model, S = (
+            ModelConfig(dim=2048, layers=4, heads=16, kv_heads=4, ffn=5632, vocab=32000),
+            16384,
+        )
 
-    def step(dtype: str, checkpointing: str, on: torch.device, size: tuple) -> Callable[[], tuple[float, float]]:
+    def step(
+        dtype: str, checkpointing: str, on: torch.device, size: tuple
+    ) -> Callable[[], tuple[float, float]]:
         length = size[1]
-        config = Config("check", model, TrainConfig(seqlen=length, global_batch=1, dtype=dtype, checkpointing=checkpointing))
+        config = Config(
+            "check",
+            model,
+            TrainConfig(seqlen=length, global_batch=1, dtype=dtype, checkpointing=checkpointing),
+        )
         engine = build(config, mesh := Mesh.make(Shape()), Attend(config, mesh), on)
-        x = torch.randint(0, model.vocab, (1, length + 1), generator=torch.Generator().manual_seed(0)).to(on)
-        return lambda: _stepped(engine, (x[:, :-1], torch.arange(length, device=on), x[:, 1:]), length)
+        x = torch.randint(
+            0, model.vocab, (1, length + 1), generator=torch.Generator().manual_seed(0)
+        ).to(on)
+        return lambda: _stepped(
+            engine, (x[:, :-1], torch.arange(length, device=on), x[:, 1:]), length
+        )
 
     sizes = [(None, n, flops_per_token(model, n).causal * n) for n in (min(S, 512), S)]
     return dataclasses.asdict(model), *sizes, step
@@ -593,15 +785,31 @@ def _vit(quick: bool) -> tuple:
     shape = dict(dim=64, layers=2, heads=4) if quick else dict(dim=2048, layers=4, heads=16)
 
     def model_of(grid: tuple[int, int]) -> ModelConfig:
-        return ModelConfig(**shape, patch=1, height=grid[0], width=grid[1], in_channels=20, out_channels=20)
+        return ModelConfig(
+            **shape, patch=1, height=grid[0], width=grid[1], in_channels=20, out_channels=20
+        )
 
-    def step(dtype: str, checkpointing: str, on: torch.device, size: tuple) -> Callable[[], tuple[float, float]]:
+    def step(
+        dtype: str, checkpointing: str, on: torch.device, size: tuple
+    ) -> Callable[[], tuple[float, float]]:
         model, tokens = model_of(size[0]), size[1]
-        config = Config("check", model, train=TrainConfig(global_batch=1, dtype=dtype, checkpointing=checkpointing))
+        config = Config(
+            "check",
+            model,
+            train=TrainConfig(global_batch=1, dtype=dtype, checkpointing=checkpointing),
+        )
         engine = build(config, mesh := Mesh.make(Shape()), Attend(config, mesh), on)
         draw = torch.Generator().manual_seed(0)
-        x, target = (torch.randn(1, tokens, 20, generator=draw).to(on, kept_dtype(config.train)) for _ in range(2))
-        batch = (x, torch.arange(tokens, device=on), target, torch.ones(tokens, 1, dtype=x.dtype, device=on))
+        x, target = (
+            torch.randn(1, tokens, 20, generator=draw).to(on, kept_dtype(config.train))
+            for _ in range(2)
+        )
+        batch = (
+            x,
+            torch.arange(tokens, device=on),
+            target,
+            torch.ones(tokens, 1, dtype=x.dtype, device=on),
+        )
         return lambda: _stepped(engine, batch, 20 * tokens)
 
     grids = ((8, 16), (8, 16) if quick else (90, 180))
@@ -620,11 +828,17 @@ def _stepped(engine: Any, batch: tuple, count: int) -> tuple[float, float]:
 
 def _machine(device: torch.device, quick: bool) -> dict[str, Any]:
     gpu = device.type == "cuda"
-    about: dict[str, Any] = {"type": device.type, "name": torch.cuda.get_device_name(device) if gpu else _cpu_name()}
+    about: dict[str, Any] = {
+        "type": device.type,
+        "name": torch.cuda.get_device_name(device) if gpu else _cpu_name(),
+    }
     if gpu:
         found = torch.cuda.get_device_properties(device)
         about |= {"memory": found.total_memory, "multiprocessors": found.multi_processor_count}
-        about |= {"capability": f"{found.major}.{found.minor}", "arch": getattr(found, "gcnArchName", None)}
+        about |= {
+            "capability": f"{found.major}.{found.minor}",
+            "arch": getattr(found, "gcnArchName", None),
+        }
     return {
         "schema": "ringx-gpu-check/1",
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -659,7 +873,11 @@ def _output(*command: str) -> str | None:
     if not shutil.which(command[0]):
         return None
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else None
+    return (
+        done.stdout.strip().splitlines()[0]
+        if done.returncode == 0 and done.stdout.strip()
+        else None
+    )
 
 
 def _version(package: str) -> str | None:

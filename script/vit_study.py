@@ -31,15 +31,43 @@ from apps.vit.scores import read_scores
 
 ROOT = Path(__file__).resolve().parents[1]
 PATCHES = (4, 2, 1)
-PARTS = ("--train-times", "0/560", "--val-times", "1120/1360", "--test-times", "1360/1600")  # half of the usual training times
-SMALL = ("--dim", 64, "--layers", 2, "--heads", 2, "--ffn", 384, "--leads", 6, "--base", "damped", "--warmup", 20, *PARTS)
+PARTS = (
+    "--train-times",
+    "0/560",
+    "--val-times",
+    "1120/1360",
+    "--test-times",
+    "1360/1600",
+)  # half of the usual training times
+SMALL = (
+    "--dim",
+    64,
+    "--layers",
+    2,
+    "--heads",
+    2,
+    "--ffn",
+    384,
+    "--leads",
+    6,
+    "--base",
+    "damped",
+    "--warmup",
+    20,
+    *PARTS,
+)
 
 
 def ask(module: str, *words: object) -> str:
     """What a command of the app says."""
     command = [sys.executable, "-m", f"apps.vit.{module}", *map(str, words)]
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True, check=False
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {done.returncode}")
@@ -88,7 +116,9 @@ def era5(args: argparse.Namespace) -> None:
     rmse: dict[tuple[int, str], list[float]] = {}
     days: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for seed in range(3):
-        run = train(args, f"seed{seed}", "--config", "era5_t2m_uk", "--data", args.data, "--seed", seed)
+        run = train(
+            args, f"seed{seed}", "--config", "era5_t2m_uk", "--data", args.data, "--seed", seed
+        )
         forecast = predict(args, run, "--save", 1000)
         for row in read_scores(forecast / "scores.csv"):
             rmse.setdefault((row.lead_hours, row.forecast), []).append(row.rmse)
@@ -99,11 +129,17 @@ def era5(args: argparse.Namespace) -> None:
     leads = sorted({lead for lead, _ in rmse})
     names = ("persistence", "climatology", "damped anomaly")
     rows = [
-        (f"{lead} h", *(f"{x:.3f}" for x in rmse[lead, "model"]), f"**{statistics.median(rmse[lead, 'model']):.3f}**")
+        (
+            f"{lead} h",
+            *(f"{x:.3f}" for x in rmse[lead, "model"]),
+            f"**{statistics.median(rmse[lead, 'model']):.3f}**",
+        )
         + tuple(f"{rmse[lead, name][0]:.3f}" for name in names)
         for lead in leads
     ]
-    write_table(args.out / "table.md", ("RMSE (K)", "seed 0", "seed 1", "seed 2", "median", *names), rows)
+    write_table(
+        args.out / "table.md", ("RMSE (K)", "seed 0", "seed 1", "seed 2", "median", *names), rows
+    )
     found = []
     for day in sorted({day for day, _ in days}):
         cells = []
@@ -111,10 +147,15 @@ def era5(args: argparse.Namespace) -> None:
             pairs = days[day, lead]
             lost = sum(model > damped for model, damped in pairs)
             cells.append(
-                f"{statistics.median(m for m, _ in pairs):.3f} / {pairs[0][1]:.3f}" + (f" (lost by {lost} of 3)" if lost else "")
+                f"{statistics.median(m for m, _ in pairs):.3f} / {pairs[0][1]:.3f}"
+                + (f" (lost by {lost} of 3)" if lost else "")
             )
         found.append((day, *cells))
-    write_table(args.out / "days.md", ("initial day", *(f"{lead} h: median / damped anomaly" for lead in leads)), found)
+    write_table(
+        args.out / "days.md",
+        ("initial day", *(f"{lead} h: median / damped anomaly" for lead in leads)),
+        found,
+    )
 
 
 def by_day(run: Path, forecast: Path, data: str) -> list[tuple[str, int, float, float]]:
@@ -141,7 +182,10 @@ def by_day(run: Path, forecast: Path, data: str) -> list[tuple[str, int, float, 
     for one in np.unique(day):
         at = day == one
         for i, lead in enumerate(c.lead_hours()):
-            errors = [float(np.sqrt((np.square(x[at, i] - truth[at, i]) * weights).mean())) for x in (model, simple)]
+            errors = [
+                float(np.sqrt((np.square(x[at, i] - truth[at, i]) * weights).mean()))
+                for x in (model, simple)
+            ]
             out.append((str(one), lead, *errors))
     return out
 
@@ -150,14 +194,33 @@ def by_day(run: Path, forecast: Path, data: str) -> list[tuple[str, int, float, 
 
 
 def default(args: argparse.Namespace) -> None:
-    run = train(args, "default", "--patch", 4, "--leads", "6,24,72", "--base", "damped", "--warmup", 20, "--epochs", 8)
+    run = train(
+        args,
+        "default",
+        "--patch",
+        4,
+        "--leads",
+        "6,24,72",
+        "--base",
+        "damped",
+        "--warmup",
+        20,
+        "--epochs",
+        8,
+    )
     forecast = predict(args, run, "--save", 2, "--rollout", 72)
     keep_figures(forecast / "maps", args.out / "plots/default")
     rows: dict[tuple[str, int], dict[str, str]] = {}
     for row in read_scores(forecast / "scores.csv"):
-        rows.setdefault((f"{row.variable} ({row.units})", row.lead_hours), {})[row.forecast] = f"{row.rmse:.4g}"
+        rows.setdefault((f"{row.variable} ({row.units})", row.lead_hours), {})[row.forecast] = (
+            f"{row.rmse:.4g}"
+        )
     names = ("model", "roll-out", "persistence", "climatology", "damped anomaly")
-    shown = [(v, f"{lead} h", *(found.get(name, "") for name in names)) for (v, lead), found in rows.items() if "model" in found]
+    shown = [
+        (v, f"{lead} h", *(found.get(name, "") for name in names))
+        for (v, lead), found in rows.items()
+        if "model" in found
+    ]
     write_table(args.out / "table_default.md", ("RMSE", "lead", *names), shown)
 
 
@@ -165,12 +228,23 @@ def patches(args: argparse.Namespace) -> None:
     """The same model but for the patch, over as many epochs: the validation loss after each."""
     runs = [train(args, f"p{p}", *SMALL, "--patch", p, "--epochs", args.epochs) for p in PATCHES]
     plot_runs(runs, args.out / "plots/patches")
-    losses = [[r["val_loss"] for r in read_metrics(run) if r.get("val_loss") is not None] for run in runs]
+    losses = [
+        [r["val_loss"] for r in read_metrics(run) if r.get("val_loss") is not None] for run in runs
+    ]
     skill = [
-        next(r for r in read_scores(predict(args, run, "--no-maps") / "scores.csv") if (r.variable, r.forecast) == ("h", "model"))
+        next(
+            r
+            for r in read_scores(predict(args, run, "--no-maps") / "scores.csv")
+            if (r.variable, r.forecast) == ("h", "model")
+        )
         for run in runs
     ]
-    head = ("patch", "tokens", *(f"epoch {n + 1}" for n in range(len(losses[0]))), "RMSE of h in the test times (m)")
+    head = (
+        "patch",
+        "tokens",
+        *(f"epoch {n + 1}" for n in range(len(losses[0]))),
+        "RMSE of h in the test times (m)",
+    )
     rows = [
         (p, 32 * 64 // p**2, *(f"{x:.4f}" for x in mine), f"{s.rmse:.2f}")
         for p, mine, s in zip(PATCHES, losses, skill, strict=True)
@@ -184,23 +258,49 @@ def time(args: argparse.Namespace) -> None:
     for turn in range(args.turns):
         for p in PATCHES:
             for algorithm in ringx.algorithms():
-                words = ("--patch", p, "--steps", 8, "--algorithm", algorithm, "--val-every", 0, "--save-every", 0)
+                words = (
+                    "--patch",
+                    p,
+                    "--steps",
+                    8,
+                    "--algorithm",
+                    algorithm,
+                    "--val-every",
+                    0,
+                    "--save-every",
+                    0,
+                )
                 run = args.work / f"time_p{p}_{algorithm}_{turn}"
-                ask("train", *SMALL, *words, "--cp", args.nproc, "--nproc", args.nproc, "--out", run)
-                seconds.setdefault((p, algorithm), []).extend(r["seconds"] for r in read_metrics(run)[2:])
+                ask(
+                    "train", *SMALL, *words, "--cp", args.nproc, "--nproc", args.nproc, "--out", run
+                )
+                seconds.setdefault((p, algorithm), []).extend(
+                    r["seconds"] for r in read_metrics(run)[2:]
+                )
     found = [{"patch": p, "algorithm": a, "seconds": s} for (p, a), s in seconds.items()]
-    (args.out / "time.json").write_text(json.dumps({"ranks": args.nproc, "times": found}, indent=1) + "\n")
+    (args.out / "time.json").write_text(
+        json.dumps({"ranks": args.nproc, "times": found}, indent=1) + "\n"
+    )
     middle = {key: statistics.median(s) for key, s in seconds.items()}
     head = ("patch", "tokens", *(f"{a} (ratio to ringx3)" for a in ringx.algorithms()))
     rows = [
-        (p, 32 * 64 // p**2, *(f"{middle[p, a]:.2f} s ({middle[p, a] / middle[p, 'ringx3']:.2f})" for a in ringx.algorithms()))
+        (
+            p,
+            32 * 64 // p**2,
+            *(
+                f"{middle[p, a]:.2f} s ({middle[p, a] / middle[p, 'ringx3']:.2f})"
+                for a in ringx.algorithms()
+            ),
+        )
         for p in PATCHES
     ]
     write_table(args.out / "time.md", head, rows)
 
 
 def main() -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("what", choices=("era5", "default", "patches", "time"))
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--data", help="era5's file")

@@ -64,7 +64,9 @@ CHUNK = 8 * 2**20  # bytes read at a time
 NAMED = 3  # faults that an error names
 
 # a lone process is what we say it is; and a filter for the time of a call only would not be safe beside other threads
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+warnings.filterwarnings(
+    "ignore", message="torch.distributed is disabled, unavailable or uninitialized"
+)
 
 
 class Checkpoints:
@@ -95,7 +97,11 @@ class Checkpoints:
         self._world, self._keep, self._say = world, keep, say
         self._rank, self._ranks = (world.rank, world.world_size) if world else (0, 1)
         # our own group: the background's messages must not mix with those of training, and must not need the GPU
-        self._pg = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if self._ranks > 1 else None
+        self._pg = (
+            dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+            if self._ranks > 1
+            else None
+        )
         self._thread: threading.Thread | None = None
         self._error: RuntimeError | None = None
         self._faulty: set[Path] = set()  # found by newest(): these do not count as kept
@@ -124,7 +130,9 @@ class Checkpoints:
             ) from error
         # not async_save: with torch's file writer its copy leaves scalar DTensors shared with training and copies the others twice.
         # A daemon: a process that ends because of an error must not wait for its peers.
-        self._thread = threading.Thread(target=self._write, args=(step, _copied(state), text), name="checkpoint", daemon=True)
+        self._thread = threading.Thread(
+            target=self._write, args=(step, _copied(state), text), name="checkpoint", daemon=True
+        )
         self._thread.start()
 
     def finish(self) -> None:
@@ -153,7 +161,9 @@ class Checkpoints:
             self.close()
         elif self._thread is not None:
             self._thread.join(LEAVE)
-            if self._error is not None and self._rank == 0:  # the error on its way counts; this one is said
+            if (
+                self._error is not None and self._rank == 0
+            ):  # the error on its way counts; this one is said
                 self._say(str(self._error))
 
     def newest(self) -> tuple[Path, Any] | None:
@@ -180,7 +190,14 @@ class Checkpoints:
     def _fault_in(self, path: Path) -> str | None:
         """The first thing that is wrong with a checkpoint; the same on all ranks."""
         files, fault = launch.decide(self._world, partial(_manifest, path))
-        mine = next((f for name in sorted(files)[self._rank :: self._ranks] if (f := _fault(path / name, files[name]))), None)
+        mine = next(
+            (
+                f
+                for name in sorted(files)[self._rank :: self._ranks]
+                if (f := _fault(path / name, files[name]))
+            ),
+            None,
+        )
         faults = [mine] * self._ranks
         if self._pg is not None:
             dist.all_gather_object(faults, mine, group=self._pg)
@@ -196,12 +213,20 @@ class Checkpoints:
         self.finish()
         reader = dcp.FileSystemReader(path)
         try:
-            dcp.load(state, storage_reader=reader, planner=_Same(), process_group=self._pg, no_dist=self._pg is None)
+            dcp.load(
+                state,
+                storage_reader=reader,
+                planner=_Same(),
+                process_group=self._pg,
+                no_dist=self._pg is None,
+            )
         except CheckpointException as error:
             rank, cause = _first(error)
             if isinstance(cause, _Differs):
                 raise ValueError(f"checkpoint {path} does not fit: {cause}") from None
-            raise RuntimeError(f"checkpoint {path} cannot be read, says rank {rank}: {_one_line(cause)}") from error
+            raise RuntimeError(
+                f"checkpoint {path} cannot be read, says rank {rank}: {_one_line(cause)}"
+            ) from error
 
     # ---- in the background
 
@@ -235,9 +260,14 @@ class Checkpoints:
         for name, (size, _) in files.items():
             there = (aside / name).stat().st_size if (aside / name).exists() else None
             if there != size:
-                raise OSError(f"{name} has {there} of the {size} bytes written, seen from rank 0; do all ranks see this folder?")
+                raise OSError(
+                    f"{name} has {there} of the {size} bytes written, seen from rank 0; do all ranks see this folder?"
+                )
         files[ABOUT] = _put(aside / ABOUT, about)
-        listed = {name: {"bytes": size, "crc32": f"{crc:08x}"} for name, (size, crc) in sorted(files.items())}
+        listed = {
+            name: {"bytes": size, "crc32": f"{crc:08x}"}
+            for name, (size, crc) in sorted(files.items())
+        }
         _put(aside / MANIFEST, json.dumps({"files": listed}, indent=1))
         _sync(aside)
         path, old = aside.with_suffix(""), aside.with_suffix(".old")
@@ -252,7 +282,9 @@ class Checkpoints:
 
     def _prune(self, new: Path) -> None:
         present = self._present()
-        older = present[present.index(new) + 1 :]  # those after it belong to a run that was given up, or are damaged
+        older = present[
+            present.index(new) + 1 :
+        ]  # those after it belong to a run that was given up, or are damaged
         useful = [p for p in older if not (p.suffix == ".old" and p.with_suffix("").exists())]
         if self._keep:
             useful = [p for p in useful if p not in self._faulty][: self._keep - 1]
@@ -264,7 +296,10 @@ class Checkpoints:
         """Checkpoints in the folder, complete by their name; newest first."""
         with contextlib.suppress(FileNotFoundError):
             found = [(NAME.fullmatch(p.name), p) for p in self._folder.iterdir()]
-            return [p for *_, p in sorted(((int(m[1]), not m[2], p) for m, p in found if m), reverse=True)]
+            return [
+                p
+                for *_, p in sorted(((int(m[1]), not m[2], p) for m, p in found if m), reverse=True)
+            ]
         return []
 
     def _delete(self, path: Path) -> None:
@@ -285,7 +320,9 @@ def read_about(path: "str | Path") -> Any:
     try:
         return json.loads((Path(path) / ABOUT).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"path={str(path)!r} is no checkpoint ({_one_line(error)}); name a folder step-NNNNNNNN.") from error
+        raise ValueError(
+            f"path={str(path)!r} is no checkpoint ({_one_line(error)}); name a folder step-NNNNNNNN."
+        ) from error
 
 
 # ---- copying
@@ -344,7 +381,12 @@ class _SummedFiles(FileSystem):
 class _Writer(dcp.FileSystemWriter):
     """Adds to torch's writer: what rank 0 does before and after, and checksums, which travel with what the ranks report anyway."""
 
-    def __init__(self, path: Path, prepare: Callable[[], None], commit: Callable[[dict[str, tuple[int, int]]], None]):
+    def __init__(
+        self,
+        path: Path,
+        prepare: Callable[[], None],
+        commit: Callable[[dict[str, tuple[int, int]]], None],
+    ):
         # torch's own fsync of .metadata comes before its flush: _Summed does it.  Nothing to copy ahead: all is on the CPU.
         super().__init__(path, sync_files=False, per_thread_copy_ahead=0)
         self.fs = self._summed = _SummedFiles()
@@ -365,7 +407,9 @@ class _Writer(dcp.FileSystemWriter):
         except Exception as error:  # noqa: BLE001 - raised on all ranks
             if isinstance(error.__context__, OSError):  # torch.save makes its own of a full disk
                 raise error.__context__ from None
-            raise RuntimeError(_one_line(error)) from None  # it goes to rank 0: others may not survive pickling
+            raise RuntimeError(
+                _one_line(error)
+            ) from None  # it goes to rank 0: others may not survive pickling
         done: Future = Future()
         done.set_result((written, self._summed.files))
         return done
@@ -401,7 +445,10 @@ def _manifest(path: Path) -> tuple[dict[str, tuple[int, int]], str | None]:
     """({name: (bytes, CRC-32)}, what is wrong with the manifest)."""
     try:
         listed = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-        files = {str(name): (int(entry["bytes"]), int(entry["crc32"], 16)) for name, entry in listed.items()}
+        files = {
+            str(name): (int(entry["bytes"]), int(entry["crc32"], 16))
+            for name, entry in listed.items()
+        }
     except FileNotFoundError:
         return {}, f"{MANIFEST} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -441,10 +488,18 @@ class _Same(DefaultLoadPlanner):
         stored = {key: _kind(value) for key, value in saved.items()}
         faults = [f"{key} is not in it" for key in wanted if key not in stored]
         faults += [f"{key} is in it, but not asked for" for key in stored if key not in wanted]
-        faults += [f"{key} is {stored[key]} in it, not {kind}" for key, kind in wanted.items() if stored.get(key, kind) != kind]
+        faults += [
+            f"{key} is {stored[key]} in it, not {kind}"
+            for key, kind in wanted.items()
+            if stored.get(key, kind) != kind
+        ]
         if faults:
             more = f"; and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
-            raise _Differs("; ".join(faults[:NAMED]) + more + ". Load it into the model and optimizer that it was saved from.")
+            raise _Differs(
+                "; ".join(faults[:NAMED])
+                + more
+                + ". Load it into the model and optimizer that it was saved from."
+            )
         return super().create_local_plan()
 
 

@@ -21,17 +21,47 @@ from .zero import expect_possible
 def add_run_flags(p: Parser, *, preset: str, data: str, out: str) -> None:
     """The flags that are not fields of the configuration; `preset` and `data`: their help, `out`: the folder by default."""
     p.add_argument("--preset", help=preset)
-    p.add_argument("--config", metavar="FILE", help="the same from a YAML file, such as a run's config.yaml")
+    p.add_argument(
+        "--config", metavar="FILE", help="the same from a YAML file, such as a run's config.yaml"
+    )
     p.add_argument("--data", help=data)
-    p.add_argument("--out", metavar="DIR", help=f"folder of the run (default: the resumed one, or {out})")
-    p.add_argument("--resume", metavar="DIR", help="go on with the run in DIR from its newest whole checkpoint")
-    p.add_argument("--nproc", type=int, help="ranks to start here (default: 1, or the ranks of torchrun, srun or mpirun)")
-    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto")
-    p.add_argument("--timeout", type=float, default=600.0, help="seconds that ranks wait for each other (default: 600)")
-    p.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default="auto", help="default: where it is installed")
+    p.add_argument(
+        "--out", metavar="DIR", help=f"folder of the run (default: the resumed one, or {out})"
+    )
+    p.add_argument(
+        "--resume", metavar="DIR", help="go on with the run in DIR from its newest whole checkpoint"
+    )
+    p.add_argument(
+        "--nproc",
+        type=int,
+        help="ranks to start here (default: 1, or the ranks of torchrun, srun or mpirun)",
+    )
+    p.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto"
+    )
+    p.add_argument(
+        "--timeout",
+        type=float,
+        default=600.0,
+        help="seconds that ranks wait for each other (default: 600)",
+    )
+    p.add_argument(
+        "--tensorboard",
+        action=argparse.BooleanOptionalAction,
+        default="auto",
+        help="default: where it is installed",
+    )
     p.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases, too")
-    p.add_argument("--estimate", action="store_true", help="print the memory that a rank needs, and end; needs no GPU")
-    p.add_argument("--dry-run", action="store_true", help="print mesh, memory, bytes and FLOPs of a step, and end; needs no GPU")
+    p.add_argument(
+        "--estimate",
+        action="store_true",
+        help="print the memory that a rank needs, and end; needs no GPU",
+    )
+    p.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print mesh, memory, bytes and FLOPs of a step, and end; needs no GPU",
+    )
     add_flags(p, "mesh", MeshConfig)
 
 
@@ -40,7 +70,9 @@ def configure(args: argparse.Namespace, base: RunConfig) -> tuple[Any, Shape | N
     config = base
     flags = {name: value for name, value in vars(args).items() if value is not None}
     axes = {"cp", "tp", "dp"}
-    resumed = args.resume and not (args.preset or args.config)  # else the mesh is theirs, not the old one
+    resumed = args.resume and not (
+        args.preset or args.config
+    )  # else the mesh is theirs, not the old one
     if resumed and axes & set(flags):  # the old mesh's other axes are not meant
         config = replace(config, mesh=replace(config.mesh, cp=0, tp=0, dp=0))  # type: ignore[type-var]
     config = config.changed(flags)
@@ -48,7 +80,9 @@ def configure(args: argparse.Namespace, base: RunConfig) -> tuple[Any, Shape | N
         m = config.mesh
         world = args.nproc or max(m.cp, 1) * max(m.tp, 1) * max(m.dp, 1)
     else:
-        world = ringx.launch.world_size(args.nproc) or 0  # 0: this MPI does not say before the ranks have met
+        world = (
+            ringx.launch.world_size(args.nproc) or 0
+        )  # 0: this MPI does not say before the ranks have met
         if resumed and world and not axes & set(flags) and _misfits(config.mesh, world):
             config = replace(config, mesh=replace(config.mesh, cp=0, tp=0, dp=0))  # type: ignore[type-var]
     shape = config.mesh.fit(world) if world else None
@@ -77,18 +111,37 @@ def resumed_data(resume: "str | None") -> "dict[str, Any]":
     return sessions[-1].get("data", {}) if sessions else {}
 
 
-def expect_runnable(job: Job, args: argparse.Namespace, *, heads: tuple[int, int], head_dim: int, causal: bool) -> None:
+def expect_runnable(
+    job: Job, args: argparse.Namespace, *, heads: tuple[int, int], head_dim: int, causal: bool
+) -> None:
     """ValueError (or NotImplementedError) for what this machine or these folders cannot do."""
     c = job.config.train
     expect_loggers(job.tensorboard, job.wandb)
     kinds = DTYPES[c.dtype], DTYPES[c.reduce_dtype]
-    expect_possible(job.config.mesh.dp_engine, optimizer=c.optimizer, dtype=kinds[0], reduce_dtype=kinds[1])
+    expect_possible(
+        job.config.mesh.dp_engine, optimizer=c.optimizer, dtype=kinds[0], reduce_dtype=kinds[1]
+    )
     device = ringx.launch.detect(device=args.device).device
-    if device.type == "cpu":  # can the kernel do it?  (on GPUs the ranks find out: this process need not hold one)
-        q, k = (torch.zeros(1, 2, n, head_dim, dtype=DTYPES[c.dtype], requires_grad=True) for n in heads)
-        ringx.attention(q, k, k, algorithm=c.algorithm, causal=causal, layout="contiguous", kernel=c.kernel, check=False)
+    if (
+        device.type == "cpu"
+    ):  # can the kernel do it?  (on GPUs the ranks find out: this process need not hold one)
+        q, k = (
+            torch.zeros(1, 2, n, head_dim, dtype=DTYPES[c.dtype], requires_grad=True) for n in heads
+        )
+        ringx.attention(
+            q,
+            k,
+            k,
+            algorithm=c.algorithm,
+            causal=causal,
+            layout="contiguous",
+            kernel=c.kernel,
+            check=False,
+        )
         if c.offload:
-            raise ValueError("--offload moves activations from a GPU to its host; this run is on the CPU.")
+            raise ValueError(
+                "--offload moves activations from a GPU to its host; this run is on the CPU."
+            )
     if c.offload and c.checkpointing == "none":
         raise ValueError(
             "--offload keeps the inputs of checkpointed blocks on the host; give --checkpointing selective or full too."
@@ -105,10 +158,14 @@ def _expect_folders(job: Job, named: bool) -> None:
     if resume and Path(resume) != out and not (Path(resume) / "checkpoints").is_dir():
         raise ValueError(f"--resume {resume}: there is no run in it (no checkpoints/).")
     if resume and not named and not Path(resume).is_dir():
-        raise ValueError(f"--resume {resume}: there is no such folder; name a run's, or give --out {resume} too, to begin it.")
+        raise ValueError(
+            f"--resume {resume}: there is no such folder; name a run's, or give --out {resume} too, to begin it."
+        )
     held = (out / "checkpoints").is_dir() and any((out / "checkpoints").glob("step-*"))
     if held and not resume:
-        raise ValueError(f"--out {out} holds a run with checkpoints; go on with --resume {out}, or take another folder.")
+        raise ValueError(
+            f"--out {out} holds a run with checkpoints; go on with --resume {out}, or take another folder."
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
         with open(out / ".writable", "w"):

@@ -40,8 +40,14 @@ def at_least(config: Any, least: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         whole = types[name] is int
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not math.isfinite(value):
-            raise ValueError(f"{name}={value!r} must be {'an integer' if whole else 'a finite number'}.")
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int if whole else (int, float))
+            or not math.isfinite(value)
+        ):
+            raise ValueError(
+                f"{name}={value!r} must be {'an integer' if whole else 'a finite number'}."
+            )
         if value < least:
             raise ValueError(f"{name}={value} must be at least {least}.")
 
@@ -59,10 +65,18 @@ class MeshConfig:
 
     cp: int = option(0, "ranks that one sequence is cut over (default: what tp and dp leave)")
     tp: int = option(0, "ranks that each matrix is cut over (default: 1)")
-    dp: int = option(0, "groups of ranks with sequences of their own (default: what cp and tp leave)")
-    dp_replicate: int = option(1, "replicas of the parameters among the dp groups (HSDP); the rest are shards")
-    parallel_order: str = option("cp-tp-dp", "which axis varies fastest over the ranks, leftmost first", ORDERS)
-    dp_engine: str = option("fsdp", "FSDP2, DDP, or DeepSpeed ZeRO 1 to 3, over the dp x cp ranks", ENGINES)
+    dp: int = option(
+        0, "groups of ranks with sequences of their own (default: what cp and tp leave)"
+    )
+    dp_replicate: int = option(
+        1, "replicas of the parameters among the dp groups (HSDP); the rest are shards"
+    )
+    parallel_order: str = option(
+        "cp-tp-dp", "which axis varies fastest over the ranks, leftmost first", ORDERS
+    )
+    dp_engine: str = option(
+        "fsdp", "FSDP2, DDP, or DeepSpeed ZeRO 1 to 3, over the dp x cp ranks", ENGINES
+    )
 
     def __post_init__(self):
         at_least(self, 0, "cp", "tp", "dp")
@@ -74,24 +88,47 @@ class MeshConfig:
             )
 
     def fit(self, world: int) -> Shape:
-        return Shape.fit(world, cp=self.cp, tp=self.tp, dp=self.dp, replicate=self.dp_replicate, order=self.parallel_order)
+        return Shape.fit(
+            world,
+            cp=self.cp,
+            tp=self.tp,
+            dp=self.dp,
+            replicate=self.dp_replicate,
+            order=self.parallel_order,
+        )
 
 
 @dataclass(frozen=True)
 class Training:
     """How a model is trained; what is a sample is the app's to say (a sequence of text, a field at a time)."""
 
-    global_batch: int = option(0, "samples of an optimizer step, over all ranks (0: one per dp group)")
-    micro_batch: int = option(0, "samples of a dp group in one pass; the rest are accumulated (0: all at once)")
+    global_batch: int = option(
+        0, "samples of an optimizer step, over all ranks (0: one per dp group)"
+    )
+    micro_batch: int = option(
+        0, "samples of a dp group in one pass; the rest are accumulated (0: all at once)"
+    )
     steps: int = option(1000, "optimizer steps of the whole run")
     seed: int = option(0, "of the weights and of the order of the data")
-    dtype: str = option("bfloat16", "of the computation; parameters, gradients and optimizer are kept in float32 at least", DTYPES)
-    reduce_dtype: str = option("float32", "in which gradients of a bfloat16 computation are summed over ranks", DTYPES)
+    dtype: str = option(
+        "bfloat16",
+        "of the computation; parameters, gradients and optimizer are kept in float32 at least",
+        DTYPES,
+    )
+    reduce_dtype: str = option(
+        "float32", "in which gradients of a bfloat16 computation are summed over ranks", DTYPES
+    )
     optimizer: str = option(
-        "adamw", "lamb is for large batches; lamb_apex and lamb_deepspeed are fused versions for GPUs", OPTIMIZERS
+        "adamw",
+        "lamb is for large batches; lamb_apex and lamb_deepspeed are fused versions for GPUs",
+        OPTIMIZERS,
     )
     lr: float = option(3e-4, "peak learning rate")
-    schedule: str = option("cosine", "after the warm-up: half a cosine, or constant and then a linear decay (wsd)", SCHEDULES)
+    schedule: str = option(
+        "cosine",
+        "after the warm-up: half a cosine, or constant and then a linear decay (wsd)",
+        SCHEDULES,
+    )
     warmup: int = option(0, "steps of linear warm-up")
     decay: int = option(0, "steps of decay at the end (wsd)")
     floor: float = option(0.1, "last learning rate over the peak")
@@ -102,23 +139,42 @@ class Training:
     clip: float = option(1.0, "largest global gradient norm (0: no clipping)")
     algorithm: str = option("ringx3", "attention's communication pattern", ringx.algorithms())
     layout: str = option("zigzag", "which tokens a rank of the cp group holds", LAYOUTS)
-    kernel: str = option("auto", "local attention kernel (ringx info lists them)", [*KERNELS, "auto"])
+    kernel: str = option(
+        "auto", "local attention kernel (ringx info lists them)", [*KERNELS, "auto"]
+    )
     overlap: bool = option(True, "communicate while computing")
     checkpointing: str = option(
-        "none", "activations computed again in backward: all but attention's (selective), or all (full)", CHECKPOINTING
+        "none",
+        "activations computed again in backward: all but attention's (selective), or all (full)",
+        CHECKPOINTING,
     )
     mlp_tiles: int = option(1, "pieces of the sequence that go through an MLP one after another")
     offload: bool = option(False, "keep saved activations in host memory (GPUs)")
     val_every: int = option(0, "steps between validations (0: none)")
     val_batches: int = option(4, "global batches of a validation")
-    save_every: int = option(100, "steps between checkpoints; the last step is always saved (0: only that)")
+    save_every: int = option(
+        100, "steps between checkpoints; the last step is always saved (0: only that)"
+    )
     keep: int = option(2, "newest checkpoints that are kept (0: all)")
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", SHORT.get(self.dtype, self.dtype))
         object.__setattr__(self, "reduce_dtype", SHORT.get(self.reduce_dtype, self.reduce_dtype))
         at_least(self, 1, "steps", "mlp_tiles", "val_batches")
-        at_least(self, 0, "global_batch", "micro_batch", "lr", "warmup", "decay", "floor", "weight_decay", "beta1", "beta2", "eps")
+        at_least(
+            self,
+            0,
+            "global_batch",
+            "micro_batch",
+            "lr",
+            "warmup",
+            "decay",
+            "floor",
+            "weight_decay",
+            "beta1",
+            "beta2",
+            "eps",
+        )
         at_least(self, 0, "clip", "seed", "val_every", "save_every", "keep")
         known(self)
         for f in dataclasses.fields(self):
@@ -135,9 +191,13 @@ class Training:
         if self.seed >= 2**31:
             raise ValueError(f"seed={self.seed} must be below 2**31.")
         if self.decay and self.schedule != "wsd":
-            raise ValueError(f"decay={self.decay} is for --schedule wsd; {self.schedule} decays from the warm-up to the end.")
+            raise ValueError(
+                f"decay={self.decay} is for --schedule wsd; {self.schedule} decays from the warm-up to the end."
+            )
         if self.schedule == "wsd" and self.warmup + self.decay > self.steps:
-            raise ValueError(f"warmup={self.warmup} and decay={self.decay} are longer than steps={self.steps}.")
+            raise ValueError(
+                f"warmup={self.warmup} and decay={self.decay} are longer than steps={self.steps}."
+            )
 
 
 class RunConfig:
@@ -180,7 +240,9 @@ class RunConfig:
         """(samples of a step, of a dp group in one pass, passes); ValueError where they do not divide."""
         total = self.train.global_batch or shape.dp * (self.train.micro_batch or 1)
         if total % shape.dp:
-            raise ValueError(f"global_batch={total} must be a multiple of dp={shape.dp}: each group takes equally many samples.")
+            raise ValueError(
+                f"global_batch={total} must be a multiple of dp={shape.dp}: each group takes equally many samples."
+            )
         mine = total // shape.dp
         micro = self.train.micro_batch or mine
         if mine % micro:
@@ -222,7 +284,9 @@ def load(path: str, kind: type[C], presets: Mapping[str, C]) -> C:
     if not isinstance(given, dict):
         raise ValueError(f"--config {path}: it must be a mapping with the keys {', '.join(keys)}.")
     if unknown := set(given) - set(keys):
-        raise ValueError(f"--config {path}: unknown key {sorted(unknown)[0]!r}; known: {', '.join(keys)}.")
+        raise ValueError(
+            f"--config {path}: unknown key {sorted(unknown)[0]!r}; known: {', '.join(keys)}."
+        )
     base = presets[require_name(given["preset"], presets, "preset")] if "preset" in given else None
     parts: dict[str, Any] = {"name": str(given.get("name", base.name if base else Path(path).stem))}
     for part, type_ in types.items():
@@ -230,7 +294,9 @@ def load(path: str, kind: type[C], presets: Mapping[str, C]) -> C:
         names = {f.name for f in dataclasses.fields(type_)}
         if not isinstance(values, dict) or (unknown := set(values) - names):
             bad = sorted(unknown)[0] if isinstance(values, dict) else values
-            raise ValueError(f"--config {path}: {part} has no field {bad!r}; it has {', '.join(sorted(names))}.")
+            raise ValueError(
+                f"--config {path}: {part} has no field {bad!r}; it has {', '.join(sorted(names))}."
+            )
         try:
             parts[part] = replace(getattr(base, part), **values) if base else type_(**values)
         except (TypeError, ValueError) as e:
@@ -244,10 +310,18 @@ def add_flags(parser: argparse.ArgumentParser, title: str, kind: Any) -> None:
     for f in dataclasses.fields(kind):
         if "help" not in f.metadata:
             continue
-        flag, about, choices = "--" + f.name.replace("_", "-"), f.metadata["help"], f.metadata["choices"]
+        flag, about, choices = (
+            "--" + f.name.replace("_", "-"),
+            f.metadata["help"],
+            f.metadata["choices"],
+        )
         if f.type is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=about)
+            group.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=None, help=about
+            )
             continue
         if choices:
             about = f"{about}: {', '.join(choices)}"
-        group.add_argument(flag, type=f.type, default=None, metavar=None if choices else "N", help=about)  # type: ignore[arg-type]
+        group.add_argument(
+            flag, type=f.type, default=None, metavar=None if choices else "N", help=about
+        )  # type: ignore[arg-type]

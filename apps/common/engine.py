@@ -65,7 +65,9 @@ class Engine:
         if self._sharded:
             policy = MixedPrecisionPolicy()
             if self._autocast:
-                policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+                policy = MixedPrecisionPolicy(
+                    param_dtype=dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
+                )
                 self._autocast = None
             for block in blocks:
                 fully_shard(block, mesh=mesh.shard_mesh, mp_policy=policy)
@@ -77,7 +79,9 @@ class Engine:
             self.model: Any = model
             if kind == "ddp" and self.ranks > 1:
                 # no rank needs another's parameters: they are the same on every rank
-                self.model = nn.parallel.DistributedDataParallel(model, process_group=mesh.data, init_sync=False)
+                self.model = nn.parallel.DistributedDataParallel(
+                    model, process_group=mesh.data, init_sync=False
+                )
         self.optimizer = make_optimizer(list(model.parameters()))
 
     def __call__(self, *args: Any) -> torch.Tensor:
@@ -91,7 +95,9 @@ class Engine:
         """Around a forward and its backward: gradients are summed over the ranks in the last one of a step only."""
         if self._sharded:
             self.model.set_requires_gradient_sync(last)
-        with contextlib.nullcontext() if last or self.model is self.module else self.model.no_sync():
+        with (
+            contextlib.nullcontext() if last or self.model is self.module else self.model.no_sync()
+        ):
             yield
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -119,7 +125,12 @@ class Engine:
 
     def load(self, state: dict[str, Any]) -> None:
         """The inverse of ``state``, of a run on any mesh."""
-        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
 
 
 @torch.no_grad()
@@ -128,7 +139,9 @@ def fill(model: nn.Module, weights: Callable[[str, torch.Size], torch.Tensor]) -
     for name, p in model.named_parameters():
         full = weights(name, p.shape)
         if isinstance(p, DTensor):
-            shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+            shape, offset = compute_local_shape_and_global_offset(
+                p.shape, p.device_mesh, p.placements
+            )
             full = full[tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))]
             p.to_local().copy_(full)
         else:

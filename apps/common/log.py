@@ -73,9 +73,13 @@ class Metrics:
         if tensorboard is True or (tensorboard == "auto" and _installed("tensorboard")):
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step, flush_secs=10)
+            self._board = SummaryWriter(
+                str(folder / "tensorboard"), purge_step=start_step, flush_secs=10
+            )
             if config:
-                self._board.add_text("config", f"```\n{json.dumps(config, indent=1, default=str)}\n```", start_step)
+                self._board.add_text(
+                    "config", f"```\n{json.dumps(config, indent=1, default=str)}\n```", start_step
+                )
         if wandb is not None:
             self._wandb = _start_wandb(folder, wandb, config, resumed=start_step > 0)
 
@@ -89,13 +93,19 @@ class Metrics:
             raise ValueError(f"record={record!r} lacks {', '.join(missing)}.")
         step = record["step"]
         if step < self._next:
-            raise ValueError(f"step={step} was written already or lies before start_step; the next is {self._next}.")
+            raise ValueError(
+                f"step={step} was written already or lies before start_step; the next is {self._next}."
+            )
         self._next = step + 1
         if self._file is None:
             return
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        numbers = {k: v for k, v in record.items() if k != "step" and isinstance(v, (int, float)) and not isinstance(v, bool)}
+        numbers = {
+            k: v
+            for k, v in record.items()
+            if k != "step" and isinstance(v, (int, float)) and not isinstance(v, bool)
+        }
         if self._board is not None:
             for name, value in numbers.items():
                 self._board.add_scalar(name, value, step)
@@ -127,11 +137,15 @@ def expect_loggers(tensorboard: bool | str = "auto", wandb: str | None = None) -
     if tensorboard not in (True, False, "auto"):
         raise ValueError(f"tensorboard={tensorboard!r} must be True, False or 'auto'.")
     if tensorboard is True and not _installed("tensorboard"):
-        raise ValueError("tensorboard=True, but TensorBoard is not installed: pip install tensorboard, or leave it at 'auto'.")
+        raise ValueError(
+            "tensorboard=True, but TensorBoard is not installed: pip install tensorboard, or leave it at 'auto'."
+        )
     if wandb == "":
         raise ValueError("wandb='' must name a W&B project, or be None.")
     if wandb is not None and not _installed("wandb"):
-        raise ValueError(f"wandb={wandb!r}, but W&B is not installed: pip install wandb, or leave it out.")
+        raise ValueError(
+            f"wandb={wandb!r}, but W&B is not installed: pip install wandb, or leave it out."
+        )
 
 
 def read_metrics(folder: "str | Path") -> list[Record]:
@@ -153,7 +167,9 @@ def read_metrics(folder: "str | Path") -> list[Record]:
         if not whole:
             if not any(lines[number:]):
                 break
-            raise ValueError(f"{path} line {number} is no record of a step; mend or remove the line.") from None
+            raise ValueError(
+                f"{path} line {number} is no record of a step; mend or remove the line."
+            ) from None
         records.append(record)
     return records
 
@@ -169,9 +185,18 @@ def write_header(folder: Path, header: dict[str, Any], *, start_step: int = 0) -
     _expect_start(start_step)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    session = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "start_step": start_step, "versions": versions(), **header}
+    session = {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "start_step": start_step,
+        "versions": versions(),
+        **header,
+    }
     before = read_sessions(folder) if start_step > 0 else []
-    write_text(folder / "run.json", json.dumps({"sessions": [*before, session]}, indent=1) + "\n", replace=True)
+    write_text(
+        folder / "run.json",
+        json.dumps({"sessions": [*before, session]}, indent=1) + "\n",
+        replace=True,
+    )
 
 
 def read_sessions(folder: "str | Path") -> list[dict[str, Any]]:
@@ -213,7 +238,9 @@ def _keep_before(folder: Path, step: int) -> None:
     path = folder / "metrics.jsonl"
     if not path.exists():
         return
-    records = read_metrics(folder) if step > 0 else []  # a new run need not understand an older one's
+    records = (
+        read_metrics(folder) if step > 0 else []
+    )  # a new run need not understand an older one's
     kept = "".join(json.dumps(r) + "\n" for r in records if r["step"] < step)
     if kept.encode() != path.read_bytes():
         write_text(path, kept, replace=True)
@@ -227,7 +254,12 @@ def _start_wandb(folder: Path, project: str, config: dict[str, Any] | None, resu
         write_text(note, uuid.uuid4().hex[:12] + "\n", replace=True)
     identity = note.read_text(encoding="utf-8").strip()
     return wandb.init(
-        project=project, name=folder.resolve().name, dir=str(folder), config=config or {}, id=identity, resume="allow"
+        project=project,
+        name=folder.resolve().name,
+        dir=str(folder),
+        config=config or {},
+        id=identity,
+        resume="allow",
     )
 
 
@@ -235,7 +267,9 @@ def _start_wandb(folder: Path, project: str, config: dict[str, Any] | None, resu
 
 
 @contextlib.contextmanager
-def progress(total: int, first: int, title: str, *, chief: bool = True) -> Iterator[Callable[[Record], None]]:
+def progress(
+    total: int, first: int, title: str, *, chief: bool = True
+) -> Iterator[Callable[[Record], None]]:
     """What to call with each step's record.  At a terminal: a bar with loss, tokens/s and the time left.  Elsewhere: a line for
     each of the first 20 steps, then at most one in 10 s, and always for the last step and for a validation.  Nothing where
     not `chief` (ranks other than the first).
@@ -265,12 +299,16 @@ def _bar(total: int, first: int, title: str) -> Iterator[Callable[[Record], None
     )
 
     numbers = (TextColumn("{task.fields[numbers]}"), TextColumn("left"), TimeRemainingColumn())
-    with Progress(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), *numbers) as bar:
+    with Progress(
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), *numbers
+    ) as bar:
         task = bar.add_task(title, total=total, completed=first, numbers="")
 
         def show(record: Record) -> None:
             validation = f"  val {record['val_loss']:.4f}" if "val_loss" in record else ""
-            numbers = f"loss {record['loss']:.4f}{validation}  {record['tokens_per_s']:,.0f} tokens/s"
+            numbers = (
+                f"loss {record['loss']:.4f}{validation}  {record['tokens_per_s']:,.0f} tokens/s"
+            )
             bar.update(task, completed=record["step"] + 1, numbers=numbers)
 
         yield show
@@ -297,7 +335,11 @@ def _lines() -> Iterator[Callable[[Record], None]]:
 
 def _line(r: Record) -> str:
     parts = [f"step {r['step']:4d}", f"loss {r['loss']:.6f}"]
-    for name, text in (("val_loss", "val loss {:.6f}"), ("grad_norm", "grad norm {:.4f}"), ("lr", "lr {:.2e}")):
+    for name, text in (
+        ("val_loss", "val loss {:.6f}"),
+        ("grad_norm", "grad norm {:.4f}"),
+        ("lr", "lr {:.2e}"),
+    ):
         if name in r:
             parts.append(text.format(r[name]))
     return "  ".join([*parts, f"{r['tokens_per_s']:,.0f} tokens/s"])

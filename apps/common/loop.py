@@ -25,12 +25,18 @@ T = TypeVar("T")
 class Work(Generic[T]):
     """What the steps of a run do, as an app says it."""
 
-    read: Callable[[int], T]  # this rank's data of a step; called ahead of time, by a thread: no communication
-    parts: Callable[[T], list[tuple]]  # cut into passes: of each, what the model is called with to return the sum of its losses
+    read: Callable[
+        [int], T
+    ]  # this rank's data of a step; called ahead of time, by a thread: no communication
+    parts: Callable[
+        [T], list[tuple]
+    ]  # cut into passes: of each, what the model is called with to return the sum of its losses
     count: int  # how many losses the samples of a step have, over all ranks: what the sum is divided by
     tokens: int  # of a step, over all ranks
     flops: Flops  # per token
-    validate: Callable[[], dict[str, float]]  # what is added to a step's record after a validation; on every rank
+    validate: Callable[
+        [], dict[str, float]
+    ]  # what is added to a step's record after a validation; on every rank
 
 
 def run_steps(
@@ -60,13 +66,30 @@ def run_steps(
             parts = work.parts(next(data))
             for i, part in enumerate(parts):
                 with engine.accumulate(last=i == len(parts) - 1):
-                    mine = engine(*part) / work.count  # what this rank's tokens add to the batch's loss
+                    mine = (
+                        engine(*part) / work.count
+                    )  # what this rank's tokens add to the batch's loss
                     engine.backward(mine)
                 loss += mine.detach()
-            lr = rate(c.schedule, step, steps=c.steps, peak=c.lr, warmup=c.warmup, decay=c.decay, floor=c.floor)
+            lr = rate(
+                c.schedule,
+                step,
+                steps=c.steps,
+                peak=c.lr,
+                warmup=c.warmup,
+                decay=c.decay,
+                floor=c.floor,
+            )
             norm = float(engine.step(lr, c.clip))
-            record: Record = {"step": step, "loss": float(engine.sum(loss)), "grad_norm": norm, "lr": lr}
-            seconds = time.perf_counter() - began  # the sums above waited for the slowest rank and the device
+            record: Record = {
+                "step": step,
+                "loss": float(engine.sum(loss)),
+                "grad_norm": norm,
+                "lr": lr,
+            }
+            seconds = (
+                time.perf_counter() - began
+            )  # the sums above waited for the slowest rank and the device
             per_rank = work.tokens / seconds / engine.mesh.shape.world_size
             record |= {
                 "tokens": (step + 1) * work.tokens,
@@ -80,7 +103,9 @@ def run_steps(
                 "mfu_causal": flops.causal * per_rank / peak if peak else None,
             }
             if not math.isfinite(record["loss"] + norm):
-                raise FloatingPointError(f"step {step}: loss {record['loss']}, gradient norm {norm}; lower --lr?")
+                raise FloatingPointError(
+                    f"step {step}: loss {record['loss']}, gradient norm {norm}; lower --lr?"
+                )
             if c.val_every and ((step + 1) % c.val_every == 0 or step + 1 == c.steps):
                 record |= work.validate()
             on_step(record)
@@ -91,4 +116,6 @@ def _peak_memory(device: torch.device) -> int:
     """Of this rank, bytes: allocated on its GPU; on a CPU, where torch counts nothing, resident in the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )

@@ -35,7 +35,9 @@ class Memory:
             return layers(x, *args)
         again = partial(checkpoint, layers, x, *args, use_reentrant=False, preserve_rng_state=False)
         if self.checkpointing == "selective":
-            again = partial(again, context_fn=partial(create_selective_checkpoint_contexts, _keep_attention))
+            again = partial(
+                again, context_fn=partial(create_selective_checkpoint_contexts, _keep_attention)
+            )
         if self.offload:
             with torch.autograd.graph.save_on_cpu(pin_memory=x.device.type != "cpu"):
                 return again()
@@ -48,10 +50,22 @@ class Memory:
             return x + mlp(h)
         # Each is added on its own: that waits for its collective under tp, also where a checkpoint around all this stops after the
         # last tile
-        tiles = zip(x.tensor_split(self.mlp_tiles, 1), h.tensor_split(self.mlp_tiles, 1), strict=True)
-        return torch.cat([a + checkpoint(mlp, b, use_reentrant=False, preserve_rng_state=False) for a, b in tiles], dim=1)
+        tiles = zip(
+            x.tensor_split(self.mlp_tiles, 1), h.tensor_split(self.mlp_tiles, 1), strict=True
+        )
+        return torch.cat(
+            [
+                a + checkpoint(mlp, b, use_reentrant=False, preserve_rng_state=False)
+                for a, b in tiles
+            ],
+            dim=1,
+        )
 
 
 def _keep_attention(context, op, *args, **kwargs) -> CheckpointPolicy:
     """Selective checkpointing: attention's result is kept (its remote blocks are not fetched again); the rest is cheap to redo."""
-    return CheckpointPolicy.MUST_SAVE if op is torch.ops.ringx.attention.default else CheckpointPolicy.PREFER_RECOMPUTE
+    return (
+        CheckpointPolicy.MUST_SAVE
+        if op is torch.ops.ringx.attention.default
+        else CheckpointPolicy.PREFER_RECOMPUTE
+    )

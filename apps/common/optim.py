@@ -23,7 +23,10 @@ OPTIMIZERS = {
     "lamb_apex": "apex.optimizers.FusedLAMB: whole parameters on a GPU; overwrites gradients",
     "lamb_deepspeed": "deepspeed.ops.lamb.FusedLamb: whole parameters on a GPU",
 }
-FUSED = ("cpu", "cuda")  # devices whose fused AdamW the tests have seen, in fp64 too (cuda: ROCm as well)
+FUSED = (
+    "cpu",
+    "cuda",
+)  # devices whose fused AdamW the tests have seen, in fp64 too (cuda: ROCm as well)
 
 
 def make_optimizer(
@@ -57,12 +60,24 @@ def make_optimizer(
             take these parameters."""
     require_name(name, OPTIMIZERS, "optimizer")
     _expect(math.isfinite(lr) and lr >= 0, "lr", lr, "a number of at least 0")
-    _expect(math.isfinite(weight_decay) and weight_decay >= 0, "weight_decay", weight_decay, "a number of at least 0")
-    _expect(len(betas) == 2 and all(0 <= b < 1 for b in betas), "betas", betas, "two numbers from 0 to below 1")
+    _expect(
+        math.isfinite(weight_decay) and weight_decay >= 0,
+        "weight_decay",
+        weight_decay,
+        "a number of at least 0",
+    )
+    _expect(
+        len(betas) == 2 and all(0 <= b < 1 for b in betas),
+        "betas",
+        betas,
+        "two numbers from 0 to below 1",
+    )
     _expect(math.isfinite(eps) and eps > 0, "eps", eps, "a number greater than 0")
     wanted = [p for p in params if p.requires_grad]
     if not wanted:
-        raise ValueError("params holds no parameter that requires a gradient; give the model's parameters.")
+        raise ValueError(
+            "params holds no parameter that requires a gradient; give the model's parameters."
+        )
     groups: dict[Any, dict[str, Any]] = {}
     for p in wanted:
         decay = weight_decay if p.dim() > 1 else 0.0
@@ -89,9 +104,17 @@ class Lamb(torch.optim.Optimizer):
     A step is collective where parameters are sharded, and holds every u at once.  Arguments as of ``make_optimizer``."""
 
     def __init__(
-        self, params: Iterable[Any], *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float = 0.0
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float = 0.0,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -100,8 +123,12 @@ class Lamb(torch.optim.Optimizer):
         Raises:
             ValueError: a closure is given: evaluate the loss before the step."""
         if closure is not None:
-            raise ValueError(f"closure={closure!r} is not supported; evaluate the loss before step().")
-        todo: list[tuple[dict[str, Any], list[torch.nn.Parameter], list[torch.Tensor]]] = []  # group, parameters, their u
+            raise ValueError(
+                f"closure={closure!r} is not supported; evaluate the loss before step()."
+            )
+        todo: list[
+            tuple[dict[str, Any], list[torch.nn.Parameter], list[torch.Tensor]]
+        ] = []  # group, parameters, their u
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
@@ -116,11 +143,15 @@ class Lamb(torch.optim.Optimizer):
         for group, params, directions in todo:
             torch._foreach_add_([_local(p) for p in params], directions, alpha=-group["lr"])
 
-    def _directions(self, group: dict[str, Any], params: Sequence[torch.nn.Parameter]) -> list[torch.Tensor]:
+    def _directions(
+        self, group: dict[str, Any], params: Sequence[torch.nn.Parameter]
+    ) -> list[torch.Tensor]:
         """This rank's part of u of each parameter, after the moments have taken in the gradient."""
         for p in params:
             if not self.state[p]:
-                self.state[p] = {  # as torch's AdamW has them, so that distributed checkpoints reshard them
+                self.state[
+                    p
+                ] = {  # as torch's AdamW has them, so that distributed checkpoints reshard them
                     "step": torch.zeros((), dtype=torch.float32),
                     "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
                     "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
@@ -194,7 +225,9 @@ def _norms(tensors: Sequence[torch.Tensor], like: Sequence[torch.Tensor]) -> tor
     In fp64, where the square of no fp32 number over- or underflows."""
     parts = [_local(t) for t in tensors]
     squares = torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float64)).square()
-    sharded: dict[Any, list[int]] = {}  # group: the tensors of which each of its ranks has another part
+    sharded: dict[
+        Any, list[int]
+    ] = {}  # group: the tensors of which each of its ranks has another part
     for i, t in enumerate(like):
         if isinstance(t, DTensor):
             for dim, placement in enumerate(t.placements):
@@ -212,7 +245,10 @@ def _wide(tensors: Iterable[torch.Tensor]) -> torch.dtype:
 
 
 def _fused_lamb(
-    name: str, params: Sequence[torch.nn.Parameter], groups: list[dict[str, Any]], options: dict[str, Any]
+    name: str,
+    params: Sequence[torch.nn.Parameter],
+    groups: list[dict[str, Any]],
+    options: dict[str, Any],
 ) -> torch.optim.Optimizer:
     module, cls, extra, remedy = {
         "lamb_apex": (  # use_nvlamb: the trust ratio also where nothing decays
@@ -220,7 +256,11 @@ def _fused_lamb(
             "build NVIDIA/apex or ROCm/apex from source (PyPI's apex is another project)",
         ),
         "lamb_deepspeed": (
-            *("deepspeed.ops.lamb", "FusedLamb", {"max_grad_norm": 0.0, "min_coeff": 0.0, "max_coeff": math.inf}),
+            *(
+                "deepspeed.ops.lamb",
+                "FusedLamb",
+                {"max_grad_norm": 0.0, "min_coeff": 0.0, "max_coeff": math.inf},
+            ),
             "pip install deepspeed",
         ),
     }[name]
@@ -233,7 +273,9 @@ def _fused_lamb(
     try:
         make = getattr(importlib.import_module(module), cls)
     except (ImportError, AttributeError):
-        raise ValueError(f"optimizer={name!r}: {module}.{cls} is not installed; {remedy}, or use 'lamb'.") from None
+        raise ValueError(
+            f"optimizer={name!r}: {module}.{cls} is not installed; {remedy}, or use 'lamb'."
+        ) from None
     return make(groups, **options, **extra)
 
 

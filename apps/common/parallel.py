@@ -50,7 +50,9 @@ def make_engine(
 ) -> Engine:
     """The engine that a configuration asks for; collective.  The other arguments are the Engine's."""
     c = config.train
-    zero = config.mesh.dp_engine in STAGES and mesh.data_mesh is not None and mesh.data_mesh.size() > 1
+    zero = (
+        config.mesh.dp_engine in STAGES and mesh.data_mesh is not None and mesh.data_mesh.size() > 1
+    )
     return (ZeroEngine if zero else Engine)(
         model,
         mesh,
@@ -58,7 +60,12 @@ def make_engine(
         blocks=blocks,
         weights=weights,
         make_optimizer=lambda params: make_optimizer(
-            c.optimizer, params, lr=c.lr, weight_decay=c.weight_decay, betas=(c.beta1, c.beta2), eps=c.eps
+            c.optimizer,
+            params,
+            lr=c.lr,
+            weight_decay=c.weight_decay,
+            betas=(c.beta1, c.beta2),
+            eps=c.eps,
         ),
         dtype=DTYPES[c.dtype],
         reduce_dtype=DTYPES[c.reduce_dtype],

@@ -62,7 +62,9 @@ class Plan:
     flops_full: float  # of this rank; conventions: apps/common/flops.py
     flops_causal: float
     memory: Memory
-    sent: dict[str, dict[str, int]]  # {purpose: {collective: bytes}}, as ringx.comm defines what a collective sends
+    sent: dict[
+        str, dict[str, int]
+    ]  # {purpose: {collective: bytes}}, as ringx.comm defines what a collective sends
 
     def table(self, memory_only: bool = False) -> str:
         """For people: lines of at most 100 columns."""
@@ -80,7 +82,9 @@ class Plan:
         ]
         if memory_only:
             return "\n".join(lines)
-        rows = [(sum(kinds.values()), purpose, ", ".join(kinds)) for purpose, kinds in self.sent.items()]
+        rows = [
+            (sum(kinds.values()), purpose, ", ".join(kinds)) for purpose, kinds in self.sent.items()
+        ]
         lines += [
             f"a step: {self.samples:,} samples, {self.tokens:,} tokens, {self.passes} passes; of this rank:",
             f"  {self.flops_full:.3e} FLOPs"
@@ -104,7 +108,9 @@ class Subject:
     parameters: int  # of the whole model
     flops: Flops  # per token
     build: Callable[[Mesh, Any], Engine]  # (mesh, allocating), as of Engine
-    batch: Callable[[Mesh, int], list[torch.Tensor]]  # (mesh, samples): what the model is called with, to return a sum of losses
+    batch: Callable[
+        [Mesh, int], list[torch.Tensor]
+    ]  # (mesh, samples): what the model is called with, to return a sum of losses
 
 
 def make_plan(config: C, shape: Shape, subject: Callable[[C], Subject], rank: int = 0) -> Plan:
@@ -180,17 +186,28 @@ def _run(config: RunConfig, mesh: Mesh, about: Subject) -> tuple[Memory, dict[st
                 loss = engine(*batch) / about.tokens
                 engine.backward(loss)
             if i < seen - 1:
-                watch.sent = {purpose: _times(sent, passes - 1) for purpose, sent in watch.sent.items()}
-        gradients = {watch.meet(x.untyped_storage(), new=False) for x in _local(p.grad for p in params)}
+                watch.sent = {
+                    purpose: _times(sent, passes - 1) for purpose, sent in watch.sent.items()
+                }
+        gradients = {
+            watch.meet(x.untyped_storage(), new=False) for x in _local(p.grad for p in params)
+        }
         watch.stage = "gradient norm"
         engine.step(c.lr, c.clip)
         watch.stage = "loss"
         engine.sum(loss.detach())
 
-    state = [x for s in engine.optimizer.state.values() for x in s.values() if isinstance(x, torch.Tensor)]
+    state = [
+        x
+        for s in engine.optimizer.state.values()
+        for x in s.values()
+        if isinstance(x, torch.Tensor)
+    ]
     kept, optimizer = _bytes(params), _bytes(state)
     at_peak = {g.serial: watch.at_peak.get(g.serial, 0) for g in gradients}
-    unsharded = sum(watch.at_peak.get(serial, 0) for serial in (watch.resized | watch.gathered) - set(at_peak))
+    unsharded = sum(
+        watch.at_peak.get(serial, 0) for serial in (watch.resized | watch.gathered) - set(at_peak)
+    )
     there = kept + optimizer + sum(at_peak.values()) + unsharded
     return Memory(
         parameters=kept,
@@ -201,14 +218,20 @@ def _run(config: RunConfig, mesh: Mesh, about: Subject) -> tuple[Memory, dict[st
         unsharded_at_peak=unsharded,
         activations=watch.peak - there,
         remote_blocks=watch.remote_peak,
-    ), {purpose: {kind: round(n) for kind, n in sent.items()} for purpose, sent in watch.sent.items() if sum(sent.values())}
+    ), {
+        purpose: {kind: round(n) for kind, n in sent.items()}
+        for purpose, sent in watch.sent.items()
+        if sum(sent.values())
+    }
 
 
 @contextlib.contextmanager
 def _alone(world: int, rank: int) -> Iterator[None]:
     """A default process group of `world` ranks, of which there is only this one."""
     if dist.is_initialized():
-        raise RuntimeError("make_plan: this process is a rank of a process group already; call it in a process of its own.")
+        raise RuntimeError(
+            "make_plan: this process is a rank of a process group already; call it in a process of its own."
+        )
     if world == 1:
         yield
         return
@@ -237,7 +260,9 @@ class _Watch(Lifetimes):
 
     def __init__(self, mesh: Mesh):
         super().__init__()
-        self._tp = mesh.device_mesh["tp"].get_group().group_name if mesh.device_mesh is not None else None
+        self._tp = (
+            mesh.device_mesh["tp"].get_group().group_name if mesh.device_mesh is not None else None
+        )
         self.calls: dict[tuple, _Call] = {}
         self.stage = ""  # what collectives are for; "": to be seen from the collective
         self.begin()
@@ -259,17 +284,24 @@ class _Watch(Lifetimes):
         return out
 
     def _collective(self, name: str, in_place: bool, args: tuple) -> None:
-        kind = next((kind for kind in _KINDS if kind.replace("_", "") in name.replace("_", "")), None)
+        kind = next(
+            (kind for kind in _KINDS if kind.replace("_", "") in name.replace("_", "")), None
+        )
         if kind is None:
             raise NotImplementedError(f"the collective {name} is not known here.")
         group = _group(args)
         parts = kind in ("all_gather", "reduce_scatter", "all_to_all")  # c10d's take output, input
         self._count(kind, group, _sends(kind, group, args[1 if parts and in_place else 0], args))
         if self.stage.startswith("attention"):
-            if in_place and (kind in ("all_gather", "all_to_all") or (kind == "broadcast" and args[2] != group.rank())):
+            if in_place and (
+                kind in ("all_gather", "all_to_all")
+                or (kind == "broadcast" and args[2] != group.rank())
+            ):
                 self._received(args[0])
         elif in_place and kind == "all_gather":
-            self.gathered.update(self.meet(x.untyped_storage(), new=False).serial for x in _tensors(args[0]))
+            self.gathered.update(
+                self.meet(x.untyped_storage(), new=False).serial for x in _tensors(args[0])
+            )
 
     def _count(self, kind: str, group: ProcessGroup, sent: float) -> None:
         purpose = self.stage
@@ -281,8 +313,14 @@ class _Watch(Lifetimes):
 
     def _received(self, into: Any) -> None:
         for x in _tensors(into):
-            self._remote[x.untyped_storage()._cdata] = self.meet(x.untyped_storage(), new=False).serial
-        alive = [a for key, serial in self._remote.items() if (a := self.alive.get(key)) and a.serial == serial]
+            self._remote[x.untyped_storage()._cdata] = self.meet(
+                x.untyped_storage(), new=False
+            ).serial
+        alive = [
+            a
+            for key, serial in self._remote.items()
+            if (a := self.alive.get(key)) and a.serial == serial
+        ]
         self.remote_peak = max(self.remote_peak, sum(a.bytes for a in alive))
 
 
@@ -314,7 +352,9 @@ def _attend_once(watch: _Watch) -> Iterator[None]:
             watch.stage = outer
 
     def stand_in(name: str) -> SimpleNamespace:
-        return SimpleNamespace(**{d: lambda *args, d=d: run(name, d, *args) for d in ("forward", "backward")})
+        return SimpleNamespace(
+            **{d: lambda *args, d=d: run(name, d, *args) for d in ("forward", "backward")}
+        )
 
     attention.pattern = stand_in  # type: ignore[attr-defined]
     try:
@@ -331,9 +371,18 @@ def _first(watch: _Watch, call: Callable, args: tuple) -> tuple[_Call, tuple[tor
     peak = watch.peak - start
     if before[0] >= watch.peak:
         watch.peak, watch.at_peak = before
-    now_sent = Counter({kind: n - sent[kind] for kind, n in watch.sent.get(watch.stage, {}).items()})
+    now_sent = Counter(
+        {kind: n - sent[kind] for kind, n in watch.sent.get(watch.stage, {}).items()}
+    )
     outputs = [
-        (x.untyped_storage()._cdata, x.untyped_storage().nbytes() // x.itemsize, x.shape, x.stride(), x.storage_offset(), x.dtype)
+        (
+            x.untyped_storage()._cdata,
+            x.untyped_storage().nbytes() // x.itemsize,
+            x.shape,
+            x.stride(),
+            x.storage_offset(),
+            x.dtype,
+        )
         for x in out
     ]
     remote = watch.remote_peak
@@ -353,10 +402,20 @@ def _repeat(watch: _Watch, call: _Call) -> tuple[torch.Tensor, ...]:
     for key, elements, *_, dtype in call.outputs:
         if key not in storages:
             storages[key] = torch.empty(elements, dtype=dtype)
-    return tuple(storages[key].as_strided(size, stride, offset) for key, _, size, stride, offset, _ in call.outputs)
+    return tuple(
+        storages[key].as_strided(size, stride, offset)
+        for key, _, size, stride, offset, _ in call.outputs
+    )
 
 
-_KINDS = ("reduce_scatter", "all_gather", "all_to_all", "all_reduce", "broadcast", "reduce")  # "reduce" is a part of others
+_KINDS = (
+    "reduce_scatter",
+    "all_gather",
+    "all_to_all",
+    "all_reduce",
+    "broadcast",
+    "reduce",
+)  # "reduce" is a part of others
 
 
 def _group(args: tuple) -> ProcessGroup:
@@ -365,7 +424,9 @@ def _group(args: tuple) -> ProcessGroup:
         if isinstance(x, torch.ScriptObject):
             with contextlib.suppress(RuntimeError):  # a box of something else
                 return ProcessGroup.unbox(x)
-    return dist.distributed_c10d._resolve_process_group(next(x for x in reversed(args) if isinstance(x, str)))  # type: ignore[arg-type]
+    return dist.distributed_c10d._resolve_process_group(
+        next(x for x in reversed(args) if isinstance(x, str))
+    )  # type: ignore[arg-type]
 
 
 def _sends(kind: str, group: ProcessGroup, message: Any, args: tuple) -> float:
@@ -375,8 +436,12 @@ def _sends(kind: str, group: ProcessGroup, message: Any, args: tuple) -> float:
         return size * (n - 1)
     if kind == "all_reduce":
         return 2 * size * (n - 1) / n
-    if kind == "all_to_all" and (splits := next((x for x in reversed(args) if isinstance(x, (list, tuple)) and x), None)):
-        return size - size * splits[group.rank()] / sum(splits)  # the last list is what goes to each rank
+    if kind == "all_to_all" and (
+        splits := next((x for x in reversed(args) if isinstance(x, (list, tuple)) and x), None)
+    ):
+        return size - size * splits[group.rank()] / sum(
+            splits
+        )  # the last list is what goes to each rank
     return size * (n - 1) / n
 
 

@@ -48,10 +48,26 @@ def plot_runs(runs: "Sequence[str | Path]", out: "str | Path", *, smooth: int = 
     loss = f"loss ({unit})" if unit else "loss"
     figures: dict[str, dict[str, Any]] = {
         "loss": dict(y="loss", ylabel=loss, title="Loss", points="val_loss"),
-        "loss_by_tokens": dict(y="loss", ylabel=loss, title="Loss by training data", points="val_loss", x="tokens"),
-        "throughput": dict(y="tokens_per_s", ylabel="throughput (tokens/s)", title="Throughput", from_zero=True),
-        "memory": dict(y="peak_memory_bytes", ylabel="peak memory of a rank (GiB)", title="Memory", per=GIB, from_zero=True),
-        "mfu": dict(y="mfu", ylabel="model FLOPs utilisation (%)", title="Model FLOPs utilisation", per=0.01, from_zero=True),
+        "loss_by_tokens": dict(
+            y="loss", ylabel=loss, title="Loss by training data", points="val_loss", x="tokens"
+        ),
+        "throughput": dict(
+            y="tokens_per_s", ylabel="throughput (tokens/s)", title="Throughput", from_zero=True
+        ),
+        "memory": dict(
+            y="peak_memory_bytes",
+            ylabel="peak memory of a rank (GiB)",
+            title="Memory",
+            per=GIB,
+            from_zero=True,
+        ),
+        "mfu": dict(
+            y="mfu",
+            ylabel="model FLOPs utilisation (%)",
+            title="Model FLOPs utilisation",
+            per=0.01,
+            from_zero=True,
+        ),
     }
     said = []
     for name, kind in figures.items():
@@ -76,14 +92,31 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 
 def mean_of_last(values: Sequence[float], n: int) -> list[float]:
     """Of each value and the n - 1 before it (fewer at the start)."""
-    return [sum(part) / len(part) for part in (values[max(0, i + 1 - n) : i + 1] for i in range(len(values)))]
+    return [
+        sum(part) / len(part)
+        for part in (values[max(0, i + 1 - n) : i + 1] for i in range(len(values)))
+    ]
 
 
 def _curves(
-    plt, rows: Iterable[Row], *, y: str, ylabel: str, title: str, smooth: int, x="step", points=None, per=1.0, from_zero=False
+    plt,
+    rows: Iterable[Row],
+    *,
+    y: str,
+    ylabel: str,
+    title: str,
+    smooth: int,
+    x="step",
+    points=None,
+    per=1.0,
+    from_zero=False,
 ):
     """One line for each run that has y (hollow points: `points`); and the rows of its CSV, in the records' own units."""
-    rows = [r for r in rows if r.get(x) is not None and (r.get(y) is not None or (points and r.get(points) is not None))]
+    rows = [
+        r
+        for r in rows
+        if r.get(x) is not None and (r.get(y) is not None or (points and r.get(points) is not None))
+    ]
     if not any(r.get(y) is not None for r in rows):
         raise Lacking(f"it needs records with {y!r}" + (f" and {x!r}" if x != "step" else ""))
     fig, ax = plt.subplots(figsize=(house.WIDTH, 4.4))
@@ -101,7 +134,13 @@ def _curves(
         marks = [r for r in rows if points and r["run"] == run and r.get(points) is not None]
         if marks:
             hollow = {"ls": "", "mfc": "white", "mew": 1.4, "ms": 7, "zorder": 9}
-            ax.plot([r[x] for r in marks], [r[points] / per for r in marks], color=look["color"], marker=look["marker"], **hollow)
+            ax.plot(
+                [r[x] for r in marks],
+                [r[points] / per for r in marks],
+                color=look["color"],
+                marker=look["marker"],
+                **hollow,
+            )
         means = {id(r): None if v is None else v * per for r, v in zip(mine, smoothed, strict=True)}
         for r in (r for r in rows if r["run"] == run):
             row = {"run": run, "step": r["step"], **({x: r[x]} if x != "step" else {}), y: r.get(y)}
@@ -142,12 +181,23 @@ def _look(k: int, n: int) -> dict[str, Any]:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        "python -m apps.common.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m apps.common.plot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("runs", nargs="+", metavar="RUN", help="a trainer's --out: a folder that holds a metrics.jsonl")
+    p.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="a trainer's --out: a folder that holds a metrics.jsonl",
+    )
     p.add_argument("--out", required=True, metavar="DIR", help="folder for the figures")
     p.add_argument(
-        "--smooth", type=int, default=0, metavar="N", help="draw means of N records over the raw curves (default: 0, no)"
+        "--smooth",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draw means of N records over the raw curves (default: 0, no)",
     )
     return p
 

@@ -75,7 +75,9 @@ class Run(abc.ABC):
         """The engine; weights: with first weights (else a checkpoint has them)."""
 
     @abc.abstractmethod
-    def steps(self, first: int, on_step: Callable[[Record], None], before_step: Callable[[int], None]) -> None:
+    def steps(
+        self, first: int, on_step: Callable[[Record], None], before_step: Callable[[int], None]
+    ) -> None:
         """``run_steps`` of this run."""
 
     @abc.abstractmethod
@@ -95,7 +97,9 @@ class Run(abc.ABC):
         ringx.launch.announce(self.world)
         with (
             Watch() as watch,
-            Checkpoints(self.out / "checkpoints", self.world, keep=self.config.train.keep, say=self.say) as checkpoints,
+            Checkpoints(
+                self.out / "checkpoints", self.world, keep=self.config.train.keep, say=self.say
+            ) as checkpoints,
         ):
             try:
                 first = self._prepare(checkpoints)
@@ -115,7 +119,11 @@ class Run(abc.ABC):
         found, source, resume = None, checkpoints, self.job.resume
         if resume:
             folder = Path(resume) / "checkpoints"
-            source = checkpoints if Path(resume) == self.out else Checkpoints(folder, self.world, say=self.say)
+            source = (
+                checkpoints
+                if Path(resume) == self.out
+                else Checkpoints(folder, self.world, say=self.say)
+            )
             found = source.newest()
             if found:
                 ringx.launch.decide(self.world, lambda: self._expect_same(found[1]))
@@ -145,7 +153,9 @@ class Run(abc.ABC):
     def _expect_same(self, about: Record) -> None:
         """ValueError naming what a checkpoint's run had that this one has not."""
         if "data" not in about:
-            raise ValueError("--resume: the checkpoint holds weights alone, as convert.py writes; begin from them with --init.")
+            raise ValueError(
+                "--resume: the checkpoint holds weights alone, as convert.py writes; begin from them with --init."
+            )
         then, now = about["config"], self.config.to_dict()
         for part, k, why in self.same:
             if (was := then.get(part, {}).get(k)) != now[part][k]:
@@ -155,10 +165,14 @@ class Run(abc.ABC):
                 )
         for k, value in now["model"].items():
             if then["model"].get(k) != value:
-                raise ValueError(f"--resume: the checkpoint is of another model: its {k} is {then['model'].get(k)}, here {value}.")
+                raise ValueError(
+                    f"--resume: the checkpoint is of another model: its {k} is {then['model'].get(k)}, here {value}."
+                )
         if about["data"] != self.sha256():
             source = self.about_data()["source"]
-            raise ValueError(f"--resume: the checkpoint's run read other data than {source}; name the same with --data.")
+            raise ValueError(
+                f"--resume: the checkpoint's run read other data than {source}; name the same with --data."
+            )
 
     def _train(self, checkpoints: Checkpoints, watch: Watch, first: int) -> int:
         config: RunConfig = self.config
@@ -168,7 +182,9 @@ class Run(abc.ABC):
         def save(step: int) -> None:
             nonlocal saved
             if step > saved:
-                checkpoints.save(step, self.engine.state(), {"step": step, "config": as_dict, "data": data})
+                checkpoints.save(
+                    step, self.engine.state(), {"step": step, "config": as_dict, "data": data}
+                )
                 saved = step
 
         def before_step(step: int) -> None:
@@ -183,11 +199,23 @@ class Run(abc.ABC):
         records: list[Record] = []
         if self.chief:
             world = self.world
-            launch = {"world": world.world_size, "launcher": world.launcher, "backend": world.backend, "device": str(world.device)}
-            header = {"config": as_dict, "launch": launch, "data": self.about_data(), "loss_unit": self.loss_unit}
+            launch = {
+                "world": world.world_size,
+                "launcher": world.launcher,
+                "backend": world.backend,
+                "device": str(world.device),
+            }
+            header = {
+                "config": as_dict,
+                "launch": launch,
+                "data": self.about_data(),
+                "loss_unit": self.loss_unit,
+            }
             write_header(self.out, header, start_step=first)
         job, folder = self.job, self.out if self.chief else None
-        log = Metrics(folder, start_step=first, tensorboard=job.tensorboard, wandb=job.wandb, config=as_dict)
+        log = Metrics(
+            folder, start_step=first, tensorboard=job.tensorboard, wandb=job.wandb, config=as_dict
+        )
         with log, progress(c.steps, first, config.name, chief=self.chief) as show:
 
             def on_step(record: Record) -> None:

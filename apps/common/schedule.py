@@ -25,7 +25,9 @@ def wsd(step: int, *, steps: int, peak: float, warmup: int, decay: int, floor: f
     Raises:
         ValueError: warm-up and decay together are longer than the run."""
     if warmup + decay > steps:
-        raise ValueError(f"warmup={warmup} and decay={decay} together are longer than steps={steps}; shorten one of them.")
+        raise ValueError(
+            f"warmup={warmup} and decay={decay} together are longer than steps={steps}; shorten one of them."
+        )
     if step < warmup:
         return peak * (step + 1) / warmup
     done = (step - (steps - decay) + 1) / max(1, decay)  # 0 before the decay, 1 at the last step
@@ -35,14 +37,18 @@ def wsd(step: int, *, steps: int, peak: float, warmup: int, decay: int, floor: f
 def _cosine(step: int, *, steps: int, peak: float, warmup: int, decay: int, floor: float) -> float:
     """Warm-up and half a cosine: ``warmup_cosine``."""
     if decay:
-        raise ValueError(f"decay={decay} is for schedule 'wsd'; 'cosine' decays from its warm-up to its end: leave decay at 0.")
+        raise ValueError(
+            f"decay={decay} is for schedule 'wsd'; 'cosine' decays from its warm-up to its end: leave decay at 0."
+        )
     return warmup_cosine(step, steps=steps, peak=peak, warmup=warmup, floor=floor)
 
 
 SCHEDULES: dict[str, Callable[..., float]] = {"cosine": _cosine, "wsd": wsd}
 
 
-def rate(name: str, step: int, *, steps: int, peak: float, warmup: int, decay: int, floor: float) -> float:
+def rate(
+    name: str, step: int, *, steps: int, peak: float, warmup: int, decay: int, floor: float
+) -> float:
     """The learning rate of a step by schedule `name`, one of SCHEDULES.
 
     Args:
@@ -56,7 +62,12 @@ def rate(name: str, step: int, *, steps: int, peak: float, warmup: int, decay: i
     Raises:
         ValueError: an unknown name, or a number out of range."""
     require_name(name, SCHEDULES, "schedule")
-    for what, value, least in (("step", step, 0), ("steps", steps, 1), ("warmup", warmup, 0), ("decay", decay, 0)):
+    for what, value, least in (
+        ("step", step, 0),
+        ("steps", steps, 1),
+        ("warmup", warmup, 0),
+        ("decay", decay, 0),
+    ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{what}={value!r} must be an integer of at least {least}.")
     if step >= steps:

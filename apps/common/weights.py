@@ -16,7 +16,9 @@ NAMED = 3  # faults that an error names
 
 def seeded_normal(name: str, shape: torch.Size, seed: int) -> Tensor:
     """N(0, 1), fp32 on the CPU; depends on seed, name and shape alone."""
-    mixed = zlib.crc32(f"{seed} {name}".encode())  # 32 bits: no more of a seed is heeded by the CPU's generator
+    mixed = zlib.crc32(
+        f"{seed} {name}".encode()
+    )  # 32 bits: no more of a seed is heeded by the CPU's generator
     return torch.randn(shape, generator=torch.Generator().manual_seed(mixed))
 
 
@@ -44,7 +46,9 @@ class Stored:
         if name not in self._stored:
             raise ValueError(f"{self.folder}: {name} is missing.")
         if self._stored[name][0] != tuple(shape):
-            raise ValueError(f"{self.folder}: {name} is {list(self._stored[name][0])}, not {list(shape)}.")
+            raise ValueError(
+                f"{self.folder}: {name} is {list(self._stored[name][0])}, not {list(shape)}."
+            )
         return self._read(name)
 
     def _read(self, name: str) -> Tensor:
@@ -77,7 +81,9 @@ class CheckpointWeights(Stored):
         try:
             saved = self._reader.read_metadata().state_dict_metadata
         except Exception as error:  # noqa: BLE001 - a pickle of anything
-            raise ValueError(f"{folder} cannot be read as a checkpoint: {' '.join(str(error).split())}.") from None
+            raise ValueError(
+                f"{folder} cannot be read as a checkpoint: {' '.join(str(error).split())}."
+            ) from None
         stored = {
             name.removeprefix("model."): (tuple(about.size), about.properties.dtype)
             for name, about in saved.items()

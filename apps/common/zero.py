@@ -26,31 +26,48 @@ from apps.common.engine import Engine, MakeOptimizer, fill
 from ringx.launch.mesh import Mesh
 
 # torch to DeepSpeed, once a process: nothing that the user of either could change here
-warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor.* is deprecated", category=FutureWarning)
-warnings.filterwarnings("ignore", message=r".*reduce_scatter_tensor.* is deprecated", category=FutureWarning)
+warnings.filterwarnings(
+    "ignore", message=r".*all_gather_into_tensor.* is deprecated", category=FutureWarning
+)
+warnings.filterwarnings(
+    "ignore", message=r".*reduce_scatter_tensor.* is deprecated", category=FutureWarning
+)
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 MOMENTS = ("exp_avg", "exp_avg_sq")
-OPTIONS = ("lr", "betas", "eps", "weight_decay")  # what a checkpoint says of a parameter group; how to compute it is this run's
+OPTIONS = (
+    "lr",
+    "betas",
+    "eps",
+    "weight_decay",
+)  # what a checkpoint says of a parameter group; how to compute it is this run's
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
-def expect_possible(kind: str, *, optimizer: str, dtype: torch.dtype, reduce_dtype: torch.dtype = torch.float32) -> None:
+def expect_possible(
+    kind: str, *, optimizer: str, dtype: torch.dtype, reduce_dtype: torch.dtype = torch.float32
+) -> None:
     """ValueError naming what DeepSpeed cannot do here.  Imports nothing: for the process that starts the ranks, too."""
     if kind not in STAGES:
         return
     use = "use --dp-engine fsdp"
     if importlib.util.find_spec("deepspeed") is None:
-        raise ValueError(f"--dp-engine {kind}: DeepSpeed is not installed; pip install deepspeed, or {use}.")
+        raise ValueError(
+            f"--dp-engine {kind}: DeepSpeed is not installed; pip install deepspeed, or {use}."
+        )
     if optimizer != "adamw":
         raise ValueError(
             f"--dp-engine {kind} cannot be combined with --optimizer {optimizer}: ZeRO's flat partitions do not know where a "
             f"parameter ends, and LAMB needs the norm of each; use --optimizer adamw, or {use}."
         )
     if dtype not in NAMES:
-        raise ValueError(f"--dp-engine {kind}: DeepSpeed keeps parameters in float32, not {_name(dtype)}; {use}.")
+        raise ValueError(
+            f"--dp-engine {kind}: DeepSpeed keeps parameters in float32, not {_name(dtype)}; {use}."
+        )
     if dtype is torch.bfloat16 and reduce_dtype not in NAMES:
-        raise ValueError(f"--dp-engine {kind}: DeepSpeed sums gradients in float32 or bfloat16, not {_name(reduce_dtype)}; {use}.")
+        raise ValueError(
+            f"--dp-engine {kind}: DeepSpeed sums gradients in float32 or bfloat16, not {_name(reduce_dtype)}; {use}."
+        )
 
 
 class ZeroEngine(Engine):
@@ -74,7 +91,9 @@ class ZeroEngine(Engine):
         allocating: "contextlib.AbstractContextManager[Any] | None" = None,
     ):
         if allocating is not None:
-            raise ValueError(f"--dp-engine {kind}: DeepSpeed cannot be tried without memory; use --dp-engine fsdp.")
+            raise ValueError(
+                f"--dp-engine {kind}: DeepSpeed cannot be tried without memory; use --dp-engine fsdp."
+            )
         self.mesh, self.device, self.module = mesh, torch.device(device), model
         assert mesh.data_mesh is not None and mesh.shape.tp == 1
         self.ranks = mesh.data_mesh.size()
@@ -90,15 +109,22 @@ class ZeroEngine(Engine):
                     f"DS_ACCELERATOR={self.device.type}, or leave it unset."
                 )
             deepspeed.utils.logger.setLevel(logging.ERROR)
-            if self.device.type == "cpu":  # of use in inference only, and compiled for a minute and a half
+            if (
+                self.device.type == "cpu"
+            ):  # of use in inference only, and compiled for a minute and a half
                 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             half = dtype is torch.bfloat16
             config = self._config(half, reduce_dtype if half else torch.float32)
-            deepspeed.init_distributed(get_accelerator().communication_backend_name(), dist_init_required=False, verbose=False)
+            deepspeed.init_distributed(
+                get_accelerator().communication_backend_name(),
+                dist_init_required=False,
+                verbose=False,
+            )
             model.to(dtype)
             names = {p: name for name, p in model.named_parameters()}
             stand_ins = {
-                name: nn.Parameter(torch.empty([0] * p.dim(), dtype=dtype, device=self.device)) for p, name in names.items()
+                name: nn.Parameter(torch.empty([0] * p.dim(), dtype=dtype, device=self.device))
+                for p, name in names.items()
             }
             self.optimizer = make_optimizer(list(stand_ins.values()))
             if not isinstance(self.optimizer, torch.optim.AdamW):
@@ -117,10 +143,14 @@ class ZeroEngine(Engine):
                     fill(model, weights)
             self._params = dict(model.named_parameters())
             require_name = {stand_in: name for name, stand_in in stand_ins.items()}
-            self._groups = [[require_name[p] for p in g["params"]] for g in self.optimizer.param_groups]
+            self._groups = [
+                [require_name[p] for p in g["params"]] for g in self.optimizer.param_groups
+            ]
             for group, members in zip(self.optimizer.param_groups, self._groups, strict=True):
                 group["params"] = [self._params[name] for name in members]
-            with contextlib.redirect_stdout(io.StringIO()):  # it prints how much memory there is, twenty times
+            with contextlib.redirect_stdout(
+                io.StringIO()
+            ):  # it prints how much memory there is, twenty times
                 self._engine, *_ = deepspeed.initialize(
                     model=model, optimizer=self.optimizer, config=config, dist_init_required=False
                 )
@@ -181,22 +211,31 @@ class ZeroEngine(Engine):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
-        return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
+        return torch.as_tensor(
+            self._engine.get_global_grad_norm(), dtype=torch.float32, device=self.device
+        )
 
     # ---- checkpoints
 
     def state(self) -> dict[str, Any]:
-        model = {name: self._cut(self._ds.utils.safe_get_full_fp32_param(p)) for name, p in self._params.items()}
+        model = {
+            name: self._cut(self._ds.utils.safe_get_full_fp32_param(p))
+            for name, p in self._params.items()
+        }
         step = next(iter(self.optimizer.state.values()))["step"]
         moments = {
             name: {
                 "step": step.detach().cpu().clone(),
-                **{key: self._cut(self._ds.utils.safe_get_full_optimizer_state(p, key)) for key in MOMENTS},
+                **{
+                    key: self._cut(self._ds.utils.safe_get_full_optimizer_state(p, key))
+                    for key in MOMENTS
+                },
             }
             for name, p in self._params.items()
         }
         groups = [
-            {key: value for key, value in group.items() if key != "params"} | {"params": list(names)}
+            {key: value for key, value in group.items() if key != "params"}
+            | {"params": list(names)}
             for group, names in zip(self.optimizer.param_groups, self._groups, strict=True)
         ]
         return {"model": model, "optimizer": {"state": moments, "param_groups": groups}}
@@ -218,12 +257,16 @@ class ZeroEngine(Engine):
     def _begin(self) -> None:
         """Makes the optimizer's state now, which DeepSpeed's helpers know only after a first step."""
         flat = (
-            self._zero.fp32_partitioned_groups_flat if self._stage == 3 else [g["params"][0] for g in self.optimizer.param_groups]
+            self._zero.fp32_partitioned_groups_flat
+            if self._stage == 3
+            else [g["params"][0] for g in self.optimizer.param_groups]
         )
         for p in flat:
             where = p.device if self.optimizer.defaults["fused"] else "cpu"
             self.optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=where)}
-            self.optimizer.state[p] |= {key: torch.zeros_like(p, requires_grad=False) for key in MOMENTS}
+            self.optimizer.state[p] |= {
+                key: torch.zeros_like(p, requires_grad=False) for key in MOMENTS
+            }
         if self._stage < 3:
             self._zero._lazy_init_hp_params_optimizer_state()
 
@@ -236,14 +279,25 @@ class ZeroEngine(Engine):
         mesh = self.mesh.data_mesh
         assert mesh is not None
         shape, offset = compute_local_shape_and_global_offset(full.shape, mesh, [Shard(0)])
-        part = full.detach()[tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))].cpu().clone()
-        return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=full.shape, stride=full.stride())
+        part = (
+            full.detach()[tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))]
+            .cpu()
+            .clone()
+        )
+        return DTensor.from_local(
+            part, mesh, [Shard(0)], run_check=False, shape=full.shape, stride=full.stride()
+        )
 
     def _whole(self, t: torch.Tensor) -> torch.Tensor:
         if isinstance(t, DTensor):
             local = t.to_local().to(self.device)
             t = DTensor.from_local(
-                local, t.device_mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride()
+                local,
+                t.device_mesh,
+                t.placements,
+                run_check=False,
+                shape=t.shape,
+                stride=t.stride(),
             ).full_tensor()
         return t.to(self.device, torch.float32)
 
@@ -252,7 +306,11 @@ class ZeroEngine(Engine):
         """This rank's part of a master, or of a moment."""
         utils = self._ds.utils
         if self._stage < 3:
-            return utils.safe_set_full_optimizer_state(p, full, moment) if moment else utils.safe_set_full_fp32_param(p, full)
+            return (
+                utils.safe_set_full_optimizer_state(p, full, moment)
+                if moment
+                else utils.safe_set_full_fp32_param(p, full)
+            )
         # DeepSpeed's own way fails on the padding of what the ranks do not divide
         size = p.ds_tensor.numel()  # type: ignore[attr-defined]
         part = torch.zeros(size, dtype=torch.float32, device=self.device)
@@ -272,7 +330,11 @@ class ZeroEngine(Engine):
 @contextlib.contextmanager
 def _environment(device: torch.device) -> Iterator[None]:
     """DeepSpeed asks the environment which device is this rank's, whoever started it; and at its import, of which kind."""
-    ours = {"LOCAL_RANK": str(device.index or 0), "OMPI_COMM_WORLD_LOCAL_RANK": None, "DS_ACCELERATOR": device.type}
+    ours = {
+        "LOCAL_RANK": str(device.index or 0),
+        "OMPI_COMM_WORLD_LOCAL_RANK": None,
+        "DS_ACCELERATOR": device.type,
+    }
     before = {name: os.environ.get(name) for name in ours}
     ours["DS_ACCELERATOR"] = before["DS_ACCELERATOR"] or device.type
     try:

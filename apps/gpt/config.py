@@ -29,16 +29,31 @@ class ModelConfig:
     tied: bool = True  # the output projection is the embedding
 
     def __post_init__(self):
-        at_least(self, 1, "dim", "layers", "heads", "kv_heads", "ffn", "vocab", "rope_factor", "rope_original")
+        at_least(
+            self,
+            1,
+            "dim",
+            "layers",
+            "heads",
+            "kv_heads",
+            "ffn",
+            "vocab",
+            "rope_factor",
+            "rope_original",
+        )
         at_least(self, 0, "rope_base", "rope_low", "rope_high", "norm_eps")
         if self.head_dim == 0 and self.dim % self.heads == 0:
             object.__setattr__(self, "head_dim", self.dim // self.heads)
         if self.head_dim < 2 or self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} (dim={self.dim}, heads={self.heads}): RoPE needs an even head size.")
+            raise ValueError(
+                f"head_dim={self.head_dim} (dim={self.dim}, heads={self.heads}): RoPE needs an even head size."
+            )
         if self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}.")
         if self.rope_factor > 1 and self.rope_high <= self.rope_low:
-            raise ValueError(f"rope_high={self.rope_high} must be greater than rope_low={self.rope_low}.")
+            raise ValueError(
+                f"rope_high={self.rope_high} must be greater than rope_low={self.rope_low}."
+            )
 
 
 @dataclass(frozen=True)
@@ -47,7 +62,9 @@ class TrainConfig(Training):
 
     seqlen: int = option(8192, "tokens of a sequence, whatever the number of ranks")
     mask_documents: bool = option(False, "tokens see only their own document")
-    loss_chunk: int = option(1024, "tokens whose logits exist at once; the whole [S, vocab] never does")
+    loss_chunk: int = option(
+        1024, "tokens whose logits exist at once; the whole [S, vocab] never does"
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -76,7 +93,9 @@ class Config(RunConfig):
         if shape.tp > 1:
             for name in ("heads", "kv_heads", "ffn", "vocab"):
                 if getattr(m, name) % shape.tp:
-                    raise ValueError(f"tp={shape.tp} does not divide {name}={getattr(m, name)} of the model; take a smaller --tp.")
+                    raise ValueError(
+                        f"tp={shape.tp} does not divide {name}={getattr(m, name)} of the model; take a smaller --tp."
+                    )
             for rank in range(shape.cp):
                 if sharding.size(rank) % shape.tp:
                     raise ValueError(
@@ -84,7 +103,9 @@ class Config(RunConfig):
                         f"evenly; take a multiple of {2 * shape.cp * shape.tp}."
                     )
             if self.mesh.dp_engine != "fsdp":
-                raise ValueError(f"dp_engine={self.mesh.dp_engine} cannot be combined with tp={shape.tp}; use --dp-engine fsdp.")
+                raise ValueError(
+                    f"dp_engine={self.mesh.dp_engine} cannot be combined with tp={shape.tp}; use --dp-engine fsdp."
+                )
         if c.mlp_tiles > min(sharding.size(r) for r in range(shape.cp)) // shape.tp:
             raise ValueError(f"mlp_tiles={c.mlp_tiles} is more than the tokens that a rank holds.")
 
@@ -98,7 +119,9 @@ def preset(name: str) -> Config:
     return PRESETS[require_name(name, PRESETS, "preset")]
 
 
-def long_base(seqlen: int, head_dim: int = 128, base: float = 500_000.0, trained: int = 8192) -> float:
+def long_base(
+    seqlen: int, head_dim: int = 128, base: float = 500_000.0, trained: int = 8192
+) -> float:
     """RoPE's base for a longer context: the slowest frequency then turns over seqlen as it did over `trained`, and the fastest
     is left alone ("NTK-aware" interpolation; e.g. Peng et al., YaRN, arXiv 2309.00071, eq. 16)."""
     return round(base * max(1.0, seqlen / trained) ** (head_dim / (head_dim - 2)))
@@ -115,7 +138,14 @@ def _recipe(name: str, seqlen: int) -> Config:
     else:
         model = replace(_8B, rope_base=float(long_base(seqlen)))
     train = TrainConfig(
-        seqlen=seqlen, steps=1000, lr=2e-5, warmup=50, checkpointing="selective", mlp_tiles=4, save_every=100, val_every=100
+        seqlen=seqlen,
+        steps=1000,
+        lr=2e-5,
+        warmup=50,
+        checkpointing="selective",
+        mlp_tiles=4,
+        save_every=100,
+        val_every=100,
     )
     return Config(name, model, train, MeshConfig(cp=max(1, seqlen // 8192)))
 
@@ -126,22 +156,52 @@ PRESETS = {
         Config(  # what `make demo` trains: 20 steps in seconds on one core, even in fp64
             "tiny",
             ModelConfig(dim=128, layers=3, heads=4, kv_heads=2, ffn=256, vocab=320),
-            TrainConfig(seqlen=512, global_batch=4, steps=20, lr=1e-3, dtype="float32", save_every=5),
+            TrainConfig(
+                seqlen=512, global_batch=4, steps=20, lr=1e-3, dtype="float32", save_every=5
+            ),
         ),
         Config(  # GPT-2 small's size as a Llama
             "160m",
-            ModelConfig(dim=768, layers=12, heads=12, kv_heads=12, ffn=3072, vocab=32000, tied=False),
-            TrainConfig(seqlen=8192, global_batch=64, steps=20_000, lr=6e-4, warmup=500, val_every=500, save_every=500),
+            ModelConfig(
+                dim=768, layers=12, heads=12, kv_heads=12, ffn=3072, vocab=32000, tied=False
+            ),
+            TrainConfig(
+                seqlen=8192,
+                global_batch=64,
+                steps=20_000,
+                lr=6e-4,
+                warmup=500,
+                val_every=500,
+                save_every=500,
+            ),
         ),
         Config(  # Llama 3.2 1B
             "1b",
-            ModelConfig(dim=2048, layers=16, heads=32, kv_heads=8, ffn=8192, vocab=128256, rope_factor=32.0),
-            TrainConfig(seqlen=8192, steps=10_000, lr=3e-4, warmup=500, checkpointing="selective", val_every=500, save_every=500),
+            ModelConfig(
+                dim=2048, layers=16, heads=32, kv_heads=8, ffn=8192, vocab=128256, rope_factor=32.0
+            ),
+            TrainConfig(
+                seqlen=8192,
+                steps=10_000,
+                lr=3e-4,
+                warmup=500,
+                checkpointing="selective",
+                val_every=500,
+                save_every=500,
+            ),
         ),
         Config(  # Llama 3.1 8B
             "8b",
             replace(_8B, rope_factor=8.0),
-            TrainConfig(seqlen=8192, steps=10_000, lr=3e-4, warmup=500, checkpointing="selective", val_every=500, save_every=500),
+            TrainConfig(
+                seqlen=8192,
+                steps=10_000,
+                lr=3e-4,
+                warmup=500,
+                checkpointing="selective",
+                val_every=500,
+                save_every=500,
+            ),
         ),
         *(_recipe(f"8b-{label}", seqlen) for label, seqlen in _LONG.items()),
     )

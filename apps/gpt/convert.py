@@ -77,9 +77,16 @@ def from_hf(folder: "str | Path", out: "str | Path") -> Source:
     out = Path(out)
     expect_new(out)
     source = open_model(folder)
-    config = Config(Path(folder).name or "converted", source.model, replace(TrainConfig(), seqlen=source.seqlen))
+    config = Config(
+        Path(folder).name or "converted", source.model, replace(TrainConfig(), seqlen=source.seqlen)
+    )
     about = {"step": 0, "config": asdict(config), "bos": source.bos, "eos": list(source.eos)}
-    state = {"model": {name: source.weights(name, torch.Size(shape)) for name, shape in shapes(source.model).items()}}
+    state = {
+        "model": {
+            name: source.weights(name, torch.Size(shape))
+            for name, shape in shapes(source.model).items()
+        }
+    }
     out.mkdir(parents=True, exist_ok=True)
     if tokenizer := _tokenizer_json(source.tokenizer):
         copy_tokenizer(tokenizer, out)
@@ -98,16 +105,38 @@ def _tokenizer_json(path: "Path | None") -> "Path | None":
 
 
 def parser() -> Parser:
-    p = Parser("apps.gpt.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(
+        "apps.gpt.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = p.add_subparsers(dest="command", required=True, metavar="to-hf|from-hf")
     to = commands.add_parser("to-hf", help="from a run or checkpoint to a Hugging Face folder")
     to.add_argument("model", metavar="RUN", help="a run's folder, or a checkpoint in it")
     to.add_argument("out", metavar="OUT", help="folder to make")
-    to.add_argument("--dtype", choices=[*DTYPES, *SHORT], metavar="D", help=f"{', '.join(DTYPES)} (default: the checkpoint's)")
-    to.add_argument("--step", type=int, metavar="N", help="which checkpoint (default: the newest without damage)")
-    to.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (default: 5GB)")
-    to.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json to put beside it (default: the run's, if it has one)")
-    of = commands.add_parser("from-hf", help="from a Hugging Face folder to a run's folder, with the model alone")
+    to.add_argument(
+        "--dtype",
+        choices=[*DTYPES, *SHORT],
+        metavar="D",
+        help=f"{', '.join(DTYPES)} (default: the checkpoint's)",
+    )
+    to.add_argument(
+        "--step",
+        type=int,
+        metavar="N",
+        help="which checkpoint (default: the newest without damage)",
+    )
+    to.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of a file (default: 5GB)"
+    )
+    to.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        help="tokenizer.json to put beside it (default: the run's, if it has one)",
+    )
+    of = commands.add_parser(
+        "from-hf", help="from a Hugging Face folder to a run's folder, with the model alone"
+    )
     of.add_argument("model", metavar="HF_DIR", help="folder with config.json and *.safetensors")
     of.add_argument("out", metavar="OUT", help="folder to make")
     return p
@@ -120,7 +149,12 @@ def main(argv: "list[str] | None" = None) -> int:
         if args.command == "to-hf":
             dtype = DTYPES[SHORT.get(args.dtype, args.dtype)] if args.dtype else None
             source = to_hf(
-                args.model, args.out, dtype=dtype, step=args.step, max_shard_size=args.max_shard_size, tokenizer=args.tokenizer
+                args.model,
+                args.out,
+                dtype=dtype,
+                step=args.step,
+                max_shard_size=args.max_shard_size,
+                tokenizer=args.tokenizer,
             )
         else:
             source = from_hf(args.model, args.out)
@@ -130,7 +164,9 @@ def main(argv: "list[str] | None" = None) -> int:
         p.exit(1, f"{p.prog}: error: {args.out} cannot be written: {e}\n")
     except KeyboardInterrupt:
         p.exit(130, f"{p.prog}: interrupted\n")
-    print(f"{source.folder} -> {args.out}: {sum(torch.Size(s).numel() for s in shapes(source.model).values()):,} parameters")
+    print(
+        f"{source.folder} -> {args.out}: {sum(torch.Size(s).numel() for s in shapes(source.model).values()):,} parameters"
+    )
     return 0
 
 

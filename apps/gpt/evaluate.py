@@ -102,7 +102,15 @@ def evaluate(
             nonlocal checked
             check, checked = not checked, True  # wrong calls would be wrong in the first already
             out = ringx.attention(
-                q, k, v, group=group, algorithm=algorithm, causal=True, layout=sharding, kernel=kernel, check=check
+                q,
+                k,
+                v,
+                group=group,
+                algorithm=algorithm,
+                causal=True,
+                layout=sharding,
+                kernel=kernel,
+                check=check,
             )
             assert isinstance(out, Tensor)
             return out
@@ -110,23 +118,31 @@ def evaluate(
         sums = torch.zeros(pieces, context, dtype=torch.float64, device=device)
         with attending(model, lambda attend=attend: attend):  # type: ignore[misc]
             for i in range(windows):
-                rows = tokens.take(range(i * pieces, (i + 1) * pieces), context)  # the same tokens as one long window
+                rows = tokens.take(
+                    range(i * pieces, (i + 1) * pieces), context
+                )  # the same tokens as one long window
                 mine = cut(rows, layout=sharding, group=group, device=device)
                 x = model.hidden(mine.tokens, mine.positions)
-                sums[:, mine.positions] += token_losses(x, model.head, mine.labels, chunk=model.loss_chunk)
+                sums[:, mine.positions] += token_losses(
+                    x, model.head, mine.labels, chunk=model.loss_chunk
+                )
         if peers.world_size > 1:
             dist.all_reduce(sums, group=group)  # of each position, all but one are 0
         means[context] = sums.flatten().cpu() / windows
     return means
 
 
-def expect_lengths(tokens: Tokens, seqlen: int, windows: int, contexts: tuple[int, ...], world: int, layout: str) -> None:
+def expect_lengths(
+    tokens: Tokens, seqlen: int, windows: int, contexts: tuple[int, ...], world: int, layout: str
+) -> None:
     """ValueError naming the length that makes no sense."""
     if seqlen < 1 or windows < 1:
         raise ValueError(f"seqlen={seqlen} and windows={windows} must be at least 1.")
     for context in contexts:
         if context < 1 or seqlen % context:
-            raise ValueError(f"contexts={context} must divide seqlen={seqlen}: the windows hold the same tokens.")
+            raise ValueError(
+                f"contexts={context} must divide seqlen={seqlen}: the windows hold the same tokens."
+            )
         ringx.Sharding(context, world, layout)
     ringx.Sharding(seqlen, world, layout)
     expect_window(tokens, seqlen)
@@ -150,7 +166,13 @@ def summarize(means: dict[int, Tensor], windows: int) -> list[dict[str, Any]]:
     for context, mean in means.items():
         for start, end in [*buckets(len(mean)), (0, len(mean))]:
             loss = float(mean[start:end].mean())
-            row = {"context": context, "from": start, "to": end, "tokens": (end - start) * windows, "loss": loss}
+            row = {
+                "context": context,
+                "from": start,
+                "to": end,
+                "tokens": (end - start) * windows,
+                "loss": loss,
+            }
             rows.append(row | {"perplexity": math.exp(min(loss, 700.0))})
     return rows
 
@@ -168,8 +190,12 @@ def table(rows: list[dict[str, Any]]) -> str:
         line = f"{name:>17}  {loss[seqlen, start, end]['tokens']:>12,}"
         lines.append(line + "".join(f"{loss[c, start, end]['loss']:>11.4f}" for c in shown))
     whole = [loss[c, 0, seqlen] for c in shown]
-    lines.append(f"{'all':>17}  {whole[-1]['tokens']:>12,}" + "".join(f"{r['loss']:>11.4f}" for r in whole))
-    lines.append(f"{'perplexity of all':>17}  {'':>12}" + "".join(f"{r['perplexity']:>11.3f}" for r in whole))
+    lines.append(
+        f"{'all':>17}  {whole[-1]['tokens']:>12,}" + "".join(f"{r['loss']:>11.4f}" for r in whole)
+    )
+    lines.append(
+        f"{'perplexity of all':>17}  {'':>12}" + "".join(f"{r['perplexity']:>11.3f}" for r in whole)
+    )
     if len(shown) < len(contexts):
         lines.append(f"({len(contexts) - len(shown)} lengths in between: see evaluation.json)")
     return "\n".join(lines)
@@ -182,8 +208,14 @@ def _figure(plt, rows: list[dict[str, Any]]):
     fig, ax = plt.subplots(figsize=(house.WIDTH, 4.4))
     shown = []
     for k, context in enumerate(contexts):
-        mine = [r for r in rows if r["context"] == context and (r["from"], r["to"]) in set(buckets(seqlen))]
-        xs = [math.sqrt((r["from"] + 1) * r["to"]) for r in mine]  # the middle of a bucket, counted from 1
+        mine = [
+            r
+            for r in rows
+            if r["context"] == context and (r["from"], r["to"]) in set(buckets(seqlen))
+        ]
+        xs = [
+            math.sqrt((r["from"] + 1) * r["to"]) for r in mine
+        ]  # the middle of a bucket, counted from 1
         ax.plot(
             xs, [r["perplexity"] for r in mine], label=f"windows of {context:,}", lw=1.8, ms=5, zorder=3 + k / 100,
             color=house.COLOURS[k % len(house.COLOURS)], marker=house.MARKERS[k % len(house.MARKERS)],
@@ -195,7 +227,11 @@ def _figure(plt, rows: list[dict[str, Any]]):
     ax.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter("")
-    ax.set(title="Perplexity by position", xlabel=f"position in windows of {seqlen:,} tokens", ylabel="perplexity")
+    ax.set(
+        title="Perplexity by position",
+        xlabel=f"position in windows of {seqlen:,} tokens",
+        ylabel="perplexity",
+    )
     fig.legend(loc="outside lower center", ncols=max(1, min(3, len(contexts))))
     return fig, shown
 
@@ -211,7 +247,9 @@ def work(world: World, job: Job) -> int:
         source = open_model(job.model, step=job.step, world=world)
         folder = job.data or source.data
         if folder is None:
-            raise ValueError(f"--data is needed: {job.model} holds no prepared text; name a folder made by apps/gpt/prepare.py.")
+            raise ValueError(
+                f"--data is needed: {job.model} holds no prepared text; name a folder made by apps/gpt/prepare.py."
+            )
         tokens = open_dataset(folder, "val")
         tokens.check_vocab(source.model.vocab)
         seqlen = job.seqlen or min(source.seqlen, tokens.length - 1)
@@ -222,8 +260,16 @@ def work(world: World, job: Job) -> int:
             print(f"{PROG}: error: {e}", file=sys.stderr, flush=True)
         return 2
     if chief and source.tokenizer and not same_tokenizer(tokens, source.tokenizer):
-        print(f"{PROG}: warning: {folder} was not prepared with the tokenizer of {job.model}.", file=sys.stderr, flush=True)
-    dtype = DTYPES[SHORT.get(job.dtype or "", job.dtype or ("bfloat16" if world.device.type == "cuda" else "float32"))]
+        print(
+            f"{PROG}: warning: {folder} was not prepared with the tokenizer of {job.model}.",
+            file=sys.stderr,
+            flush=True,
+        )
+    dtype = DTYPES[
+        SHORT.get(
+            job.dtype or "", job.dtype or ("bfloat16" if world.device.type == "cuda" else "float32")
+        )
+    ]
     model = source.make(lambda q, k, v: q, dtype=dtype, device=world.device)
     means = evaluate(
         model, tokens, seqlen=seqlen, windows=windows, contexts=job.contexts,
@@ -252,7 +298,15 @@ def same_tokenizer(tokens: Tokens, tokenizer: Path) -> bool:
     return made.encode(text) == asked.encode(text)
 
 
-def _write(out: Path, model: Path, tokens: Tokens, dtype: torch.dtype, world: World, windows: int, rows: list) -> list[str]:
+def _write(
+    out: Path,
+    model: Path,
+    tokens: Tokens,
+    dtype: torch.dtype,
+    world: World,
+    windows: int,
+    rows: list,
+) -> list[str]:
     what = {
         "model": str(model),
         "data": {"source": tokens.source, "split": tokens.split, "sha256": tokens.sha256},
@@ -276,20 +330,77 @@ def _write(out: Path, model: Path, tokens: Tokens, dtype: torch.dtype, world: Wo
 
 def parser() -> Parser:
     p = Parser(PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("model", metavar="MODEL", help="a run's folder, a checkpoint, or a Hugging Face folder")
-    p.add_argument("--data", metavar="DIR", help="folder made by apps/gpt/prepare.py; its val split is read (default: the run's)")
-    p.add_argument("--seqlen", type=int, default=0, metavar="N", help="tokens of a window (default: as the model was trained)")
-    p.add_argument("--windows", type=int, default=0, metavar="N", help="how many, from the start of the text (default: 16 or all)")
-    p.add_argument("--contexts", default="", metavar="N,N", help="shorter windows of the same tokens; each divides --seqlen")
-    p.add_argument("--step", type=int, metavar="N", help="which checkpoint of a run (default: the newest without damage)")
-    p.add_argument("--out", metavar="DIR", help="folder for evaluation.json and perplexity.png, .svg, .csv")
-    p.add_argument("--nproc", type=int, help="ranks to start here (default: 1, or the ranks of torchrun, srun or mpirun)")
-    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto")
-    p.add_argument("--timeout", type=float, default=600.0, help="seconds that ranks wait for each other (default: 600)")
-    p.add_argument("--dtype", metavar="D", help=f"{', '.join(DTYPES)} (default: bfloat16 on GPUs, else float32)")
-    p.add_argument("--algorithm", default="ringx3", metavar="NAME", help=f"{', '.join(ringx.algorithms())} (default: ringx3)")
-    p.add_argument("--layout", default="zigzag", metavar="NAME", help=f"{', '.join(LAYOUTS)} (default: zigzag)")
-    p.add_argument("--kernel", default="auto", metavar="NAME", help="local attention kernel (default: auto; ringx info lists them)")
+    p.add_argument(
+        "model", metavar="MODEL", help="a run's folder, a checkpoint, or a Hugging Face folder"
+    )
+    p.add_argument(
+        "--data",
+        metavar="DIR",
+        help="folder made by apps/gpt/prepare.py; its val split is read (default: the run's)",
+    )
+    p.add_argument(
+        "--seqlen",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens of a window (default: as the model was trained)",
+    )
+    p.add_argument(
+        "--windows",
+        type=int,
+        default=0,
+        metavar="N",
+        help="how many, from the start of the text (default: 16 or all)",
+    )
+    p.add_argument(
+        "--contexts",
+        default="",
+        metavar="N,N",
+        help="shorter windows of the same tokens; each divides --seqlen",
+    )
+    p.add_argument(
+        "--step",
+        type=int,
+        metavar="N",
+        help="which checkpoint of a run (default: the newest without damage)",
+    )
+    p.add_argument(
+        "--out", metavar="DIR", help="folder for evaluation.json and perplexity.png, .svg, .csv"
+    )
+    p.add_argument(
+        "--nproc",
+        type=int,
+        help="ranks to start here (default: 1, or the ranks of torchrun, srun or mpirun)",
+    )
+    p.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto"
+    )
+    p.add_argument(
+        "--timeout",
+        type=float,
+        default=600.0,
+        help="seconds that ranks wait for each other (default: 600)",
+    )
+    p.add_argument(
+        "--dtype",
+        metavar="D",
+        help=f"{', '.join(DTYPES)} (default: bfloat16 on GPUs, else float32)",
+    )
+    p.add_argument(
+        "--algorithm",
+        default="ringx3",
+        metavar="NAME",
+        help=f"{', '.join(ringx.algorithms())} (default: ringx3)",
+    )
+    p.add_argument(
+        "--layout", default="zigzag", metavar="NAME", help=f"{', '.join(LAYOUTS)} (default: zigzag)"
+    )
+    p.add_argument(
+        "--kernel",
+        default="auto",
+        metavar="NAME",
+        help="local attention kernel (default: auto; ringx info lists them)",
+    )
     return p
 
 
@@ -309,14 +420,20 @@ def configure(args: argparse.Namespace) -> Job:
     require_name(args.kernel, [*KERNELS, "auto"], "kernel")
     ringx.launch.world_size(args.nproc)
     if not Path(args.model).is_dir():
-        raise ValueError(f"{args.model} is no folder; name a run's, a checkpoint's, or a Hugging Face one.")
+        raise ValueError(
+            f"{args.model} is no folder; name a run's, a checkpoint's, or a Hugging Face one."
+        )
     if args.data and not Path(args.data).is_dir():
-        raise ValueError(f"--data {args.data} is no folder; make one with python -m apps.gpt.prepare.")
+        raise ValueError(
+            f"--data {args.data} is no folder; make one with python -m apps.gpt.prepare."
+        )
     if args.out:
         try:
             Path(args.out).mkdir(parents=True, exist_ok=True)
         except OSError as e:
-            raise ValueError(f"--out {args.out} is no folder and cannot be made: {e.strerror}.") from None
+            raise ValueError(
+                f"--out {args.out} is no folder and cannot be made: {e.strerror}."
+            ) from None
     return Job(
         args.model, args.step, args.data, args.seqlen, args.windows, contexts, args.out, args.dtype,
         args.algorithm, args.layout, args.kernel,

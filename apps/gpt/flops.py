@@ -15,7 +15,9 @@ class Parameters:
     """Numbers of parameters."""
 
     total: int
-    matmul: int  # of matrices that multiply activations; a tied embedding does, as output projection
+    matmul: (
+        int  # of matrices that multiply activations; a tied embedding does, as output projection
+    )
 
 
 def parameters(c: ModelConfig) -> Parameters:

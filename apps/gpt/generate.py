@@ -52,8 +52,12 @@ class Cache:
         keys, values = (x[:, :, : self.length] for x in self._kv)
         mask = None
         if before and q.shape[2] > 1:  # (is_causal would align the first query with the first key)
-            mask = torch.ones(q.shape[2], self.length, dtype=torch.bool, device=q.device).tril(before)
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=before == 0, enable_gqa=True)
+            mask = torch.ones(q.shape[2], self.length, dtype=torch.bool, device=q.device).tril(
+                before
+            )
+        out = F.scaled_dot_product_attention(
+            q, keys, values, attn_mask=mask, is_causal=before == 0, enable_gqa=True
+        )
         return out.transpose(1, 2)
 
 
@@ -76,9 +80,13 @@ def probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
     At temperature 0 the likeliest token alone (the first of equals)."""
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).double()
-    p, order = (logits.double() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    p, order = (
+        (logits.double() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    )
     if top_p < 1:
-        p = p.where(p.cumsum(-1) - p < top_p, 0.0)  # a token is in if those before it do not have top_p yet
+        p = p.where(
+            p.cumsum(-1) - p < top_p, 0.0
+        )  # a token is in if those before it do not have top_p yet
     return torch.zeros_like(p).scatter(-1, order, p / p.sum(-1, keepdim=True))
 
 
@@ -87,7 +95,9 @@ def expect_options(n: int, temperature: float, top_p: float) -> None:
     if n < 1:
         raise ValueError(f"tokens={n} must be at least 1.")
     if not (temperature >= 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature={temperature} must be 0 (always the likeliest token) or greater.")
+        raise ValueError(
+            f"temperature={temperature} must be 0 (always the likeliest token) or greater."
+        )
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must be above 0 and at most 1 (all tokens).")
 
@@ -115,7 +125,11 @@ def stream(
             x = model.hidden(torch.tensor([new], device=device), positions)
             p = probabilities(head_logits(x[:, -1:], model.head)[0, 0], temperature, top_p).cpu()
             at += len(new)
-            new = [int(p.argmax() if temperature == 0 else torch.multinomial(p, 1, generator=generator))]
+            new = [
+                int(
+                    p.argmax() if temperature == 0 else torch.multinomial(p, 1, generator=generator)
+                )
+            ]
             yield new[0]
             if new[0] in eos:
                 return
@@ -140,7 +154,9 @@ def generate(
         generator: on the CPU; None: torch's own.
 
     Raises ValueError for values that make no sense."""
-    return list(stream(model, tokens, n, temperature=temperature, top_p=top_p, generator=generator, eos=eos))
+    return list(
+        stream(model, tokens, n, temperature=temperature, top_p=top_p, generator=generator, eos=eos)
+    )
 
 
 def texts(tokenizer: "ByteTokenizer | JsonTokenizer", ids: Iterator[int]) -> Iterator[str]:
@@ -149,7 +165,9 @@ def texts(tokenizer: "ByteTokenizer | JsonTokenizer", ids: Iterator[int]) -> Ite
     shown = text = ""
     for i in ids:
         seen.append(i)
-        text = tokenizer.decode([i for i in seen if i < tokenizer.vocab])  # a model may know more ids than its tokenizer
+        text = tokenizer.decode(
+            [i for i in seen if i < tokenizer.vocab]
+        )  # a model may know more ids than its tokenizer
         if not text.endswith("\ufffd"):
             yield text[len(shown) :]
             shown = text
@@ -160,22 +178,50 @@ def texts(tokenizer: "ByteTokenizer | JsonTokenizer", ids: Iterator[int]) -> Ite
 
 
 def parser() -> Parser:
-    p = Parser("apps.gpt.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("model", metavar="MODEL", help="a run's folder, a checkpoint, or a Hugging Face folder")
+    p = Parser(
+        "apps.gpt.generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument(
+        "model", metavar="MODEL", help="a run's folder, a checkpoint, or a Hugging Face folder"
+    )
     p.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue; may be empty")
     p.add_argument("--tokens", type=int, default=128, metavar="N", help="at most (default: 128)")
-    p.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0: always the likeliest token (default: 1)")
-    p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest of this share (default: 1)")
+    p.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="0: always the likeliest token (default: 1)",
+    )
+    p.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw from the likeliest of this share (default: 1)",
+    )
     p.add_argument("--seed", type=int, default=0, help="of the draw (default: 0)")
-    p.add_argument("--step", type=int, metavar="N", help="which checkpoint of a run (default: the newest without damage)")
+    p.add_argument(
+        "--step",
+        type=int,
+        metavar="N",
+        help="which checkpoint of a run (default: the newest without damage)",
+    )
     p.add_argument(
         "--tokenizer",
         metavar="FILE_OR_DIR",
         help="tokenizer.json, a prepared folder, or: bytes (default: the model's own)",
     )
-    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto")
     p.add_argument(
-        "--dtype", choices=[*DTYPES, *SHORT], metavar="D", help=f"{', '.join(DTYPES)} (default: bfloat16 on GPUs, else float32)"
+        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto"
+    )
+    p.add_argument(
+        "--dtype",
+        choices=[*DTYPES, *SHORT],
+        metavar="D",
+        help=f"{', '.join(DTYPES)} (default: bfloat16 on GPUs, else float32)",
     )
     return p
 
@@ -190,23 +236,43 @@ def main(argv: "list[str] | None" = None) -> int:
         source = open_model(args.model, step=args.step)
         found = args.tokenizer or source.tokenizer
         if found is None:
-            raise ValueError(f"{args.model} has no tokenizer of its own; name one with --tokenizer FILE (or bytes).")
+            raise ValueError(
+                f"{args.model} has no tokenizer of its own; name one with --tokenizer FILE (or bytes)."
+            )
         tokenizer = open_tokenizer(found)
         if tokenizer.vocab > source.model.vocab:
-            raise ValueError(f"--tokenizer {found} has {tokenizer.vocab} tokens, but the model knows {source.model.vocab}.")
+            raise ValueError(
+                f"--tokenizer {found} has {tokenizer.vocab} tokens, but the model knows {source.model.vocab}."
+            )
         bos = [] if source.bos is None else [source.bos]
         prompt = [*bos, *tokenizer.encode(args.prompt)]
         if not prompt:
-            raise ValueError("--prompt is empty, and the model has no token that begins a text; give at least one character.")
+            raise ValueError(
+                "--prompt is empty, and the model has no token that begins a text; give at least one character."
+            )
         device = ringx.launch.detect(device=args.device).device
-        dtype = DTYPES[SHORT.get(args.dtype, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))]
+        dtype = DTYPES[
+            SHORT.get(
+                args.dtype, args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+            )
+        ]
         model = source.make(lambda q, k, v: q, dtype=dtype, device=device)
         began, count = time.perf_counter(), 0
 
         def counted() -> Iterator[int]:
             nonlocal count
-            options = {"temperature": args.temperature, "top_p": args.top_p, "eos": {tokenizer.eos, *source.eos}}
-            for i in stream(model, prompt, args.tokens, generator=torch.Generator().manual_seed(args.seed), **options):
+            options = {
+                "temperature": args.temperature,
+                "top_p": args.top_p,
+                "eos": {tokenizer.eos, *source.eos},
+            }
+            for i in stream(
+                model,
+                prompt,
+                args.tokens,
+                generator=torch.Generator().manual_seed(args.seed),
+                **options,
+            ):
                 count += 1
                 yield i
 

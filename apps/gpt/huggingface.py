@@ -52,13 +52,20 @@ class Weights(Stored):
                 for name in f.keys():  # noqa: SIM118 - it is no dict
                     piece = f.get_slice(name)
                     if self._files.get(_ours(name)) == file:
-                        stored[_ours(name)] = (tuple(piece.get_shape()), _dtype(file, name, piece.get_dtype()))
+                        stored[_ours(name)] = (
+                            tuple(piece.get_shape()),
+                            _dtype(file, name, piece.get_dtype()),
+                        )
         if lost := [name for name in self._files if name not in stored]:
-            raise ValueError(f"{self._files[lost[0]]} lacks {lost[0]}, which {SHARDS} says is in it; download or write it again.")
+            raise ValueError(
+                f"{self._files[lost[0]]} lacks {lost[0]}, which {SHARDS} says is in it; download or write it again."
+            )
         ignored = {name for name in stored if name.endswith("rotary_emb.inv_freq")}
         if stored and (folder / "config.json").exists() and model_config(folder).tied:
             ignored.add("lm_head.weight")
-        super().__init__(folder, {name: about for name, about in stored.items() if name not in ignored})
+        super().__init__(
+            folder, {name: about for name, about in stored.items() if name not in ignored}
+        )
         if not self._stored:
             raise ValueError(f"{folder} holds no parameters.")
 
@@ -80,14 +87,22 @@ class Source:
     tokenizer: Path | None  # for ``open_tokenizer``, where it was kept with the model
     data: Path | None  # the prepared text that it was trained on, likewise
 
-    def make(self, attend: Attend, *, dtype: torch.dtype, device: "torch.device | str" = "cpu") -> Llama:
+    def make(
+        self, attend: Attend, *, dtype: torch.dtype, device: "torch.device | str" = "cpu"
+    ) -> Llama:
         """The model in this process alone, for inference."""
-        llama = Llama.empty(self.model, attend, dtype=dtype).to_empty(device=device).requires_grad_(False)
+        llama = (
+            Llama.empty(self.model, attend, dtype=dtype)
+            .to_empty(device=device)
+            .requires_grad_(False)
+        )
         fill(llama, self.weights)
         return llama
 
 
-def open_model(path: "str | Path", *, step: int | None = None, world: World | None = None) -> Source:
+def open_model(
+    path: "str | Path", *, step: int | None = None, world: World | None = None
+) -> Source:
     """The model at `path`; reads no tensor yet.
 
     Args:
@@ -103,7 +118,9 @@ def open_model(path: "str | Path", *, step: int | None = None, world: World | No
     if (path / "checkpoints").is_dir():
         checkpoint, run = _chosen(path, step, world), path
     elif step is not None:
-        raise ValueError(f"--step {step}: {path} is no run's folder (with checkpoints/ in it); leave --step out.")
+        raise ValueError(
+            f"--step {step}: {path} is no run's folder (with checkpoints/ in it); leave --step out."
+        )
     elif not (path / ".metadata").is_file():
         return decide(world, lambda: _hugging_face(path))
     return decide(world, lambda: _checkpoint(checkpoint, run))
@@ -118,7 +135,9 @@ def weights_for(path: "str | Path", model: ModelConfig, world: World | None = No
     for f in fields(ModelConfig):
         there, here = getattr(source.model, f.name), getattr(model, f.name)
         if there != here and not f.name.startswith("rope_"):
-            raise ValueError(f"{path} has {f.name} {there}, but this model has {f.name} {here}; give the --config of its sizes.")
+            raise ValueError(
+                f"{path} has {f.name} {there}, but this model has {f.name} {here}; give the --config of its sizes."
+            )
     source.weights.check(shapes(model))
     return source.weights
 
@@ -131,13 +150,20 @@ def open_tokenizer(path: "str | Path") -> "ByteTokenizer | JsonTokenizer":
     if (path / INDEX).exists():
         return load_tokenizer(path)
     file = path / TOKENIZER[0] if path.is_dir() else path
-    said = _json(file.with_name(TOKENIZER[1])).get("eos_token") if file.with_name(TOKENIZER[1]).exists() else None
+    said = (
+        _json(file.with_name(TOKENIZER[1])).get("eos_token")
+        if file.with_name(TOKENIZER[1]).exists()
+        else None
+    )
     return JsonTokenizer(file, said["content"] if isinstance(said, dict) else said)
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Of every parameter."""
-    return {name: tuple(p.shape) for name, p in Llama.empty(config, lambda q, k, v: q).named_parameters()}
+    return {
+        name: tuple(p.shape)
+        for name, p in Llama.empty(config, lambda q, k, v: q).named_parameters()
+    }
 
 
 def _chosen(run: Path, step: int | None, world: World | None) -> Path:
@@ -146,7 +172,9 @@ def _chosen(run: Path, step: int | None, world: World | None) -> Path:
         path = folder / f"step-{step:08d}"
         if not path.is_dir():
             there = sorted(p.name for p in folder.iterdir() if STEP.fullmatch(p.name))
-            raise ValueError(f"--step {step}: {path} is not there; there are {', '.join(there) or 'none'}.")
+            raise ValueError(
+                f"--step {step}: {path} is not there; there are {', '.join(there) or 'none'}."
+            )
         return path
     with Checkpoints(folder, world, say=lambda text: print(text, flush=True)) as checkpoints:
         found = checkpoints.newest()
@@ -158,17 +186,25 @@ def _chosen(run: Path, step: int | None, world: World | None) -> Path:
 def _checkpoint(path: Path, run: Path) -> Source:
     about = read_about(path)
     if not (path / MANIFEST).exists():
-        raise ValueError(f"{path} is no complete checkpoint ({MANIFEST} is missing); take another step.")
+        raise ValueError(
+            f"{path} is no complete checkpoint ({MANIFEST} is missing); take another step."
+        )
     try:
         said = about["config"]
         model, seqlen = ModelConfig(**said["model"]), int(said["train"]["seqlen"])
     except (TypeError, KeyError, ValueError) as e:
-        raise ValueError(f"{path} was not written by this version of apps.gpt.train: {type(e).__name__}: {e}.") from None
+        raise ValueError(
+            f"{path} was not written by this version of apps.gpt.train: {type(e).__name__}: {e}."
+        ) from None
     weights = CheckpointWeights(path)
     weights.check(shapes(model))
-    tokenizer = next((p for p in (run / "data", run / TOKENIZER[0]) if (p / INDEX).exists() or p.is_file()), None)
+    tokenizer = next(
+        (p for p in (run / "data", run / TOKENIZER[0]) if (p / INDEX).exists() or p.is_file()), None
+    )
     eos, bos = about.get("eos"), about.get("bos")
-    if eos is None and tokenizer is not None:  # in prepared text, documents follow the end of another
+    if (
+        eos is None and tokenizer is not None
+    ):  # in prepared text, documents follow the end of another
         bos = open_tokenizer(tokenizer).eos
         eos = [bos]
     data = run / "data" if (run / "data" / INDEX).exists() else None
@@ -186,8 +222,15 @@ def model_config(folder: "str | Path") -> ModelConfig:
     c = _json(file)
     kinds = c.get("architectures") or ["LlamaForCausalLM"]
     if kinds != ["LlamaForCausalLM"] or c.get("model_type", "llama") != "llama":
-        raise ValueError(f"{file}: {', '.join(kinds)} ({c.get('model_type')}) is not LlamaForCausalLM, the only one known here.")
-    for name, known in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu"), ("quantization_config", None)):
+        raise ValueError(
+            f"{file}: {', '.join(kinds)} ({c.get('model_type')}) is not LlamaForCausalLM, the only one known here."
+        )
+    for name, known in (
+        ("attention_bias", False),
+        ("mlp_bias", False),
+        ("hidden_act", "silu"),
+        ("quantization_config", None),
+    ):
         if c.get(name, known) != known:
             raise ValueError(f"{file}: {name}={c[name]!r} is not supported, only {known!r}.")
     try:
@@ -214,7 +257,9 @@ def _rope(file: Path, c: dict[str, Any]) -> dict[str, Any]:
     said = c.get("rope_parameters") or c.get("rope_scaling") or {}
     kind = said.get("rope_type", said.get("type", "default"))
     if kind not in ("default", "llama3"):
-        raise ValueError(f"{file}: RoPE of type {kind!r} is not supported, only default and llama3.")
+        raise ValueError(
+            f"{file}: RoPE of type {kind!r} is not supported, only default and llama3."
+        )
     if (part := said.get("partial_rotary_factor", c.get("partial_rotary_factor", 1.0))) != 1:
         raise ValueError(f"{file}: partial_rotary_factor={part} is not supported, only 1.")
     base = {"rope_base": float(said.get("rope_theta", c.get("rope_theta", 10_000.0)))}
@@ -255,19 +300,29 @@ def save(
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
-    folder, read = Path(folder), tensors if callable(tensors) else (lambda name, shape: tensors[name])
+    folder, read = (
+        Path(folder),
+        tensors if callable(tensors) else (lambda name, shape: tensors[name]),
+    )
     expect_new(folder)
     want = {_theirs(name): (name, torch.Size(shape)) for name, shape in shapes(config).items()}
     try:
         plan = split_torch_state_dict_into_shards(
-            {theirs: torch.empty(shape, dtype=dtype, device="meta") for theirs, (_, shape) in want.items()},
+            {
+                theirs: torch.empty(shape, dtype=dtype, device="meta")
+                for theirs, (_, shape) in want.items()
+            },
             max_shard_size=max_shard_size,
         )
     except ValueError as e:
-        raise ValueError(f"max_shard_size={max_shard_size!r} must be bytes, or as 5GB: {e}") from None
+        raise ValueError(
+            f"max_shard_size={max_shard_size!r} must be bytes, or as 5GB: {e}"
+        ) from None
     with _aside(folder) as aside:
         for file, names in plan.filename_to_tensors.items():
-            part = {name: read(*want[name]).detach().to("cpu", dtype).contiguous() for name in names}
+            part = {
+                name: read(*want[name]).detach().to("cpu", dtype).contiguous() for name in names
+            }
             save_file(part, aside / file, metadata={"format": "pt"})
         if plan.is_sharded:
             _put(aside / SHARDS, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
@@ -296,7 +351,9 @@ def expect_new(folder: Path) -> None:
         raise ValueError(f"{folder} is there already; name a new or an empty folder.")
 
 
-def _config_json(c: ModelConfig, dtype: torch.dtype, seqlen: int, bos: int | None, eos: Collection[int]) -> dict[str, Any]:
+def _config_json(
+    c: ModelConfig, dtype: torch.dtype, seqlen: int, bos: int | None, eos: Collection[int]
+) -> dict[str, Any]:
     """In the words of transformers 4, which 5 and all others understand."""
     scaling = None
     if c.rope_factor != 1:
@@ -340,12 +397,18 @@ def _hugging_face(folder: Path) -> Source:
     model, weights = model_config(folder), Weights(folder)
     weights.check(shapes(model))
     said = _json(folder / "config.json")
-    more = _json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
+    more = (
+        _json(folder / "generation_config.json")
+        if (folder / "generation_config.json").exists()
+        else {}
+    )
     ends = more.get("eos_token_id", said.get("eos_token_id"))
     eos = () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
     tokenizer = folder / TOKENIZER[0]
     bos, seqlen = said.get("bos_token_id"), said.get("max_position_embeddings", 2048)
-    return Source(folder, model, weights, seqlen, bos, eos, tokenizer if tokenizer.exists() else None, None)
+    return Source(
+        folder, model, weights, seqlen, bos, eos, tokenizer if tokenizer.exists() else None, None
+    )
 
 
 def _files_of(folder: Path) -> dict[str, Path]:
@@ -359,7 +422,11 @@ def _files_of(folder: Path) -> dict[str, Path]:
         pickled = "pytorch_model.bin" if any(folder.glob("pytorch_model*.bin")) else None
         raise ValueError(
             f"{folder} has no {ONE}"
-            + (f", only {pickled}, which is not read; save the model with transformers again." if pickled else f" and no {SHARDS}.")
+            + (
+                f", only {pickled}, which is not read; save the model with transformers again."
+                if pickled
+                else f" and no {SHARDS}."
+            )
         )
     with _opened(folder / ONE) as f:
         return dict.fromkeys(f.keys(), folder / ONE)
@@ -379,7 +446,12 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def _dtype(file: Path, name: str, kind: str) -> torch.dtype:
-    known = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    known = {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+    }
     if kind not in known:
         raise ValueError(f"{file}: {name} is {kind}; only {', '.join(known)} are known here.")
     return known[kind]
@@ -414,7 +486,9 @@ def _aside(folder: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `folder` if all goes well."""
     aside = folder.with_name(folder.name + ".partial")
     if aside.exists():
-        raise ValueError(f"{aside} is there, of a process that is writing or was killed; delete it.")
+        raise ValueError(
+            f"{aside} is there, of a process that is writing or was killed; delete it."
+        )
     aside.mkdir(parents=True)
     try:
         yield aside

@@ -21,7 +21,9 @@ def gather_sequence(x: Tensor) -> Tensor:
     """[B, S, C] of this rank's whole part of the sequence: under tp, x is cut over its ranks (sequence parallel)."""
     if not isinstance(x, DTensor):
         return x
-    return x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])  # each rank's gradient is a part
+    return x.redistribute(placements=[Replicate()]).to_local(
+        grad_placements=[Partial()]
+    )  # each rank's gradient is a part
 
 
 def head_logits(x: Tensor, head: Tensor) -> Tensor:
@@ -37,7 +39,9 @@ def head_loss(x: Tensor, head: Tensor, labels: Tensor, *, chunk: int) -> Tensor:
     on every tp rank."""
     weight, group = _local(head)
     dtype = _compute_dtype(x)
-    return _HeadLoss.apply(x.flatten(0, 1).to(dtype), weight.to(dtype), labels.flatten(), chunk, group)
+    return _HeadLoss.apply(
+        x.flatten(0, 1).to(dtype), weight.to(dtype), labels.flatten(), chunk, group
+    )
 
 
 @torch.no_grad()
@@ -46,7 +50,10 @@ def token_losses(x: Tensor, head: Tensor, labels: Tensor, *, chunk: int) -> Tens
     weight, group = _local(head)
     dtype = _compute_dtype(x)
     flat, weight = x.flatten(0, 1).to(dtype), weight.to(dtype)
-    parts = [_chunk(a, weight, b, group)[0] for a, b in zip(flat.split(chunk), labels.flatten().split(chunk), strict=True)]
+    parts = [
+        _chunk(a, weight, b, group)[0]
+        for a, b in zip(flat.split(chunk), labels.flatten().split(chunk), strict=True)
+    ]
     return torch.cat(parts).view(labels.shape)
 
 
@@ -80,7 +87,9 @@ class _HeadLoss(torch.autograd.Function):
         return dx * dtotal.to(dx.dtype), (dw * dtotal).to(ctx.dtype), None, None, None
 
 
-def _chunk(x: Tensor, weight: Tensor, labels: Tensor, group) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _chunk(
+    x: Tensor, weight: Tensor, labels: Tensor, group
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(losses [T], probabilities of this rank's vocabulary [T, V/tp], each label's column there, whether it is there, whether it
     counts).  One buffer of [T, V/tp]: what is not needed any more is overwritten."""
     z = (x @ weight.T).to(torch.promote_types(x.dtype, torch.float32))
@@ -97,13 +106,21 @@ def _chunk(x: Tensor, weight: Tensor, labels: Tensor, group) -> tuple[Tensor, Te
     if group is not None:
         dist.all_reduce(sums, group=group)
     vocab = weight.shape[0] * (1 if group is None else dist.get_world_size(group))
-    losses = (sums[0].log() - sums[1]).where(counts, 0.0).masked_fill(counts & ((labels < 0) | (labels >= vocab)), torch.nan)
+    losses = (
+        (sums[0].log() - sums[1])
+        .where(counts, 0.0)
+        .masked_fill(counts & ((labels < 0) | (labels >= vocab)), torch.nan)
+    )
     return losses, z.div_(sums[0][:, None]), local, mine, counts
 
 
 def _local(head: Tensor) -> tuple[Tensor, "dist.ProcessGroup | None"]:
     """(this rank's rows of the head, the tp group): a DTensor is cut by rows, in rank order."""
-    return (head.to_local(), head.device_mesh.get_group()) if isinstance(head, DTensor) else (head, None)
+    return (
+        (head.to_local(), head.device_mesh.get_group())
+        if isinstance(head, DTensor)
+        else (head, None)
+    )
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

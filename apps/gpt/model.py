@@ -17,14 +17,18 @@ from apps.common.weights import seeded_normal
 from .config import ModelConfig
 from .loss import gather_sequence, head_logits, head_loss
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B, S, H, D], k and v [B, S, Hkv, D] -> [B, S, H, D], causal
+Attend = Callable[
+    [Tensor, Tensor, Tensor], Tensor
+]  # q [B, S, H, D], k and v [B, S, Hkv, D] -> [B, S, H, D], causal
 NOTHING_AGAIN = Memory()
 
 
 def frequencies(c: ModelConfig, device: "torch.device | str" = "cpu") -> Tensor:
     """[D/2] fp64: radians a token.  With rope_factor > 1 stretched as in Llama 3.1: a frequency that turns less than rope_low
     times within rope_original tokens is divided by the factor, one of more than rope_high is left, between them linearly."""
-    f = c.rope_base ** -(torch.arange(0, c.head_dim, 2, dtype=torch.float64, device=device) / c.head_dim)
+    f = c.rope_base ** -(
+        torch.arange(0, c.head_dim, 2, dtype=torch.float64, device=device) / c.head_dim
+    )
     if c.rope_factor == 1:
         return f
     turns = c.rope_original * f / (2 * math.pi)
@@ -66,8 +70,13 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(c.heads * c.head_dim, c.dim, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        out = self.attend(rotate(q, cos, sin), rotate(k, cos, sin), v)  # [B, S, H, D]; under tp, a part of the heads
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim))
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out = self.attend(
+            rotate(q, cos, sin), rotate(k, cos, sin), v
+        )  # [B, S, H, D]; under tp, a part of the heads
         return self.o_proj(out.flatten(2))
 
 
@@ -100,7 +109,9 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    def __init__(self, c: ModelConfig, attend: Attend, memory: Memory = NOTHING_AGAIN, loss_chunk: int = 1024):
+    def __init__(
+        self, c: ModelConfig, attend: Attend, memory: Memory = NOTHING_AGAIN, loss_chunk: int = 1024
+    ):
         super().__init__()
         self.config, self.loss_chunk = c, loss_chunk
         self.embed_tokens = nn.Embedding(c.vocab, c.dim)
@@ -109,7 +120,9 @@ class Llama(nn.Module):
         self.lm_head = None if c.tied else nn.Linear(c.dim, c.vocab, bias=False)
 
     @classmethod
-    def empty(cls, c: ModelConfig, attend: Attend, *how: Any, dtype: torch.dtype = torch.float32) -> "Llama":
+    def empty(
+        cls, c: ModelConfig, attend: Attend, *how: Any, dtype: torch.dtype = torch.float32
+    ) -> "Llama":
         """A model without memory for its parameters (meta device), to be cut over ranks first."""
         with torch.device("meta"):
             return cls(c, attend, *how).to(dtype)
@@ -127,7 +140,11 @@ class Llama(nn.Module):
         """tokens [B, S] and their global positions [S], in any order that `attend` knows -> logits [B, S, vocab]; with `labels`
         [B, S] the sum of the tokens' cross-entropies instead (fp32 at least), without ever holding all logits."""
         x = self.hidden(tokens, positions)
-        return head_logits(x, self.head) if labels is None else head_loss(x, self.head, labels, chunk=self.loss_chunk)
+        return (
+            head_logits(x, self.head)
+            if labels is None
+            else head_loss(x, self.head, labels, chunk=self.loss_chunk)
+        )
 
     def hidden(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """[B, S, C]: what the output projection is applied to."""
@@ -148,5 +165,9 @@ def first_weight(name: str, shape: torch.Size, c: ModelConfig, seed: int) -> Ten
     about as much, norms 1.  It depends on seed, name and shape alone: equal on any device, rank and mesh."""
     if len(shape) == 1:
         return torch.ones(shape)
-    std = 0.02 / (2 * c.layers) ** 0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+    std = (
+        0.02 / (2 * c.layers) ** 0.5
+        if name.endswith(("o_proj.weight", "down_proj.weight"))
+        else 0.02
+    )
     return seeded_normal(name, shape, seed) * std

@@ -46,10 +46,20 @@ def cut_over_tp(model: Llama, mesh: Mesh) -> None:
             f"layers.{i}.self_attn": PrepareModuleInput(
                 input_layouts=(tokens, None, None), desired_input_layouts=(whole, None, None)
             ),
-            f"layers.{i}.post_attention_layernorm": SequenceParallel(use_local_output=True),  # local: tiles cut it further
-            f"layers.{i}.mlp": PrepareModuleInput(input_layouts=(tokens,), desired_input_layouts=(whole,)),
+            f"layers.{i}.post_attention_layernorm": SequenceParallel(
+                use_local_output=True
+            ),  # local: tiles cut it further
+            f"layers.{i}.mlp": PrepareModuleInput(
+                input_layouts=(tokens,), desired_input_layouts=(whole,)
+            ),
         }
-        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
+        for name in (
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+        ):
             plan[f"layers.{i}.{name}"] = ColwiseParallel()
         for name in ("self_attn.o_proj", "mlp.down_proj"):
             plan[f"layers.{i}.{name}"] = RowwiseParallel(output_layouts=tokens)
@@ -81,4 +91,12 @@ def build(
     if weights == "new":
         weights = lambda name, shape: first_weight(name, shape, config.model, c.seed)  # noqa: E731
     assert not isinstance(weights, str)
-    return make_engine(config, model, mesh, blocks=model.layers, weights=weights, device=device, allocating=allocating)
+    return make_engine(
+        config,
+        model,
+        mesh,
+        blocks=model.layers,
+        weights=weights,
+        device=device,
+        allocating=allocating,
+    )

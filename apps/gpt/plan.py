@@ -29,7 +29,11 @@ def _subject(config: Config) -> plan.Subject:
 
     def batch(mesh: Mesh, samples: int) -> list[torch.Tensor]:
         size = (samples, Attend(config, mesh).layout.size(mesh.cp_rank))
-        return [torch.zeros(n, dtype=torch.long) for n in (size, size[1:], size)]  # tokens, positions, labels
+        return [
+            torch.zeros(n, dtype=torch.long) for n in (size, size[1:], size)
+        ]  # tokens, positions, labels
 
     flops = flops_per_token(config.model, c.seqlen)
-    return plan.Subject(c.seqlen, config.model.layers, parameters(config.model).total, flops, start, batch)
+    return plan.Subject(
+        c.seqlen, config.model.layers, parameters(config.model).total, flops, start, batch
+    )

@@ -71,7 +71,10 @@ def train(
 
     def parts(read: Rows) -> list[tuple]:
         pieces = zip(*(x.split(micro) for x in read), strict=True)
-        batches = [cut(Rows(*piece), layout=attend.layout, group=mesh.cp, device=engine.device) for piece in pieces]
+        batches = [
+            cut(Rows(*piece), layout=attend.layout, group=mesh.cp, device=engine.device)
+            for piece in pieces
+        ]
         return [(b.tokens, b.positions, b.labels) for b in batches]
 
     def validate() -> dict[str, float]:
@@ -94,7 +97,10 @@ class GptRun(Run):
 
     prog = PROG
     loss_unit = "nats per token"
-    same = tuple(("train", k, "the data would come in another order") for k in ("seqlen", "global_batch", "seed"))
+    same = tuple(
+        ("train", k, "the data would come in another order")
+        for k in ("seqlen", "global_batch", "seed")
+    )
     config: Config
 
     def open(self) -> None:
@@ -138,16 +144,24 @@ class GptRun(Run):
     def write_about(self) -> None:
         tokenizer = self.tokens.folder / "tokenizer.json"
         if self.tokens.folder != self.out / "data" and tokenizer.exists():
-            shutil.copyfile(tokenizer, self.out / "tokenizer.json")  # for those who take the weights from here
+            shutil.copyfile(
+                tokenizer, self.out / "tokenizer.json"
+            )  # for those who take the weights from here
 
     def build(self, weights: bool) -> Engine:
         self.attend = Attend(self.config, self.mesh)
         first: Any = None
         if weights:
-            first = weights_for(self.job.init, self.config.model, self.world) if self.job.init else "new"
+            first = (
+                weights_for(self.job.init, self.config.model, self.world)
+                if self.job.init
+                else "new"
+            )
         return build(self.config, self.mesh, self.attend, self.world.device, weights=first)
 
-    def steps(self, first: int, on_step: Callable[[Record], None], before_step: Callable[[int], None]) -> None:
+    def steps(
+        self, first: int, on_step: Callable[[Record], None], before_step: Callable[[int], None]
+    ) -> None:
         how: dict[str, Any] = {"first": first, "on_step": on_step, "before_step": before_step}
         train(self.config, self.tokens, self.mesh, self.engine, self.attend, val=self.val, **how)
 
@@ -164,7 +178,9 @@ def work(world: World, job: Job) -> int:
 
 
 def parser() -> Parser:
-    p = Parser(PROG, description="Train a Llama 3 on text, over context, tensor and data parallel ranks.")
+    p = Parser(
+        PROG, description="Train a Llama 3 on text, over context, tensor and data parallel ranks."
+    )
     command.add_run_flags(
         p,
         preset=f"model and training to start from: {', '.join(PRESETS)} (default: the model of --init, or tiny)",
@@ -172,7 +188,11 @@ def parser() -> Parser:
         "Python's standard library)",
         out="gpt_out",
     )
-    p.add_argument("--init", metavar="DIR", help="first weights: a Hugging Face Llama folder, a run, or a checkpoint")
+    p.add_argument(
+        "--init",
+        metavar="DIR",
+        help="first weights: a Hugging Face Llama folder, a run, or a checkpoint",
+    )
     add_flags(p, "training, in place of the preset's", TrainConfig)
     return p
 
@@ -181,13 +201,25 @@ def configure(args: argparse.Namespace) -> tuple[Job, Shape | None]:
     """(the job, its mesh if it is known yet).  Everything that can be known to be wrong before ranks start raises ValueError or
     NotImplementedError here."""
     if args.preset and args.config:
-        raise ValueError("--preset and --config: give one; a YAML file may itself start from a preset.")
+        raise ValueError(
+            "--preset and --config: give one; a YAML file may itself start from a preset."
+        )
     config, shape = command.configure(args, base_of(args))
     out = args.out or args.resume or "gpt_out"
-    job = Job(config, out, args.data or data_of(args.resume), args.resume, args.init, args.tensorboard, args.wandb)
+    job = Job(
+        config,
+        out,
+        args.data or data_of(args.resume),
+        args.resume,
+        args.init,
+        args.tensorboard,
+        args.wandb,
+    )
     if not (args.estimate or args.dry_run):
         m = config.model
-        command.expect_runnable(job, args, heads=(m.heads, m.kv_heads), head_dim=m.head_dim, causal=True)
+        command.expect_runnable(
+            job, args, heads=(m.heads, m.kv_heads), head_dim=m.head_dim, causal=True
+        )
     return job, shape
 
 

@@ -59,15 +59,26 @@ class DataConfig:
     """What is read of the data, and what is forecast.  All are words, as on the command line."""
 
     variables: str = option("", "variables, such as t2m,z (default: all)")
-    levels: str = option("", "pressure levels in hPa of those that have levels, such as 500,850 (default: all)")
-    channel_names: str = option("", "names of the channels of HDF5 files, which hold none, such as u10,v10,t2m")
+    levels: str = option(
+        "", "pressure levels in hPa of those that have levels, such as 500,850 (default: all)"
+    )
+    channel_names: str = option(
+        "", "names of the channels of HDF5 files, which hold none, such as u10,v10,t2m"
+    )
     leads: str = option("6", "hours ahead, such as 6,24,72; all are forecast at once")
     history: str = option("", "hours before that are seen too, such as 6 or 1,2,3 (default: none)")
-    base: str = option("none", "the simple forecast that the model corrects; none: it makes the whole forecast", BASES)
-    inputs: str = option(
-        "auto", "what is seen besides the fields: time_of_day, time_of_year, latitude, static, climatology (auto: all there is)"
+    base: str = option(
+        "none",
+        "the simple forecast that the model corrects; none: it makes the whole forecast",
+        BASES,
     )
-    train_times: str = option("", "training times, START/STOP as dates or indices (default: the first 70 %%)")
+    inputs: str = option(
+        "auto",
+        "what is seen besides the fields: time_of_day, time_of_year, latitude, static, climatology (auto: all there is)",
+    )
+    train_times: str = option(
+        "", "training times, START/STOP as dates or indices (default: the first 70 %%)"
+    )
     val_times: str = option("", "validation times (default: the next 15 %%)")
     test_times: str = option("", "test times (default: the rest)")
 
@@ -83,11 +94,17 @@ class DataConfig:
             except ValueError:
                 hours = (0,)
             if len(hours) < least or min(hours, default=1) < 1 or len(set(hours)) < len(hours):
-                raise ValueError(f"{name}={text!r} must be different whole numbers of hours above 0, such as 6,24.")
+                raise ValueError(
+                    f"{name}={text!r} must be different whole numbers of hours above 0, such as 6,24."
+                )
 
     def input_names(self) -> "tuple[str, ...] | None":
         """None for all that there are."""
-        return None if self.inputs == "auto" else tuple(name.strip() for name in self.inputs.split(",") if name.strip())
+        return (
+            None
+            if self.inputs == "auto"
+            else tuple(name.strip() for name in self.inputs.split(",") if name.strip())
+        )
 
     def lead_hours(self) -> tuple[int, ...]:
         return _hours(self.leads)
@@ -106,7 +123,13 @@ def _hours(text: str) -> tuple[int, ...]:
 
 def _words(value: object) -> str:
     """What YAML makes of a field: a list, a number or nothing."""
-    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else "" if value is None else str(value)
+    return (
+        ",".join(map(str, value))
+        if isinstance(value, (list, tuple))
+        else ""
+        if value is None
+        else str(value)
+    )
 
 
 @dataclass(frozen=True)
@@ -114,7 +137,9 @@ class TrainConfig(Training):
     """How it is trained.  A sample is the grid at one time."""
 
     layout: str = option("contiguous", "which tokens a rank of the cp group holds", LAYOUTS)
-    epochs: int = option(0, "passes over the training times, in place of --steps; validates after each")
+    epochs: int = option(
+        0, "passes over the training times, in place of --steps; validates after each"
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -138,14 +163,20 @@ class Config(RunConfig):
         if shape.tp > 1:
             for name, size in (("heads", m.heads), ("ffn", m.hidden)):
                 if size % shape.tp:
-                    raise ValueError(f"tp={shape.tp} does not divide {name}={size} of the model; take a smaller --tp.")
+                    raise ValueError(
+                        f"tp={shape.tp} does not divide {name}={size} of the model; take a smaller --tp."
+                    )
             if self.mesh.dp_engine != "fsdp":
-                raise ValueError(f"dp_engine={self.mesh.dp_engine} cannot be combined with tp={shape.tp}; use --dp-engine fsdp.")
+                raise ValueError(
+                    f"dp_engine={self.mesh.dp_engine} cannot be combined with tp={shape.tp}; use --dp-engine fsdp."
+                )
         if not m.height:
             return
         tokens = m.patches().tokens
         if shape.cp > tokens:
-            raise ValueError(f"cp={shape.cp} is more than the {tokens} tokens of a field; take a smaller --cp or --patch.")
+            raise ValueError(
+                f"cp={shape.cp} is more than the {tokens} tokens of a field; take a smaller --cp or --patch."
+            )
         sharding = ringx.Sharding(tokens, shape.cp, c.layout)
         least = min(sharding.size(r) for r in range(shape.cp))
         if c.mlp_tiles > -(-least // shape.tp):
@@ -158,7 +189,9 @@ def load(path: str) -> Config:
         path = str(CONFIGS / f"{path}.yaml")
     elif not Path(path).exists() and Path(path).suffix not in (".yaml", ".yml"):
         there = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
-        raise ValueError(f"--config {path}: there is no such file, and no such name in apps/vit/configs; names: {there}.")
+        raise ValueError(
+            f"--config {path}: there is no such file, and no such name in apps/vit/configs; names: {there}."
+        )
     return load_yaml(path, Config, PRESETS)
 
 
@@ -166,14 +199,24 @@ def preset(name: str) -> Config:
     return PRESETS[require_name(name, PRESETS, "preset")]
 
 
-_ERA = dict(height=360, width=720, in_channels=20, out_channels=20)  # half a degree, as the public ancestor trains
+_ERA = dict(
+    height=360, width=720, in_channels=20, out_channels=20
+)  # half a degree, as the public ancestor trains
 
 
 def _large(name: str, dim: int, heads: int, layers: int, patch: int) -> Config:
     train = TrainConfig(
-        steps=100_000, lr=5e-4, warmup=1000, checkpointing="selective", mlp_tiles=4, val_every=1000, save_every=1000
+        steps=100_000,
+        lr=5e-4,
+        warmup=1000,
+        checkpointing="selective",
+        mlp_tiles=4,
+        val_every=1000,
+        save_every=1000,
     )
-    return Config(name, ModelConfig(dim=dim, heads=heads, layers=layers, patch=patch, **_ERA), train=train)  # type: ignore[arg-type]
+    return Config(
+        name, ModelConfig(dim=dim, heads=heads, layers=layers, patch=patch, **_ERA), train=train
+    )  # type: ignore[arg-type]
 
 
 PRESETS = {
@@ -183,15 +226,38 @@ PRESETS = {
             "tiny",
             ModelConfig(dim=96, layers=3, heads=4),
             train=TrainConfig(
-                global_batch=16, steps=300, lr=2e-3, warmup=5, dtype="float32", weight_decay=0.05, val_every=100, save_every=100
+                global_batch=16,
+                steps=300,
+                lr=2e-3,
+                warmup=5,
+                dtype="float32",
+                weight_decay=0.05,
+                val_every=100,
+                save_every=100,
             ),
         ),
-        Config("5m", ModelConfig(dim=256, layers=6, heads=4), train=TrainConfig(global_batch=32, steps=5000, lr=1e-3, warmup=200)),
-        Config("90m", ModelConfig(dim=768, layers=12, heads=12), train=TrainConfig(global_batch=64, steps=20_000, warmup=500)),
-        Config("300m", ModelConfig(dim=1024, layers=24, heads=16), train=TrainConfig(global_batch=64, steps=50_000, warmup=1000)),
+        Config(
+            "5m",
+            ModelConfig(dim=256, layers=6, heads=4),
+            train=TrainConfig(global_batch=32, steps=5000, lr=1e-3, warmup=200),
+        ),
+        Config(
+            "90m",
+            ModelConfig(dim=768, layers=12, heads=12),
+            train=TrainConfig(global_batch=64, steps=20_000, warmup=500),
+        ),
+        Config(
+            "300m",
+            ModelConfig(dim=1024, layers=24, heads=16),
+            train=TrainConfig(global_batch=64, steps=50_000, warmup=1000),
+        ),
         *(_large(f"2.6b-p{p}", 4096, 32, 12, p) for p in (1, 2, 4, 8)),
     )
 }
-_P1 = PRESETS["2.6b-p1"]  # a table of 259,200 learned positions would be another billion of parameters
-PRESETS["2.6b-p1"] = replace(_P1, mesh=MeshConfig(cp=32), model=replace(_P1.model, positions="sinusoidal"))
+_P1 = PRESETS[
+    "2.6b-p1"
+]  # a table of 259,200 learned positions would be another billion of parameters
+PRESETS["2.6b-p1"] = replace(
+    _P1, mesh=MeshConfig(cp=32), model=replace(_P1.model, positions="sinusoidal")
+)
 PRESETS["2.6b-p2"] = replace(PRESETS["2.6b-p2"], mesh=MeshConfig(cp=8))

@@ -18,7 +18,9 @@ class Parameters:
 def parameters(c: ModelConfig) -> Parameters:
     """How many parameters such a model has."""
     points = c.patch**2
-    matmul = c.layers * (4 * c.dim**2 + 2 * c.dim * c.hidden) + c.dim * points * (c.in_channels + c.out_channels)
+    matmul = c.layers * (4 * c.dim**2 + 2 * c.dim * c.hidden) + c.dim * points * (
+        c.in_channels + c.out_channels
+    )
     biases = c.layers * (5 * c.dim + c.hidden) + c.dim + c.out_channels * points
     norms = (2 * c.layers + 1) * 2 * c.dim
     places = c.patches().tokens * c.dim if c.positions == "learned" else 0

@@ -55,12 +55,18 @@ def open_forecasts(folder: "str | Path") -> "xr.Dataset":
     folder = Path(folder)
     paths = [p for p in (folder / "forecasts.nc", folder / "forecasts.zarr") if p.exists()]
     if not paths:
-        raise ValueError(f"{folder} holds no forecasts.nc or forecasts.zarr; apps.vit.predict writes one.")
+        raise ValueError(
+            f"{folder} holds no forecasts.nc or forecasts.zarr; apps.vit.predict writes one."
+        )
     path = paths[0]
     try:
-        file = xr.open_dataset(path, decode_timedelta=False)  # a field in seconds or hours is no lead
+        file = xr.open_dataset(
+            path, decode_timedelta=False
+        )  # a field in seconds or hours is no lead
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path} cannot be read: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from None
+        raise ValueError(
+            f"{path} cannot be read: {str(e).splitlines()[0] if str(e) else type(e).__name__}"
+        ) from None
     try:
         return _expect_forecasts(file)
     except ValueError as e:
@@ -79,9 +85,13 @@ def _expect_forecasts(file: "xr.Dataset") -> "xr.Dataset":
     dataset.set_close(file.close)
     for name, kind in (("time", "datetime64"), ("lead_time", "timedelta64")):
         if not np.issubdtype(dataset[name].dtype, getattr(np, kind)):
-            raise ValueError(f"has a {name} of {dataset[name].dtype}, not {kind}: units are missing or unknown")
+            raise ValueError(
+                f"has a {name} of {dataset[name].dtype}, not {kind}: units are missing or unknown"
+            )
     if not channels_of(dataset):
-        raise ValueError(f"holds no pair of variables NAME and NAME_truth with dimensions {', '.join(DIMS)}")
+        raise ValueError(
+            f"holds no pair of variables NAME and NAME_truth with dimensions {', '.join(DIMS)}"
+        )
     return dataset
 
 
@@ -109,19 +119,27 @@ def coastlines(dataset: "xr.Dataset") -> list[np.ndarray]:
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # seconds: some compute nodes never answer
     try:
-        file = shapereader.natural_earth(resolution="50m" if fine else "110m", category="physical", name="coastline")
+        file = shapereader.natural_earth(
+            resolution="50m" if fine else "110m", category="physical", name="coastline"
+        )
         shapes = list(shapereader.Reader(file).geometries())
     except OSError as e:
         raise ValueError(f"cartopy cannot get its coastlines ({e})") from None
     finally:
         socket.setdefaulttimeout(before)
-    return [np.asarray(line.coords)[:, :2] for shape in shapes for line in getattr(shape, "geoms", [shape])]
+    return [
+        np.asarray(line.coords)[:, :2]
+        for shape in shapes
+        for line in getattr(shape, "geoms", [shape])
+    ]
 
 
 # ---- maps
 
 
-def map_numbers(dataset: "xr.Dataset", channel: str, time_index: int, lead_index: int) -> dict[str, Any]:
+def map_numbers(
+    dataset: "xr.Dataset", channel: str, time_index: int, lead_index: int
+) -> dict[str, Any]:
     """What a map shows, in numbers: variable, units, time, valid_time, lead_hours, rmse and bias (weighted by cos(latitude)), and
     the least and largest values of target, forecast and difference.
 
@@ -152,7 +170,13 @@ def map_numbers(dataset: "xr.Dataset", channel: str, time_index: int, lead_index
     return numbers
 
 
-def draw_maps(dataset: "xr.Dataset", channel: str, time_index: int, lead_index: int, coasts: Sequence[np.ndarray] = ()):
+def draw_maps(
+    dataset: "xr.Dataset",
+    channel: str,
+    time_index: int,
+    lead_index: int,
+    coasts: Sequence[np.ndarray] = (),
+):
     """Target, forecast, and forecast - target: side by side, or one above the other where the region is wide.  The first two share
     their colours; those of the difference are symmetric about 0.
 
@@ -173,11 +197,15 @@ def draw_maps(dataset: "xr.Dataset", channel: str, time_index: int, lead_index: 
     attrs, units = dataset[channel].attrs, numbers["units"]
     name = attrs.get("long_name", channel)
     lat, lon = dataset.latitude.values, dataset.longitude.values
-    aspect = 1 / max(0.2, math.cos(math.radians(float(lat.mean()))))  # as long a km to the north as to the east
+    aspect = 1 / max(
+        0.2, math.cos(math.radians(float(lat.mean())))
+    )  # as long a km to the north as to the east
     shape = aspect * np.ptp(lat) / max(np.ptp(lon), 1e-6)  # height of a panel by its width
     wide = shape < 0.7
     across, size = (
-        ((1, 3), (11, 3.4 * min(shape, 2) + 1.6)) if not wide else ((3, 1), (house.WIDTH, 3 * 5.6 * max(shape, 0.2) + 1.8))
+        ((1, 3), (11, 3.4 * min(shape, 2) + 1.6))
+        if not wide
+        else ((3, 1), (house.WIDTH, 3 * 5.6 * max(shape, 0.2) + 1.8))
     )
     at = "right" if wide else "bottom"
     shared = {"cmap": "viridis", "vmin": min(numbers["target_min"], numbers["forecast_min"])}
@@ -185,15 +213,23 @@ def draw_maps(dataset: "xr.Dataset", channel: str, time_index: int, lead_index: 
     most = max(abs(numbers["difference_min"]), abs(numbers["difference_max"])) or 1.0
     plt = house.pyplot(None)
     with plt.rc_context(house.RC):
-        fig, axes = plt.subplots(*across, sharex=wide, sharey=not wide, layout="compressed", figsize=size)
+        fig, axes = plt.subplots(
+            *across, sharex=wide, sharey=not wide, layout="compressed", figsize=size
+        )
         panels = (
             ("target", target, shared),
             ("forecast", forecast, shared),
-            ("forecast - target", forecast - target, {"cmap": "RdBu_r", "vmin": -most, "vmax": most}),
+            (
+                "forecast - target",
+                forecast - target,
+                {"cmap": "RdBu_r", "vmin": -most, "vmax": most},
+            ),
         )
         meshes = []
         for ax, (title, field, colours) in zip(axes, panels, strict=True):
-            meshes.append(ax.pcolormesh(lon, lat, field, shading="nearest", rasterized=True, **colours))
+            meshes.append(
+                ax.pcolormesh(lon, lat, field, shading="nearest", rasterized=True, **colours)
+            )
             _frame(ax, title, aspect, coasts)
         for ax in axes if wide else axes[:1]:
             ax.set_ylabel("latitude (degrees north)")
@@ -201,7 +237,12 @@ def draw_maps(dataset: "xr.Dataset", channel: str, time_index: int, lead_index: 
             ax.set_xlabel("longitude (degrees east)")
         label = f"{channel} ({units})" if units else channel
         fig.colorbar(meshes[0], ax=list(axes[:2]), location=at, label=label, shrink=0.7, aspect=40)
-        fig.colorbar(meshes[2], ax=axes[2], location=at, label=f"difference ({units})" if units else "difference")
+        fig.colorbar(
+            meshes[2],
+            ax=axes[2],
+            location=at,
+            label=f"difference ({units})" if units else "difference",
+        )
         named = name if name == channel else f"{name} ({channel})"
         fig.suptitle(
             f"{named}, RMSE {numbers['rmse']:.4g} {units}".rstrip()
@@ -216,14 +257,18 @@ def _frame(ax, title: str, aspect: float, coasts: Sequence[np.ndarray]) -> None:
     ax.set(title=title, aspect=aspect)
     ax.locator_params(steps=[1, 3, 6, 9, 10])  # degrees: 30, 60 and 90, not 50
     limits = ax.get_xlim(), ax.get_ylim()
-    for line, turn in itertools.product(coasts, (-360, 0, 360)):  # whether longitudes start at 0 or -180
+    for line, turn in itertools.product(
+        coasts, (-360, 0, 360)
+    ):  # whether longitudes start at 0 or -180
         x = line[:, 0] + turn
         if x.max() >= limits[0][0] and x.min() <= limits[0][1]:
             ax.plot(x, line[:, 1], color="black", lw=0.6)
     ax.set(xlim=limits[0], ylim=limits[1])
 
 
-def _fields(dataset: "xr.Dataset", channel: str, time_index: int, lead_index: int) -> tuple[np.ndarray, np.ndarray]:
+def _fields(
+    dataset: "xr.Dataset", channel: str, time_index: int, lead_index: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Target and forecast, [H, W] float64."""
     require_name(channel, channels_of(dataset), "variable")
     for name, index, size in (
@@ -233,7 +278,10 @@ def _fields(dataset: "xr.Dataset", channel: str, time_index: int, lead_index: in
         if not 0 <= index < size:
             raise ValueError(f"{name}={index} must be in 0 .. {size - 1}.")
     here = dataset.isel(time=time_index, lead_time=lead_index)
-    target, forecast = (here[n].transpose(*DIMS[2:]).values.astype(np.float64) for n in (f"{channel}_truth", channel))
+    target, forecast = (
+        here[n].transpose(*DIMS[2:]).values.astype(np.float64)
+        for n in (f"{channel}_truth", channel)
+    )
     return target, forecast
 
 
@@ -268,7 +316,11 @@ def draw_skill(rows: Sequence[Row]):
                 if points:
                     ax.plot(*zip(*points, strict=True), label=forecast, **_look(forecast))
             units = mine[0].units
-            ax.set(title=variable, xlabel="lead time (h)", ylabel=f"RMSE ({units})" if units else "RMSE")
+            ax.set(
+                title=variable,
+                xlabel="lead time (h)",
+                ylabel=f"RMSE ({units})" if units else "RMSE",
+            )
             ax.margins(y=0.1)
             ax.set_ylim(bottom=0)
         _legend(fig, panels.values())
@@ -293,7 +345,9 @@ def draw_spectra(rows: Sequence[SpectrumRow], lead: int, units: "dict[str, str] 
         ImportError: matplotlib is missing."""
     known = sorted({r.lead_hours for r in rows})
     if lead not in known:
-        raise ValueError(f"lead={lead} is in none of the spectra, which have {_listed(known)} hours.")
+        raise ValueError(
+            f"lead={lead} is in none of the spectra, which have {_listed(known)} hours."
+        )
     rows = [r for r in rows if r.lead_hours == lead and r.wavenumber > 0 and r.energy > 0]
     variables = _variables(rows)
     plt = house.pyplot(None)
@@ -301,9 +355,15 @@ def draw_spectra(rows: Sequence[SpectrumRow], lead: int, units: "dict[str, str] 
         fig, panels = _panels(plt, variables, f"Zonal energy spectra, lead {lead} h")
         for variable, ax in panels.items():
             for forecast in scores.SPECTRA:
-                points = sorted((r.wavenumber, r.energy) for r in rows if (r.variable, r.forecast) == (variable, forecast))
+                points = sorted(
+                    (r.wavenumber, r.energy)
+                    for r in rows
+                    if (r.variable, r.forecast) == (variable, forecast)
+                )
                 if points:
-                    ax.plot(*zip(*points, strict=True), label=forecast, **_look(forecast), markevery=0.1)
+                    ax.plot(
+                        *zip(*points, strict=True), label=forecast, **_look(forecast), markevery=0.1
+                    )
             unit = (units or {}).get(variable, "")
             squared = f" ({unit}$^2$)" if unit.isalpha() else f" (({unit})$^2$)" if unit else ""
             ax.set(xscale="log", yscale="log", xlabel="zonal wavenumber", ylabel=f"energy{squared}")
@@ -329,7 +389,9 @@ def _wavelength(x: np.ndarray) -> np.ndarray:
 def _variables(rows: "Sequence[Row] | Sequence[SpectrumRow]") -> list[str]:
     variables = list(dict.fromkeys(r.variable for r in rows))
     if not 1 <= len(variables) <= PANELS:
-        raise ValueError(f"rows hold {len(variables)} variables; a figure has 1 to {PANELS}: draw some of them at a time.")
+        raise ValueError(
+            f"rows hold {len(variables)} variables; a figure has 1 to {PANELS}: draw some of them at a time."
+        )
     return variables
 
 
@@ -357,14 +419,25 @@ def _legend(fig, panels: Iterable[Any]) -> None:
     for ax in panels:
         handles, labels = ax.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
-    fig.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=len(entries), handlelength=3)
+    fig.legend(
+        list(entries.values()),
+        list(entries),
+        loc="outside lower center",
+        ncols=len(entries),
+        handlelength=3,
+    )
 
 
 # ---- the command
 
 
 def draw(
-    folder: "str | Path", out: "str | Path", *, variable: "str | None" = None, time: "str | None" = None, lead: "int | None" = None
+    folder: "str | Path",
+    out: "str | Path",
+    *,
+    variable: "str | None" = None,
+    time: "str | None" = None,
+    lead: "int | None" = None,
 ) -> Iterable[str]:
     """Draws what FOLDER allows into the folder `out`; yields a line about each figure.
 
@@ -379,7 +452,9 @@ def draw(
     folder, out = Path(folder), Path(out)
     with open_forecasts(folder) as dataset:
         known = channels_of(dataset)
-        chosen = known[:VARIABLES] if variable is None else [require_name(variable, known, "variable")]
+        chosen = (
+            known[:VARIABLES] if variable is None else [require_name(variable, known, "variable")]
+        )
         at = _time_index(dataset, time)
         leads = _leads(dataset, lead)
         plt = house.pyplot()
@@ -398,10 +473,14 @@ def draw(
                 return draw_maps(dataset, channel, at, index, coasts), rows
 
             stem = f"map_{channel}_{numbers['time'].removesuffix(' UTC')}_{numbers['lead_hours']}h"
-            yield house.draw_figure(plt, maps, [numbers], out / re.sub(r"[^\w.-]+", "-", stem).replace(":", ""))
+            yield house.draw_figure(
+                plt, maps, [numbers], out / re.sub(r"[^\w.-]+", "-", stem).replace(":", "")
+            )
         hours = [lead_hours(dataset)[i] for i in leads]
         units = {c: str(dataset[c].attrs.get("units", "")) for c in known}
-    yield from _curves(plt, folder / "scores.csv", scores.read_scores, draw_skill, variable, out / "skill")
+    yield from _curves(
+        plt, folder / "scores.csv", scores.read_scores, draw_skill, variable, out / "skill"
+    )
     for hour in hours:
 
         def spectra(rows, hour=hour):
@@ -410,10 +489,14 @@ def draw(
         def read(path, hour=hour):
             return [r for r in scores.read_spectra(path) if r.lead_hours == hour]
 
-        yield from _curves(plt, folder / "spectra.csv", read, spectra, variable, out / f"spectra_{hour}h")
+        yield from _curves(
+            plt, folder / "spectra.csv", read, spectra, variable, out / f"spectra_{hour}h"
+        )
 
 
-def _curves(plt, file: Path, read: Callable, figure: Callable, variable: "str | None", path: Path) -> Iterable[str]:
+def _curves(
+    plt, file: Path, read: Callable, figure: Callable, variable: "str | None", path: Path
+) -> Iterable[str]:
     """One figure for each 6 variables of the file."""
     if not file.exists():
         yield f"skipped {path.name}: {file} is not there"
@@ -431,7 +514,9 @@ def _curves(plt, file: Path, read: Callable, figure: Callable, variable: "str | 
             return figure(mine), shown
 
         suffix = f"_{number}" if len(parts) > 1 else ""
-        yield house.draw_figure(plt, drawn, [vars(r) for r in mine], path.with_name(path.name + suffix))
+        yield house.draw_figure(
+            plt, drawn, [vars(r) for r in mine], path.with_name(path.name + suffix)
+        )
 
 
 def _time_index(dataset: "xr.Dataset", time: "str | None") -> int:
@@ -441,7 +526,9 @@ def _time_index(dataset: "xr.Dataset", time: "str | None") -> int:
     try:
         wanted = np.datetime64(time.strip().removesuffix("Z"), "s")
     except ValueError:
-        raise ValueError(f"time={time!r} is no time; write it as {times[0].astype('datetime64[m]')!s}.") from None
+        raise ValueError(
+            f"time={time!r} is no time; write it as {times[0].astype('datetime64[m]')!s}."
+        ) from None
     found = np.flatnonzero(times.astype("datetime64[s]") == wanted)
     if not found.size:
         raise ValueError(
@@ -465,12 +552,29 @@ def _listed(values: Iterable[int]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = Parser(f"python -m {PROG}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(
+        f"python -m {PROG}",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument("folder", type=Path, metavar="FOLDER", help="what apps.vit.predict wrote")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the figures")
-    p.add_argument("--variable", metavar="NAME", help="draw this one alone (default: maps of the first 4, curves of all)")
-    p.add_argument("--time", metavar="T", help="initial time of the maps, as 2019-03-25T06 (default: the first)")
-    p.add_argument("--lead", type=int, metavar="H", help="lead of maps and spectra in hours (default: the first and the last)")
+    p.add_argument(
+        "--variable",
+        metavar="NAME",
+        help="draw this one alone (default: maps of the first 4, curves of all)",
+    )
+    p.add_argument(
+        "--time",
+        metavar="T",
+        help="initial time of the maps, as 2019-03-25T06 (default: the first)",
+    )
+    p.add_argument(
+        "--lead",
+        type=int,
+        metavar="H",
+        help="lead of maps and spectra in hours (default: the first and the last)",
+    )
     return p
 
 
@@ -479,7 +583,9 @@ def main(argv: "Sequence[str] | None" = None) -> int:
     p = parser()
     args = p.parse_args(argv)
     try:
-        for line in draw(args.folder, args.out, variable=args.variable, time=args.time, lead=args.lead):
+        for line in draw(
+            args.folder, args.out, variable=args.variable, time=args.time, lead=args.lead
+        ):
             print(line, flush=True)
     except (ValueError, OSError, ImportError) as e:
         p.error(str(e))

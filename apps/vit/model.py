@@ -17,18 +17,25 @@ from apps.common.weights import seeded_normal
 
 from .config import ModelConfig
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [B, S, H, D] -> [B, S, H, D], every token sees all
+Attend = Callable[
+    [Tensor, Tensor, Tensor], Tensor
+]  # q, k, v [B, S, H, D] -> [B, S, H, D], every token sees all
 
 
 class Attention(nn.Module):
     def __init__(self, c: ModelConfig, attend: Attend):
         super().__init__()
         self.head_dim, self.attend = c.dim // c.heads, attend
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(c.dim, c.dim) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            nn.Linear(c.dim, c.dim) for _ in range(4)
+        )
 
     def forward(self, x: Tensor, tokens: int) -> Tensor:
         """x [B, S, C], of which the first `tokens` are tokens and the others only fill up (see ``ViT.forward``)."""
-        q, k, v = (proj(x)[:, :tokens].unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            proj(x)[:, :tokens].unflatten(-1, (-1, self.head_dim))
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
         out = self.attend(q, k, v).flatten(2)  # under tp, of a part of the heads
         return self.o_proj(F.pad(out, (0, 0, 0, x.shape[1] - tokens)))
 
@@ -69,7 +76,10 @@ class Sinusoids(nn.Module):
         """[S] numbers of tokens -> [1, S, C]."""
         n = self.dim // 4
         rates = 10_000.0 ** -(torch.arange(n, dtype=torch.float64, device=places.device) / n)
-        angles = [x.to(torch.float64)[:, None] * rates for x in (places // self.columns, places % self.columns)]
+        angles = [
+            x.to(torch.float64)[:, None] * rates
+            for x in (places // self.columns, places % self.columns)
+        ]
         return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], -1)[None]
 
 
@@ -86,7 +96,9 @@ class Learned(nn.Module):
 
 
 class ViT(nn.Module):
-    def __init__(self, c: ModelConfig, attend: Attend, memory: Memory = Memory(), multiple: int = 1):  # noqa: B008 - frozen
+    def __init__(
+        self, c: ModelConfig, attend: Attend, memory: Memory = Memory(), multiple: int = 1
+    ):  # noqa: B008 - frozen
         """multiple: tokens are filled up to a multiple of this (tp ranks hold equally many between the matrices)."""
         super().__init__()
         self.config, self.multiple = c, multiple
@@ -97,19 +109,29 @@ class ViT(nn.Module):
         self.head = nn.Linear(c.dim, c.out_channels * c.patch**2)
 
     @classmethod
-    def empty(cls, c: ModelConfig, attend: Attend, *how, dtype: torch.dtype = torch.float32) -> "ViT":
+    def empty(
+        cls, c: ModelConfig, attend: Attend, *how, dtype: torch.dtype = torch.float32
+    ) -> "ViT":
         """A model without memory for its parameters (meta device), to be cut over ranks first."""
         with torch.device("meta"):
             return cls(c, attend, *how).to(dtype)
 
-    def forward(self, x: Tensor, places: Tensor, target: "Tensor | None" = None, weights: "Tensor | None" = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        places: Tensor,
+        target: "Tensor | None" = None,
+        weights: "Tensor | None" = None,
+    ) -> Tensor:
         """x [B, S, Cin patch^2] of the tokens with numbers `places` [S] -> [B, S, Cout patch^2].  With `target` of that shape and
         `weights` [S, patch^2] of the points, the sum of the weighted squared errors instead, in fp32 at least."""
         tokens = x.shape[1]
         fill = -tokens % self.multiple
         if fill:
             x, places = F.pad(x, (0, 0, 0, fill)), F.pad(places, (0, fill))
-        x = self.embed(x.to(self.embed.weight.dtype))  # FSDP2 casts weights but not this; under tp [B, S / tp, C]
+        x = self.embed(
+            x.to(self.embed.weight.dtype)
+        )  # FSDP2 casts weights but not this; under tp [B, S / tp, C]
         x = x + self.places(places).to(x.dtype)
         for layer in self.layers:
             x = layer(x, tokens)
@@ -118,7 +140,9 @@ class ViT(nn.Module):
             return out
         assert weights is not None
         wide = torch.promote_types(out.dtype, torch.float32)
-        error = (out.to(wide) - target.to(wide)).unflatten(-1, (self.config.out_channels, -1))  # [B, S, Cout, patch^2]
+        error = (out.to(wide) - target.to(wide)).unflatten(
+            -1, (self.config.out_channels, -1)
+        )  # [B, S, Cout, patch^2]
         return (error.square() * weights.to(wide)[:, None]).sum()
 
 
@@ -129,5 +153,9 @@ def first_weight(name: str, shape: torch.Size, c: ModelConfig, seed: int) -> Ten
         return torch.zeros(shape)
     if len(shape) == 1:
         return torch.ones(shape)
-    std = 0.02 / math.sqrt(2 * c.layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+    std = (
+        0.02 / math.sqrt(2 * c.layers)
+        if name.endswith(("o_proj.weight", "down_proj.weight"))
+        else 0.02
+    )
     return seeded_normal(name, shape, seed) * std

@@ -45,9 +45,15 @@ def cut_over_tp(model: ViT, mesh: Mesh) -> None:
     for i in range(len(model.layers)):
         plan |= {
             f"layers.{i}.norm_attn": SequenceParallel(),
-            f"layers.{i}.attn": PrepareModuleInput(input_layouts=(tokens, None), desired_input_layouts=(whole, None)),
-            f"layers.{i}.norm_mlp": SequenceParallel(use_local_output=True),  # local: tiles cut it further
-            f"layers.{i}.mlp": PrepareModuleInput(input_layouts=(tokens,), desired_input_layouts=(whole,)),
+            f"layers.{i}.attn": PrepareModuleInput(
+                input_layouts=(tokens, None), desired_input_layouts=(whole, None)
+            ),
+            f"layers.{i}.norm_mlp": SequenceParallel(
+                use_local_output=True
+            ),  # local: tiles cut it further
+            f"layers.{i}.mlp": PrepareModuleInput(
+                input_layouts=(tokens,), desired_input_layouts=(whole,)
+            ),
         }
         for name in ("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.up_proj"):
             plan[f"layers.{i}.{name}"] = ColwiseParallel()
@@ -81,4 +87,12 @@ def build(
     if weights == "new":
         weights = lambda name, shape: first_weight(name, shape, config.model, c.seed)  # noqa: E731
     assert not isinstance(weights, str)
-    return make_engine(config, model, mesh, blocks=model.layers, weights=weights, device=device, allocating=allocating)
+    return make_engine(
+        config,
+        model,
+        mesh,
+        blocks=model.layers,
+        weights=weights,
+        device=device,
+        allocating=allocating,
+    )

@@ -22,7 +22,9 @@ class Patches:
 
     def __post_init__(self):
         if not 1 <= self.patch <= min(self.height, self.width):
-            raise ValueError(f"patch={self.patch} must be from 1 to the grid's smaller side ({self.height} x {self.width}).")
+            raise ValueError(
+                f"patch={self.patch} must be from 1 to the grid's smaller side ({self.height} x {self.width})."
+            )
 
     @property
     def rows(self) -> int:
@@ -49,20 +51,27 @@ class Patches:
     def join(self, x: Tensor) -> Tensor:
         """The inverse of ``cut``, of all tokens in order: [..., S, C patch^2] -> [..., C, H, W]."""
         x = x.unflatten(-1, (-1, self.patch, self.patch)).unflatten(-4, (self.rows, self.columns))
-        n = x.dim()  # [..., rows, columns, C, patch, patch] -> [..., C, rows, patch, columns, patch]
+        n = (
+            x.dim()
+        )  # [..., rows, columns, C, patch, patch] -> [..., C, rows, patch, columns, patch]
         x = x.permute(*range(n - 5), n - 3, n - 5, n - 2, n - 4, n - 1).flatten(-2).flatten(-3, -2)
         return x[..., : self.height, : self.width]
 
     def _continued(self, x: Tensor) -> Tensor:
         below, right = self.rows * self.patch - self.height, self.columns * self.patch - self.width
         if right:
-            x = torch.cat((x, x[..., :right] if self.periodic else x[..., -1:].expand(*x.shape[:-1], right)), -1)
+            x = torch.cat(
+                (x, x[..., :right] if self.periodic else x[..., -1:].expand(*x.shape[:-1], right)),
+                -1,
+            )
         if below:
             x = torch.cat((x, x[..., -1:, :].expand(*x.shape[:-2], below, x.shape[-1])), -2)
         return x
 
     def _cut(self, x: Tensor, tokens: "Tensor | None") -> Tensor:
         x = x.unflatten(-1, (self.columns, self.patch)).unflatten(-3, (self.rows, self.patch))
-        n = x.dim()  # [..., C, rows, patch, columns, patch] -> [..., rows, columns, C, patch, patch]
+        n = (
+            x.dim()
+        )  # [..., C, rows, patch, columns, patch] -> [..., rows, columns, C, patch, patch]
         x = x.permute(*range(n - 5), n - 4, n - 2, n - 5, n - 3, n - 1).flatten(-3).flatten(-3, -2)
         return x if tokens is None else x.index_select(-2, tokens)

@@ -38,4 +38,6 @@ def _subject(config: Config) -> plan.Subject:
             torch.zeros(tokens, points, dtype=kind),
         ]
 
-    return plan.Subject(c.patches().tokens, c.layers, parameters(c).total, flops_per_token(c), start, batch)
+    return plan.Subject(
+        c.patches().tokens, c.layers, parameters(c).total, flops_per_token(c), start, batch
+    )

@@ -83,12 +83,30 @@ class Forecaster:
         config: of the run, with the sizes of its data.
         weights: (name, shape) -> a parameter."""
 
-    def __init__(self, config: Config, weights: Callable, mesh: Mesh, device: torch.device, dtype: torch.dtype):
-        self._patches, self._mesh, self._device, self._dtype = config.model.patches(), mesh, device, dtype
+    def __init__(
+        self,
+        config: Config,
+        weights: Callable,
+        mesh: Mesh,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        self._patches, self._mesh, self._device, self._dtype = (
+            config.model.patches(),
+            mesh,
+            device,
+            dtype,
+        )
         self._attend = Attend(config, mesh)
-        self._model = ViT.empty(config.model, self._attend, dtype=dtype).to_empty(device=device).requires_grad_(False)
+        self._model = (
+            ViT.empty(config.model, self._attend, dtype=dtype)
+            .to_empty(device=device)
+            .requires_grad_(False)
+        )
         fill(self._model, weights)
-        self._places = ringx.positions(self._patches.tokens, group=mesh.cp, layout=self._attend.layout)
+        self._places = ringx.positions(
+            self._patches.tokens, group=mesh.cp, layout=self._attend.layout
+        )
         self._leads = len(config.data.lead_hours())
 
     @torch.no_grad()
@@ -114,7 +132,9 @@ class Scored:
         self.samples, self.leads = samples, leads
         f = samples.fields
         self.all = {name: scores.Score(f.channels, leads, f.grid.lat) for name in scores.FORECASTS}
-        self.spectra: dict[tuple[str, int], np.ndarray] = {}  # sums of energy [C, K], by forecast and lead
+        self.spectra: dict[
+            tuple[str, int], np.ndarray
+        ] = {}  # sums of energy [C, K], by forecast and lead
         self.counted: dict[tuple[str, int], int] = {}
 
     def add(self, name: str, lead: int, forecast: np.ndarray, t0s: np.ndarray) -> None:
@@ -147,13 +167,19 @@ class Scored:
 
     def rows(self) -> list[scores.Row]:
         units = self.samples.fields.units
-        found = [row for name, score in self.all.items() for row in score.rows(name, units) if row.times]
-        return sorted(found, key=lambda r: (self.samples.fields.channels.index(r.variable), r.lead_hours))
+        found = [
+            row for name, score in self.all.items() for row in score.rows(name, units) if row.times
+        ]
+        return sorted(
+            found, key=lambda r: (self.samples.fields.channels.index(r.variable), r.lead_hours)
+        )
 
     def spectrum_rows(self) -> list[scores.SpectrumRow]:
         out = []
         for (name, lead), energy in self.spectra.items():
-            for channel, mine in zip(self.samples.fields.channels, energy / self.counted[name, lead], strict=True):
+            for channel, mine in zip(
+                self.samples.fields.channels, energy / self.counted[name, lead], strict=True
+            ):
                 out += scores.spectrum_rows(channel, lead, name, mine)
         return out
 
@@ -199,14 +225,18 @@ def forecast(
             for j, lead in enumerate(samples.leads):
                 scored.add("model", lead, ahead[:, j], some)
         kept |= {int(t): ahead[k] for k, t in enumerate(some) if t in saved}
-        for lead, (state, began) in zip(rollout, rolled(forecaster, samples, ahead[:, 0], some), strict=False):
+        for lead, (state, began) in zip(
+            rollout, rolled(forecaster, samples, ahead[:, 0], some), strict=False
+        ):
             if scores_here:
                 scored.add("roll-out", lead, state, began)
         tick(len(some))
     return kept
 
 
-def rolled(forecaster: Forecaster, samples: Samples, state: np.ndarray, t0s: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def rolled(
+    forecaster: Forecaster, samples: Samples, state: np.ndarray, t0s: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(forecast [n, C, H, W], its initial times [n]) one, two, three ... of the model's first leads ahead, of which `state` is the
     first: each takes those before it as inputs.  Ends where the record does: what is known of a time is known within it."""
     lag = samples.leads[0] // samples.fields.step_hours
@@ -225,7 +255,9 @@ def rolled(forecaster: Forecaster, samples: Samples, state: np.ndarray, t0s: np.
         states.append(samples.ahead_of(states[k], now, forecaster(inputs))[:, 0])
 
 
-def to_dataset(samples: Samples, t0s: np.ndarray, ahead: np.ndarray, about: dict[str, str]) -> "xr.Dataset":
+def to_dataset(
+    samples: Samples, t0s: np.ndarray, ahead: np.ndarray, about: dict[str, str]
+) -> "xr.Dataset":
     """Forecasts [n, L, C, H, W] from initial times `t0s` and what then was, as CF-1.11 describes forecasts."""
     import xarray as xr
 
@@ -233,11 +265,31 @@ def to_dataset(samples: Samples, t0s: np.ndarray, ahead: np.ndarray, about: dict
     times = f.times[t0s].astype("datetime64[ns]")
     leads = np.array(samples.leads, "timedelta64[h]").astype("timedelta64[ns]")
     coords = {
-        "time": ("time", times, {"standard_name": "forecast_reference_time", "long_name": "initial time"}),
-        "lead_time": ("lead_time", leads, {"standard_name": "forecast_period", "long_name": "time since the initial time"}),
-        "latitude": ("latitude", f.grid.lat, {"standard_name": "latitude", "units": "degrees_north"}),
-        "longitude": ("longitude", f.grid.lon, {"standard_name": "longitude", "units": "degrees_east"}),
-        "valid_time": (("time", "lead_time"), times[:, None] + leads, {"standard_name": "time", "long_name": "valid time"}),
+        "time": (
+            "time",
+            times,
+            {"standard_name": "forecast_reference_time", "long_name": "initial time"},
+        ),
+        "lead_time": (
+            "lead_time",
+            leads,
+            {"standard_name": "forecast_period", "long_name": "time since the initial time"},
+        ),
+        "latitude": (
+            "latitude",
+            f.grid.lat,
+            {"standard_name": "latitude", "units": "degrees_north"},
+        ),
+        "longitude": (
+            "longitude",
+            f.grid.lon,
+            {"standard_name": "longitude", "units": "degrees_east"},
+        ),
+        "valid_time": (
+            ("time", "lead_time"),
+            times[:, None] + leads,
+            {"standard_name": "time", "long_name": "valid time"},
+        ),
     }
     truth = f.read((t0s[:, None] + steps).ravel()).reshape(ahead.shape)
     dims, variables = ("time", "lead_time", "latitude", "longitude"), {}
@@ -245,8 +297,14 @@ def to_dataset(samples: Samples, t0s: np.ndarray, ahead: np.ndarray, about: dict
         long = f.long_names[name] or name
         attributes = {"units": f.units[name] or "1"}
         variables[name] = (dims, ahead[:, :, i], {**attributes, "long_name": f"{long}, forecast"})
-        variables[f"{name}_truth"] = (dims, truth[:, :, i], {**attributes, "long_name": f"{long}, as it was"})
-    return xr.Dataset(variables, coords, {"Conventions": "CF-1.11", **about}).sortby("lead_time")  # CF: in order
+        variables[f"{name}_truth"] = (
+            dims,
+            truth[:, :, i],
+            {**attributes, "long_name": f"{long}, as it was"},
+        )
+    return xr.Dataset(variables, coords, {"Conventions": "CF-1.11", **about}).sortby(
+        "lead_time"
+    )  # CF: in order
 
 
 def write_dataset(dataset: "xr.Dataset", out: Path, kind: str) -> Path:
@@ -256,7 +314,10 @@ def write_dataset(dataset: "xr.Dataset", out: Path, kind: str) -> Path:
     for old in (aside, *(out / f"forecasts.{k}" for k in FORMATS)):
         shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
     hours = {"units": "hours", "dtype": "int32"}
-    encoding: dict[str, Any] = {"lead_time": hours, "time": {"units": "hours since 1970-01-01", "dtype": "int64"}}
+    encoding: dict[str, Any] = {
+        "lead_time": hours,
+        "time": {"units": "hours since 1970-01-01", "dtype": "int64"},
+    }
     encoding["valid_time"] = encoding["time"]
     encoding["latitude"] = encoding["longitude"] = {"_FillValue": None}  # CF: coordinates have none
     if kind == "nc":
@@ -289,21 +350,29 @@ def _work(world: World, job: Job) -> None:
     first = config.data.lead_hours()[0]
     leads = tuple(sorted({*config.data.lead_hours(), *steps_of(job.rollout, first)}))
     if job.rollout and (between := [h for h in config.data.history_hours() if h % first]):
-        raise ValueError(f"--rollout {job.rollout}: the model sees what was {between[0]} h before, and forecasts every {first} h.")
+        raise ValueError(
+            f"--rollout {job.rollout}: the model sees what was {between[0]} h before, and forecasts every {first} h."
+        )
 
     def prepare() -> tuple[Statistics, str]:
         fields = open_record(job.data, config.data)
         if fields.identity != about["data"]:
-            raise ValueError(f"--data: {fields.source} is other data than {path} was trained on; name the same with --data.")
+            raise ValueError(
+                f"--data: {fields.source} is other data than {path} was trained on; name the same with --data."
+            )
         split = parts_of(fields, config.data)["train"]
         folder = path.parent.parent / STATISTICS
         hours = sorted({*leads, *config.data.hours()})
-        made = statistics(fields, split, hours, cache=folder if os.access(folder, os.W_OK) else out / STATISTICS)
+        made = statistics(
+            fields, split, hours, cache=folder if os.access(folder, os.W_OK) else out / STATISTICS
+        )
         samples = samples_of(fields, config.data, made, job.part, "valid")
         expect_room(samples.split, max(samples.leads) // fields.step_hours, max(samples.leads))
         kept_starts(samples, job)
         back = max(samples.history, default=0) // fields.step_hours
-        for t in range(min(starts_of(samples, lead)[0] for lead in leads) - back, samples.split.stop):  # now, on all ranks alike
+        for t in range(
+            min(starts_of(samples, lead)[0] for lead in leads) - back, samples.split.stop
+        ):  # now, on all ranks alike
             expect_finite(fields, np.array([t]), fields.read([t]))
         return made, fields.identity
 
@@ -313,13 +382,20 @@ def _work(world: World, job: Job) -> None:
 
     mesh = Mesh.make(Shape.fit(world.world_size, cp=job.cp, tp=1, dp=0), world.device.type)
     config.expect_fits(mesh.shape)
-    dtype = DTYPES[job.dtype] if job.dtype else torch.promote_types(DTYPES[config.train.dtype], torch.float32)
+    dtype = (
+        DTYPES[job.dtype]
+        if job.dtype
+        else torch.promote_types(DTYPES[config.train.dtype], torch.float32)
+    )
     forecaster = Forecaster(config, CheckpointWeights(path), mesh, world.device, dtype)
     t0s = np.unique(np.concatenate([starts_of(samples, lead) for lead in leads]))
     saved = kept_starts(samples, job)
     scored, mine_t0s = Scored(samples, leads), t0s[mesh.dp_rank :: mesh.shape.dp]
     if chief:
-        print(f"{path}, {len(t0s)} initial times for the {job.part} times\n{mesh.shape.describe()}", flush=True)
+        print(
+            f"{path}, {len(t0s)} initial times for the {job.part} times\n{mesh.shape.describe()}",
+            flush=True,
+        )
     kept, fault = {}, None
     with _bar(len(mine_t0s), chief) as tick:
         try:
@@ -327,7 +403,9 @@ def _work(world: World, job: Job) -> None:
                 forecaster, samples, scored, mine_t0s, saved, batch=job.batch,
                 rollout=steps_of(job.rollout, samples.leads[0]), scores_here=mesh.cp_rank == 0, tick=tick,
             )  # fmt: skip
-        except ValueError as e:  # what only some times have, and so only some dp groups see: missing values
+        except (
+            ValueError
+        ) as e:  # what only some times have, and so only some dp groups see: missing values
             fault = str(e)
     mine = (fault, scored.sums(), kept) if mesh.cp_rank == 0 else (fault,)
     everyone = ringx.launch.gather(mine, world)
@@ -338,10 +416,24 @@ def _work(world: World, job: Job) -> None:
             if made_there:
                 scored.take(made_there[0])
                 kept |= made_there[1]
-        _write(job, samples, scored, saved, kept, {"title": f"Forecasts of {fields.source}", "source": f"ringx, {path}"})
+        _write(
+            job,
+            samples,
+            scored,
+            saved,
+            kept,
+            {"title": f"Forecasts of {fields.source}", "source": f"ringx, {path}"},
+        )
 
 
-def _write(job: Job, samples: Samples, scored: Scored, saved: np.ndarray, kept: dict[int, np.ndarray], about: dict) -> None:
+def _write(
+    job: Job,
+    samples: Samples,
+    scored: Scored,
+    saved: np.ndarray,
+    kept: dict[int, np.ndarray],
+    about: dict,
+) -> None:
     out = Path(job.out)
     out.mkdir(parents=True, exist_ok=True)
     ahead = np.stack([kept[int(t)] for t in saved])
@@ -380,13 +472,20 @@ def find_checkpoint(given: str, step: "int | None", world: "World | None") -> tu
         expect_checkpoint(path)
         if (path / MANIFEST).exists():
             if step is not None:
-                raise ValueError(f"--step {step}: {path} is a checkpoint, not a run; leave --step out.")
+                raise ValueError(
+                    f"--step {step}: {path} is a checkpoint, not a run; leave --step out."
+                )
             return path
         if step is None:
             return None
         chosen = path / "checkpoints" / f"step-{step:08d}"
         if not (chosen / MANIFEST).exists():
-            there = ", ".join(sorted(p.parent.name for p in path.glob(f"checkpoints/step-*/{MANIFEST}"))) or "none"
+            there = (
+                ", ".join(
+                    sorted(p.parent.name for p in path.glob(f"checkpoints/step-*/{MANIFEST}"))
+                )
+                or "none"
+            )
             raise ValueError(f"--step {step}: {chosen} is not there; there are: {there}.")
         return chosen
 
@@ -401,7 +500,9 @@ def find_checkpoint(given: str, step: "int | None", world: "World | None") -> tu
 
 def expect_checkpoint(path: Path) -> None:
     if not (path / MANIFEST).exists() and not (path / "checkpoints").is_dir():
-        raise ValueError(f"--checkpoint {path}: it is neither a run (no checkpoints/ in it) nor a checkpoint.")
+        raise ValueError(
+            f"--checkpoint {path}: it is neither a run (no checkpoints/ in it) nor a checkpoint."
+        )
 
 
 def config_of(path: Path, about: Any) -> Config:
@@ -409,20 +510,28 @@ def config_of(path: Path, about: Any) -> Config:
     try:
         return from_dict(Config, about["config"])
     except (TypeError, KeyError, ValueError) as e:
-        raise ValueError(f"{path} was not written by this version of apps.vit.train: {type(e).__name__}: {e}.") from None
+        raise ValueError(
+            f"{path} was not written by this version of apps.vit.train: {type(e).__name__}: {e}."
+        ) from None
 
 
 def steps_of(rollout: int, lead: int) -> tuple[int, ...]:
     """The leads that a roll-out to `rollout` hours reaches; none for 0."""
     if rollout % lead:
-        raise ValueError(f"--rollout {rollout} must be a multiple of the model's first lead, {lead} h.")
+        raise ValueError(
+            f"--rollout {rollout} must be a multiple of the model's first lead, {lead} h."
+        )
     return tuple(range(lead, rollout + 1, lead))
 
 
 def starts_of(samples: Samples, lead: int, inside: bool = False) -> np.ndarray:
     """Initial times whose valid time lies in the part; with `inside`, only those in the part."""
-    lag, back = (hours // samples.fields.step_hours for hours in (lead, max(samples.history, default=0)))
-    return np.arange(max(samples.split.start - (0 if inside else lag), back), samples.split.stop - lag)
+    lag, back = (
+        hours // samples.fields.step_hours for hours in (lead, max(samples.history, default=0))
+    )
+    return np.arange(
+        max(samples.split.start - (0 if inside else lag), back), samples.split.stop - lag
+    )
 
 
 def kept_starts(samples: Samples, job: Job) -> np.ndarray:
@@ -431,9 +540,13 @@ def kept_starts(samples: Samples, job: Job) -> np.ndarray:
     if not job.times:
         return evenly(there, job.save)
     try:
-        wanted = np.array([word.strip().removesuffix("Z") for word in job.times.split(",")], "datetime64[s]")
+        wanted = np.array(
+            [word.strip().removesuffix("Z") for word in job.times.split(",")], "datetime64[s]"
+        )
     except ValueError:
-        raise ValueError(f"--times {job.times}: they must be ISO times such as 2019-03-25T06, with commas between.") from None
+        raise ValueError(
+            f"--times {job.times}: they must be ISO times such as 2019-03-25T06, with commas between."
+        ) from None
     for time in wanted[~np.isin(wanted, times[there])]:
         raise ValueError(
             f"--times: {time} is no initial time of the {job.part} times, which go from {times[there[0]]} to {times[there[-1]]} "
@@ -460,27 +573,78 @@ def _bar(total: int, chief: bool) -> Iterator[Callable[[int], None]]:
 
 
 def parser() -> Parser:
-    p = Parser(PROG, description="Forecast with a trained ViT on any number of ranks, score the forecasts, and draw them.")
-    p.add_argument("--checkpoint", required=True, metavar="DIR", help="a run of apps.vit.train, or one of its checkpoints")
-    p.add_argument("--out", required=True, metavar="DIR", help="folder for forecasts, scores and maps")
-    p.add_argument("--data", help="the data that it was trained on (default: where it was then)")
-    p.add_argument("--step", type=int, metavar="N", help="the run's checkpoint of this step (default: the newest)")
-    p.add_argument("--part", default="test", choices=PARTS, help="which times are forecast (default: test)")
-    p.add_argument("--rollout", type=int, default=0, metavar="HOURS", help="feed forecasts back, up to this lead (default: 0)")
+    p = Parser(
+        PROG,
+        description="Forecast with a trained ViT on any number of ranks, score the forecasts, and draw them.",
+    )
     p.add_argument(
-        "--save", type=int, metavar="N", help="how many initial times' fields are kept, spread evenly over the part (default: 4)"
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="a run of apps.vit.train, or one of its checkpoints",
+    )
+    p.add_argument(
+        "--out", required=True, metavar="DIR", help="folder for forecasts, scores and maps"
+    )
+    p.add_argument("--data", help="the data that it was trained on (default: where it was then)")
+    p.add_argument(
+        "--step",
+        type=int,
+        metavar="N",
+        help="the run's checkpoint of this step (default: the newest)",
+    )
+    p.add_argument(
+        "--part", default="test", choices=PARTS, help="which times are forecast (default: test)"
+    )
+    p.add_argument(
+        "--rollout",
+        type=int,
+        default=0,
+        metavar="HOURS",
+        help="feed forecasts back, up to this lead (default: 0)",
+    )
+    p.add_argument(
+        "--save",
+        type=int,
+        metavar="N",
+        help="how many initial times' fields are kept, spread evenly over the part (default: 4)",
     )
     p.add_argument("--times", default="", metavar="LIST", help="the initial times whose fields are kept, such as "
                    "2019-03-25T06,2019-03-26T18")  # fmt: skip
-    p.add_argument("--format", default="nc", choices=FORMATS, help="of the forecasts: NetCDF or Zarr (default: nc)")
-    p.add_argument("--batch", type=int, default=8, metavar="N", help="initial times at once (default: 8)")
+    p.add_argument(
+        "--format",
+        default="nc",
+        choices=FORMATS,
+        help="of the forecasts: NetCDF or Zarr (default: nc)",
+    )
+    p.add_argument(
+        "--batch", type=int, default=8, metavar="N", help="initial times at once (default: 8)"
+    )
     p.add_argument("--cp", type=int, default=0, metavar="N", help="ranks that a field is cut over; the others take other times "
                    "(default: all)")  # fmt: skip
-    p.add_argument("--dtype", choices=(*DTYPES, *SHORT), help="of the computation (default: of the parameters)")
-    p.add_argument("--maps", action=argparse.BooleanOptionalAction, default=True, help="draw maps and curves (default: yes)")
-    p.add_argument("--nproc", type=int, help="ranks to start here (default: 1, or the ranks of torchrun, srun or mpirun)")
-    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto")
-    p.add_argument("--timeout", type=float, default=600.0, help="seconds that ranks wait for each other (default: 600)")
+    p.add_argument(
+        "--dtype", choices=(*DTYPES, *SHORT), help="of the computation (default: of the parameters)"
+    )
+    p.add_argument(
+        "--maps",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="draw maps and curves (default: yes)",
+    )
+    p.add_argument(
+        "--nproc",
+        type=int,
+        help="ranks to start here (default: 1, or the ranks of torchrun, srun or mpirun)",
+    )
+    p.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto"
+    )
+    p.add_argument(
+        "--timeout",
+        type=float,
+        default=600.0,
+        help="seconds that ranks wait for each other (default: 600)",
+    )
     return p
 
 
@@ -494,7 +658,9 @@ def configure(args: argparse.Namespace) -> Job:
     for name in ("rollout", "cp"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 0.")
-    world = ringx.launch.world_size(args.nproc) or 0  # 0: this MPI does not say before the ranks have met
+    world = (
+        ringx.launch.world_size(args.nproc) or 0
+    )  # 0: this MPI does not say before the ranks have met
     cp = args.cp or world
     if world and world % cp:
         raise ValueError(f"--cp {cp} does not divide the {world} ranks.")
@@ -503,11 +669,15 @@ def configure(args: argparse.Namespace) -> Job:
     run = given if (given / "checkpoints").is_dir() else given.parent.parent
     data = args.data or command.resumed_data(str(run)).get("folder")
     if not data:
-        raise ValueError(f"--checkpoint {given}: {run}/run.json does not say what it was trained on; name it with --data.")
+        raise ValueError(
+            f"--checkpoint {given}: {run}/run.json does not say what it was trained on; name it with --data."
+        )
     try:
         Path(args.out).mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise ValueError(f"--out {args.out} is no folder and cannot be made: {e.strerror}.") from None
+        raise ValueError(
+            f"--out {args.out} is no folder and cannot be made: {e.strerror}."
+        ) from None
     dtype = SHORT.get(args.dtype, args.dtype) if args.dtype else ""
     return Job(
         args.checkpoint,

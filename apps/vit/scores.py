@@ -27,7 +27,12 @@ SPECTRA = ("truth", "model", "persistence")
 EARTH_RADIUS_KM = 6371.0
 COLUMNS = 100  # of a terminal, at most
 DIGITS = 6  # significant ones, in files
-COLUMN_OF = {"model": "model", "persistence": "persist.", "climatology": "climat.", "damped anomaly": "damped"}  # of a table
+COLUMN_OF = {
+    "model": "model",
+    "persistence": "persist.",
+    "climatology": "climat.",
+    "damped anomaly": "damped",
+}  # of a table
 
 
 # ---- scores
@@ -60,7 +65,9 @@ class Score:
         self.weights = latitude_weights(self.lat)
         self.sums = np.zeros(5 * len(self.leads) * len(self.channels))
 
-    def add(self, lead_index: int, forecast: np.ndarray, truth: np.ndarray, climatology: np.ndarray) -> None:
+    def add(
+        self, lead_index: int, forecast: np.ndarray, truth: np.ndarray, climatology: np.ndarray
+    ) -> None:
         """Scores forecasts of n times.  Each time is scored by itself, so that it does not matter how many come at once.
 
         Args:
@@ -71,12 +78,20 @@ class Score:
         Raises:
             ValueError: a lead_index or shapes that do not fit, or a truth or climatology that is not finite; names it."""
         if not 0 <= lead_index < len(self.leads):
-            raise ValueError(f"lead_index={lead_index} is none of the {len(self.leads)} leads; the first is 0.")
-        forecast, truth, climatology = np.asarray(forecast), np.asarray(truth), np.asarray(climatology)
+            raise ValueError(
+                f"lead_index={lead_index} is none of the {len(self.leads)} leads; the first is 0."
+            )
+        forecast, truth, climatology = (
+            np.asarray(forecast),
+            np.asarray(truth),
+            np.asarray(climatology),
+        )
         self._expect(forecast, truth, climatology)
         mine = self._parts()[:, lead_index]
         for f, t, c in zip(forecast, truth, climatology, strict=True):
-            mine += self._of_one_time(f.astype(np.float64), t.astype(np.float64), c.astype(np.float64))
+            mine += self._of_one_time(
+                f.astype(np.float64), t.astype(np.float64), c.astype(np.float64)
+            )
 
     def merge(self, other: "Score") -> None:
         """Adds what `other` has seen.
@@ -85,7 +100,9 @@ class Score:
             ValueError: it is of other channels, leads or latitudes."""
         for name in ("channels", "leads", "lat"):
             if not np.array_equal(getattr(self, name), getattr(other, name)):
-                raise ValueError(f"other.{name} differ from these {name}; merge scores of the same fields on the same grid.")
+                raise ValueError(
+                    f"other.{name} differ from these {name}; merge scores of the same fields on the same grid."
+                )
         self.sums += other.sums
 
     @property
@@ -134,7 +151,13 @@ class Score:
             ValueError: an unknown forecast, or a channel without units; names it."""
         if missing := [c for c in self.channels if c not in units]:
             raise ValueError(f"units lack channel {missing[0]!r}; give '' where it has none.")
-        rmse, acc, bias, roots, times = self.rmse, self.acc, self.bias, self.rmse_mean_of_roots, self.times
+        rmse, acc, bias, roots, times = (
+            self.rmse,
+            self.acc,
+            self.bias,
+            self.rmse_mean_of_roots,
+            self.times,
+        )
         return [
             Row(
                 variable=channel,
@@ -162,13 +185,19 @@ class Score:
 
     def _of_one_time(self, f: np.ndarray, t: np.ndarray, c: np.ndarray) -> np.ndarray:
         """[5, C] of fields [C, H, W]."""
-        with np.errstate(invalid="ignore", over="ignore"):  # forecasts that are not finite; 0/0 in the correlation
+        with np.errstate(
+            invalid="ignore", over="ignore"
+        ):  # forecasts that are not finite; 0/0 in the correlation
             error = f - t
             square = self._average(error**2)
             f -= c
             t -= c
-            correlation = self._average(f * t) / np.sqrt(self._average(f * f) * self._average(t * t))
-            return np.stack([np.ones(len(f)), square, np.sqrt(square), self._average(error), correlation])
+            correlation = self._average(f * t) / np.sqrt(
+                self._average(f * f) * self._average(t * t)
+            )
+            return np.stack(
+                [np.ones(len(f)), square, np.sqrt(square), self._average(error), correlation]
+            )
 
     def _average(self, x: np.ndarray) -> np.ndarray:
         return x.mean(-1) @ self.weights
@@ -198,7 +227,9 @@ def latitude_weights(lat: np.ndarray) -> np.ndarray:
         ValueError: not [H], or not all in -90 .. 90."""
     lat = np.asarray(lat, np.float64)
     if lat.ndim != 1 or not lat.size or not (np.abs(lat) <= 90).all():
-        raise ValueError(f"lat has shape {list(lat.shape)} or values outside -90 .. 90; give the rows' latitudes in degrees, [H].")
+        raise ValueError(
+            f"lat has shape {list(lat.shape)} or values outside -90 .. 90; give the rows' latitudes in degrees, [H]."
+        )
     cosines = np.cos(np.deg2rad(lat))
     return cosines / cosines.sum()
 
@@ -206,7 +237,9 @@ def latitude_weights(lat: np.ndarray) -> np.ndarray:
 # ---- spectra
 
 
-def spectrum(field: np.ndarray, lat: np.ndarray, band: "tuple[float, float] | None" = None) -> tuple[np.ndarray, np.ndarray]:
+def spectrum(
+    field: np.ndarray, lat: np.ndarray, band: "tuple[float, float] | None" = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Zonal energy spectrum of fields on full circles of latitude.
 
     With F_k = 1/W sum_l f_l exp(-2 pi i k l / W) a row has the energy |F_k|^2 at wavenumber k, doubled where -k is another
@@ -226,11 +259,15 @@ def spectrum(field: np.ndarray, lat: np.ndarray, band: "tuple[float, float] | No
     lat, field = np.asarray(lat, np.float64), np.asarray(field)
     weights = latitude_weights(lat)
     if field.ndim < 2 or field.shape[-2] != len(lat):
-        raise ValueError(f"field has shape {list(field.shape)}; it must be [..., H, W] with H = {len(lat)}, as lat says.")
+        raise ValueError(
+            f"field has shape {list(field.shape)}; it must be [..., H, W] with H = {len(lat)}, as lat says."
+        )
     if band is not None:
         inside = (lat >= band[0]) & (lat <= band[1])
         if not weights[inside].sum() > 0:
-            raise ValueError(f"band={band} holds no row of {lat.min():g} .. {lat.max():g} degrees; give (south, north).")
+            raise ValueError(
+                f"band={band} holds no row of {lat.min():g} .. {lat.max():g} degrees; give (south, north)."
+            )
         field, weights = field[..., inside, :], weights[inside] / weights[inside].sum()
     width = field.shape[-1]
     numbers = np.arange(width // 2 + 1)
@@ -256,7 +293,9 @@ def persistence(x0: np.ndarray) -> np.ndarray:
     return x0
 
 
-def damped_anomaly(x0: np.ndarray, clim0: np.ndarray, clim_valid: np.ndarray, r: np.ndarray) -> np.ndarray:
+def damped_anomaly(
+    x0: np.ndarray, clim0: np.ndarray, clim_valid: np.ndarray, r: np.ndarray
+) -> np.ndarray:
     """clim_valid + r (x0 - clim0): the initial anomaly decays towards the climatology, for each lead by its own r.
 
     Args:
@@ -268,7 +307,9 @@ def damped_anomaly(x0: np.ndarray, clim0: np.ndarray, clim_valid: np.ndarray, r:
         ValueError: r of another shape."""
     r, shape = np.asarray(r), np.shape(x0)[-3:]
     if r.shape not in (shape[:1], shape):
-        raise ValueError(f"r has shape {list(r.shape)}; it must be {list(shape[:1])} or {list(shape)}: one lead's.")
+        raise ValueError(
+            f"r has shape {list(r.shape)}; it must be {list(shape[:1])} or {list(shape)}: one lead's."
+        )
     return clim_valid + (r[:, None, None] if r.ndim == 1 else r) * (x0 - clim0)
 
 
@@ -307,7 +348,9 @@ class SpectrumRow:
         require_name(self.forecast, SPECTRA, "forecast")
 
 
-def spectrum_rows(variable: str, lead_hours: int, forecast: str, energy: np.ndarray) -> list[SpectrumRow]:
+def spectrum_rows(
+    variable: str, lead_hours: int, forecast: str, energy: np.ndarray
+) -> list[SpectrumRow]:
     """Energy [K] of wavenumbers 0 .. K-1 as lines of spectra.csv.  ValueError for an unknown forecast."""
     return [SpectrumRow(variable, lead_hours, forecast, k, float(e)) for k, e in enumerate(energy)]
 
@@ -381,10 +424,14 @@ def _read(path: "str | Path", kind: type[R]) -> list[R]:
             for cells in lines:
                 if len(cells) != len(columns):
                     raise ValueError(f"it has {len(cells)} cells, not {len(columns)}")
-                rows.append(kind(*(made_of[c.type](cell) for c, cell in zip(columns, cells, strict=True))))
+                rows.append(
+                    kind(*(made_of[c.type](cell) for c, cell in zip(columns, cells, strict=True)))
+                )
             _expect_once(rows)
         except (ValueError, csv.Error) as e:
-            raise ValueError(f"{path} line {max(1, lines.line_num)}: {e}; mend the file or write it again.") from None
+            raise ValueError(
+                f"{path} line {max(1, lines.line_num)}: {e}; mend the file or write it again."
+            ) from None
     return rows
 
 
@@ -393,7 +440,9 @@ def _expect_once(rows: Sequence[Any]) -> None:
     for row in rows:
         key = (row.variable, row.lead_hours, row.forecast, getattr(row, "wavenumber", None))
         if key in seen:
-            raise ValueError(f"rows hold {row.variable}, {row.lead_hours} h, {row.forecast} twice; keep one of them")
+            raise ValueError(
+                f"rows hold {row.variable}, {row.lead_hours} h, {row.forecast} twice; keep one of them"
+            )
         seen.add(key)
 
 
@@ -417,17 +466,36 @@ def table(rows: Iterable[Row], model: str = "model") -> str:
     width = max([len("variable"), *map(len, labels.values())])
 
     def line(first: str, second: str, cells: Iterable[str]) -> str:
-        numbers = "".join(f"{cell:>{size}}" for cell, (*_, size) in zip(cells, columns, strict=True))
+        numbers = "".join(
+            f"{cell:>{size}}" for cell, (*_, size) in zip(cells, columns, strict=True)
+        )
         return f"{first:<{width}}{second:>7}{numbers}".rstrip()
 
     scores = [score for score, *_ in columns]
-    titles = [score.upper() + _space(score) if score not in scores[:i] else "" for i, score in enumerate(scores)]
-    lines = [line("", "", titles), line("variable", "lead", [COLUMN_OF.get(f, f) + _space(score) for score, f, _ in columns])]
+    titles = [
+        score.upper() + _space(score) if score not in scores[:i] else ""
+        for i, score in enumerate(scores)
+    ]
+    lines = [
+        line("", "", titles),
+        line("variable", "lead", [COLUMN_OF.get(f, f) + _space(score) for score, f, _ in columns]),
+    ]
     for variable, hours in dict.fromkeys((r.variable, r.lead_hours) for r in found.values()):
         here = {f: found[variable, hours, f] for f in kinds if (variable, hours, f) in found}
         least = min((r.rmse for r in here.values() if not math.isnan(r.rmse)), default=None)
-        lines.append(line(labels[variable], f"{hours} h", [_number(here.get(f), score, least) for score, f, _ in columns]))
-    return "\n".join([*lines, "* least RMSE; persist.: persistence, climat.: climatology, damped: damped anomaly"])
+        lines.append(
+            line(
+                labels[variable],
+                f"{hours} h",
+                [_number(here.get(f), score, least) for score, f, _ in columns],
+            )
+        )
+    return "\n".join(
+        [
+            *lines,
+            "* least RMSE; persist.: persistence, climat.: climatology, damped: damped anomaly",
+        ]
+    )
 
 
 def _number(row: "Row | None", score: str, least: "float | None") -> str:
@@ -446,4 +514,6 @@ def _label(variable: str, units: str, room: int) -> str:
     label = f"{variable} ({units})" if units else variable
     if len(label) > room:
         label = variable
-    return label if len(label) <= room else label[: room - room // 2 - 1] + "…" + label[-(room // 2) :]
+    return (
+        label if len(label) <= room else label[: room - room // 2 - 1] + "…" + label[-(room // 2) :]
+    )

@@ -79,8 +79,15 @@ def open_record(path: str, c: DataConfig) -> Fields:
     try:
         wanted = [int(x) for x in levels] if levels else None
     except ValueError:
-        raise ValueError(f"levels={c.levels!r} must be whole numbers of hPa, such as 500,850.") from None
-    return open_fields(words(path) or path, variables=words(c.variables), levels=wanted, channel_names=words(c.channel_names))
+        raise ValueError(
+            f"levels={c.levels!r} must be whole numbers of hPa, such as 500,850."
+        ) from None
+    return open_fields(
+        words(path) or path,
+        variables=words(c.variables),
+        levels=wanted,
+        channel_names=words(c.channel_names),
+    )
 
 
 def open_alike(path: str, c: DataConfig, identity: str, world: World) -> Fields:
@@ -98,7 +105,9 @@ def open_alike(path: str, c: DataConfig, identity: str, world: World) -> Fields:
     return fields
 
 
-def samples_of(fields: Fields, c: DataConfig, made: Statistics, part: str, where: str = "inside") -> Samples:
+def samples_of(
+    fields: Fields, c: DataConfig, made: Statistics, part: str, where: str = "inside"
+) -> Samples:
     """The samples of the part "train", "val" or "test"."""
     split = parts_of(fields, c)[part]
     inputs = c.input_names()
@@ -118,7 +127,11 @@ def fitted(config: Config, fields: Fields, samples: Samples) -> Config:
     """With the data's grid and channels in the model."""
     height, width = fields.grid.shape
     channels = len(fields.channels) * len(samples.leads)
-    sizes: dict[str, Any] = {"height": height, "width": width, "periodic": bool(fields.grid.periodic)}
+    sizes: dict[str, Any] = {
+        "height": height,
+        "width": width,
+        "periodic": bool(fields.grid.periodic),
+    }
     sizes |= {"in_channels": len(samples.input_names), "out_channels": channels}
     return replace(config, model=replace(config.model, **sizes))
 
@@ -165,8 +178,14 @@ def train(
 class Cut:
     """This rank's tokens of samples."""
 
-    def __init__(self, config: Config, mesh: Mesh, attend: Attend, device: torch.device, samples: Samples):
-        self._patches, self._device, self._dtype = config.model.patches(), device, kept_dtype(config.train)
+    def __init__(
+        self, config: Config, mesh: Mesh, attend: Attend, device: torch.device, samples: Samples
+    ):
+        self._patches, self._device, self._dtype = (
+            config.model.patches(),
+            device,
+            kept_dtype(config.train),
+        )
         self.places = ringx.positions(self._patches.tokens, group=mesh.cp, layout=attend.layout)
         latitudes = torch.from_numpy(samples.fields.grid.weights())
         self.weights = self._patches.cut_weights(latitudes, self.places).to(device, self._dtype)
@@ -184,7 +203,9 @@ class Cut:
         return self.tokens(inputs), self.places.to(self._device), self.tokens(target), self.weights
 
 
-def validated(val: Samples, config: Config, mesh: Mesh, engine: Engine, cut: Cut) -> dict[str, float]:
+def validated(
+    val: Samples, config: Config, mesh: Mesh, engine: Engine, cut: Cut
+) -> dict[str, float]:
     """val_loss, and the latitude-weighted root mean square error of each channel and lead in its own unit, over samples spread
     evenly over the validation times; on every rank."""
     _, micro, _ = config.plan_batch(mesh.shape)
@@ -197,14 +218,20 @@ def validated(val: Samples, config: Config, mesh: Mesh, engine: Engine, cut: Cut
             t0s = mine[i : i + micro]
             inputs, target = cut.read(val, t0s if len(t0s) else chosen[:1])
             x, places, wanted, weights = cut(inputs, target)
-            error = (engine(x, places).double() - wanted).unflatten(-1, (config.model.out_channels, -1))
+            error = (engine(x, places).double() - wanted).unflatten(
+                -1, (config.model.out_channels, -1)
+            )
             if len(t0s):
                 squares += (error.square() * weights[:, None]).sum((0, 1, 3))
     height, width = config.model.height, config.model.width
     means = engine.sum(squares) / (len(chosen) * height * width)
     rmse = means.sqrt().view(len(val.leads), -1).cpu().numpy() * val.scale
     names = val.fields.channels
-    of_each = {f"val_rmse/{name}+{lead}h": float(rmse[i, j]) for i, lead in enumerate(val.leads) for j, name in enumerate(names)}
+    of_each = {
+        f"val_rmse/{name}+{lead}h": float(rmse[i, j])
+        for i, lead in enumerate(val.leads)
+        for j, name in enumerate(names)
+    }
     return {"val_loss": float(means.mean()), **of_each}
 
 
@@ -236,7 +263,9 @@ class VitRun(Run):
         def prepare() -> tuple[str, Statistics, str]:
             path = data_path(self.job.data)
             fields = open_record(path, c)
-            made = statistics(fields, parts_of(fields, c)["train"], c.hours(), cache=self.out / STATISTICS)
+            made = statistics(
+                fields, parts_of(fields, c)["train"], c.hours(), cache=self.out / STATISTICS
+            )
             samples_of(fields, c, made, "train")
             if self.config.train.val_every or self.config.train.epochs:
                 samples_of(fields, c, made, "val")
@@ -254,7 +283,9 @@ class VitRun(Run):
         c = self.config.train
         if c.epochs:
             epoch = math.ceil(len(self.samples) / c.global_batch)
-            self.config = replace(self.config, train=replace(c, steps=c.epochs * epoch, val_every=epoch))
+            self.config = replace(
+                self.config, train=replace(c, steps=c.epochs * epoch, val_every=epoch)
+            )
         if self.val:
             val = self.val
 
@@ -270,8 +301,19 @@ class VitRun(Run):
     def about_data(self) -> dict[str, Any]:
         f = self.fields
         paths = ",".join(str(Path(p).resolve()) for p in self.path.split(","))
-        times = {"first": str(f.times[0]), "last": str(f.times[-1]), "step_hours": f.step_hours, "times": len(f)}
-        return {"source": f.source, **times, "channels": list(f.channels), "sha256": f.identity, "folder": paths}
+        times = {
+            "first": str(f.times[0]),
+            "last": str(f.times[-1]),
+            "step_hours": f.step_hours,
+            "times": len(f),
+        }
+        return {
+            "source": f.source,
+            **times,
+            "channels": list(f.channels),
+            "sha256": f.identity,
+            "folder": paths,
+        }
 
     def describe(self) -> str:
         m, f = self.config.model, self.fields
@@ -280,9 +322,17 @@ class VitRun(Run):
 
     def build(self, weights: bool) -> Engine:
         self.attend = Attend(self.config, self.mesh)
-        return build(self.config, self.mesh, self.attend, self.world.device, weights="new" if weights else None)
+        return build(
+            self.config,
+            self.mesh,
+            self.attend,
+            self.world.device,
+            weights="new" if weights else None,
+        )
 
-    def steps(self, first: int, on_step: Callable[[Record], None], before_step: Callable[[int], None]) -> None:
+    def steps(
+        self, first: int, on_step: Callable[[Record], None], before_step: Callable[[int], None]
+    ) -> None:
         how: dict[str, Any] = {"first": first, "on_step": on_step, "before_step": before_step}
         train(self.config, self.samples, self.mesh, self.engine, self.attend, val=self.val, **how)
 
@@ -299,7 +349,10 @@ def work(world: World, job: Job) -> int:
 
 
 def parser() -> Parser:
-    p = Parser(PROG, description="Train a Vision Transformer to forecast fields on a grid, over context, tensor and data ranks.")
+    p = Parser(
+        PROG,
+        description="Train a Vision Transformer to forecast fields on a grid, over context, tensor and data ranks.",
+    )
     command.add_run_flags(
         p,
         preset=f"model and training to start from: {', '.join(PRESETS)} (default: tiny)",
@@ -317,20 +370,34 @@ def configure(args: argparse.Namespace) -> tuple[Job, Shape | None]:
     """(the job, its mesh if it is known yet).  Everything that can be known to be wrong before ranks start raises ValueError or
     NotImplementedError here."""
     if args.preset and args.config:
-        raise ValueError("--preset and --config: give one; a YAML file may itself start from a preset.")
+        raise ValueError(
+            "--preset and --config: give one; a YAML file may itself start from a preset."
+        )
     if args.epochs and args.steps:
         raise ValueError(f"--epochs {args.epochs} and --steps {args.steps}: give one.")
     config, shape = command.configure(args, base_of(args))
     if args.steps:
         config = replace(config, train=replace(config.train, epochs=0))
     if config.train.epochs and args.val_every is not None:
-        raise ValueError(f"--val-every {args.val_every}: a run of epochs is validated after each; leave it out, or give --steps.")
+        raise ValueError(
+            f"--val-every {args.val_every}: a run of epochs is validated after each; leave it out, or give --steps."
+        )
     out = args.out or args.resume or "vit_out"
-    job = Job(config, out, args.data or data_of(args.resume), args.resume, None, args.tensorboard, args.wandb)
+    job = Job(
+        config,
+        out,
+        args.data or data_of(args.resume),
+        args.resume,
+        None,
+        args.tensorboard,
+        args.wandb,
+    )
     m = config.model
     if args.estimate or args.dry_run:
         if m.height and not args.data:
-            if given := [f.name for f in dataclasses.fields(DataConfig) if getattr(args, f.name) is not None]:
+            if given := [
+                f.name for f in dataclasses.fields(DataConfig) if getattr(args, f.name) is not None
+            ]:
                 flag = f"--{given[0].replace('_', '-')}"
                 raise ValueError(
                     f"{flag}: without --data an estimate is of {config.name}'s own channels; name the --data it is for."
@@ -341,7 +408,9 @@ def configure(args: argparse.Namespace) -> tuple[Job, Shape | None]:
             if shape:
                 config.expect_fits(shape)
     else:
-        command.expect_runnable(job, args, heads=(m.heads, m.heads), head_dim=m.dim // m.heads, causal=False)
+        command.expect_runnable(
+            job, args, heads=(m.heads, m.heads), head_dim=m.dim // m.heads, causal=False
+        )
     return job, shape
 
 
@@ -352,15 +421,35 @@ def _fitted_without_reading(config: Config, data: "str | None") -> Config:
         periodic, year = True, 2
     else:
         record = open_record(data, config.data)
-        (height, width), fields, static = record.grid.shape, len(record.channels), len(record.static)
+        (height, width), fields, static = (
+            record.grid.shape,
+            len(record.channels),
+            len(record.static),
+        )
         periodic = bool(record.grid.periodic)
         year = 2 if len(record) * record.step_hours >= SHORT else 0
     ahead = len(config.data.lead_hours())
     past = fields * len(config.data.history_hours())
-    extra = {"time_of_day": 2, "time_of_year": year, "latitude": 1, "static": static, "climatology": fields * (ahead + 1)}
+    extra = {
+        "time_of_day": 2,
+        "time_of_year": year,
+        "latitude": 1,
+        "static": static,
+        "climatology": fields * (ahead + 1),
+    }
     seen = config.data.input_names() or tuple(extra)
-    sizes: dict[str, Any] = {"height": height, "width": width, "periodic": periodic, "out_channels": fields * ahead}
-    return replace(config, model=replace(config.model, in_channels=fields + past + sum(extra[n] for n in seen), **sizes))
+    sizes: dict[str, Any] = {
+        "height": height,
+        "width": width,
+        "periodic": periodic,
+        "out_channels": fields * ahead,
+    }
+    return replace(
+        config,
+        model=replace(
+            config.model, in_channels=fields + past + sum(extra[n] for n in seen), **sizes
+        ),
+    )
 
 
 def base_of(args: argparse.Namespace) -> Config:

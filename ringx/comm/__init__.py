@@ -47,7 +47,9 @@ class Group:
                 return cls(None, 0, 1, (0,))
             group = dist.group.WORLD
         if group is dist.GroupMember.NON_GROUP_MEMBER:
-            raise ValueError("group: this rank is not a member of the group; call only on its members.")
+            raise ValueError(
+                "group: this rank is not a member of the group; call only on its members."
+            )
         if not isinstance(group, dist.ProcessGroup):
             raise TypeError(
                 f"group={group!r} must be a torch.distributed.ProcessGroup or None, not {type(group).__name__}; "
@@ -55,7 +57,9 @@ class Group:
             )
         rank = dist.get_rank(group)
         if rank < 0:
-            raise ValueError("group: this rank is not a member of the group; call only on its members.")
+            raise ValueError(
+                "group: this rank is not a member of the group; call only on its members."
+            )
         ranks = tuple(dist.get_process_group_ranks(group))
         return cls(group, rank, len(ranks), ranks)
 
@@ -137,7 +141,14 @@ def _bytes(x: torch.Tensor) -> int:
 class Pending:
     """A collective in flight.  Holds every buffer that it reads or writes until ``wait`` returns the result."""
 
-    def __init__(self, group: Group, step: str, post: Callable[[], "dist.Work | None"], result: torch.Tensor, *keep: torch.Tensor):
+    def __init__(
+        self,
+        group: Group,
+        step: str,
+        post: Callable[[], "dist.Work | None"],
+        result: torch.Tensor,
+        *keep: torch.Tensor,
+    ):
         self._group, self._step, self._keep = group, step, keep
         self._result = result
         self._phase = getattr(_phase, "now", None)
@@ -222,9 +233,17 @@ def all_gather(x: torch.Tensor, group: Group) -> Pending:
         return Done(x[None])
     x = x.contiguous()
     out = x.new_empty((group.world_size, *x.shape))
-    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
+    gather = getattr(
+        dist, "all_gather_single", dist.all_gather_into_tensor
+    )  # renamed in torch 2.13
     _count(group, "all_gather", _bytes(x) * (group.world_size - 1))
-    return Pending(group, "all-gather", lambda: gather(out.view(-1), x.view(-1), group=group.pg, async_op=True), out, x)
+    return Pending(
+        group,
+        "all-gather",
+        lambda: gather(out.view(-1), x.view(-1), group=group.pg, async_op=True),
+        out,
+        x,
+    )
 
 
 def all_to_all(parts: Sequence[torch.Tensor], incoming: Sequence[int], group: Group) -> Pending:
@@ -238,7 +257,9 @@ def all_to_all(parts: Sequence[torch.Tensor], incoming: Sequence[int], group: Gr
     return Pending(
         group,
         "all-to-all",
-        lambda: dist.all_to_all_single(out, send, list(incoming), [p.numel() for p in parts], group=group.pg, async_op=True),
+        lambda: dist.all_to_all_single(
+            out, send, list(incoming), [p.numel() for p in parts], group=group.pg, async_op=True
+        ),
         out,
         send,
     )

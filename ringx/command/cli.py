@@ -33,7 +33,9 @@ MODULES = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; user mistakes print one line and give exit status 2, interruptions 130."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="ringx", description="Exact attention over sequences too long for one GPU.")
+    parser = argparse.ArgumentParser(
+        prog="ringx", description="Exact attention over sequences too long for one GPU."
+    )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     wanted = next((a for a in argv if not a.startswith("-")), None)
@@ -70,7 +72,9 @@ def _let_rank_0_speak_first() -> None:
     """A mistake is most often every rank's, and launchers end all ranks when the first one fails: one message, not thousands."""
     from .. import launch
 
-    with contextlib.suppress(ValueError):  # launcher's variables that make no sense may be what the message is about
+    with contextlib.suppress(
+        ValueError
+    ):  # launcher's variables that make no sense may be what the message is about
         if launch.detect(device="cpu").rank:
             time.sleep(2)
 

@@ -14,7 +14,10 @@ import time
 from pathlib import Path
 
 STEPS = (
-    ("Exactness", "ringx verify --nproc {ranks} --seqlens 256,251 --dtypes fp64,fp32 --json {out}/verify.json"),
+    (
+        "Exactness",
+        "ringx verify --nproc {ranks} --seqlens 256,251 --dtypes fp64,fp32 --json {out}/verify.json",
+    ),
     (
         "Time and bytes",
         "ringx bench --nproc {ranks} --seqlens 1024,2048 --masks causal --dtypes fp32 --heads 8 --kv-heads 8 --head-dim 64"
@@ -29,14 +32,23 @@ TRAIN = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for what it makes (default: demo_out)")
-    parser.add_argument("--ranks", default="1,2,4", metavar="N,...", help="rank counts (default: 1,2,4)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("demo_out"),
+        help="folder for what it makes (default: demo_out)",
+    )
+    parser.add_argument(
+        "--ranks", default="1,2,4", metavar="N,...", help="rank counts (default: 1,2,4)"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
     root = Path(__file__).resolve().parents[2]
     if not (root / "apps/gpt/train.py").exists():
-        raise FileNotFoundError("apps/gpt, which the demo trains, is not beside this installation; use a checkout (make demo).")
+        raise FileNotFoundError(
+            "apps/gpt, which the demo trains, is not beside this installation; use a checkout (make demo)."
+        )
     out = args.out
     out.mkdir(parents=True, exist_ok=True)
     ranks = args.ranks.split(",")
@@ -53,7 +65,9 @@ def main(args: argparse.Namespace) -> int:
             return status
     _compare_losses(out, ranks)
     print(f"\nDone in {time.monotonic() - start:.0f} s.  Look at:")
-    for path in sorted([*out.glob("verify.json"), *out.glob("plots/*.png"), *out.glob("gpt_cp*/metrics.jsonl")]):
+    for path in sorted(
+        [*out.glob("verify.json"), *out.glob("plots/*.png"), *out.glob("gpt_cp*/metrics.jsonl")]
+    ):
         print(f"  {path}")
     return 0
 

@@ -12,13 +12,31 @@ from .. import __version__ as ringx_version
 from .. import kernels, launch
 from ..checks import DTYPES, integers
 
-PACKAGES = ("numpy", "flash-attn", "flash-attn-4", "amd-aiter", "mpi4py", "matplotlib", "safetensors")
+PACKAGES = (
+    "numpy",
+    "flash-attn",
+    "flash-attn-4",
+    "amd-aiter",
+    "mpi4py",
+    "matplotlib",
+    "safetensors",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", choices=DTYPES, default=None, help="ask about this dtype (default: bf16)")
-    parser.add_argument("--head-dim", type=integers, default=[64], metavar="D,...", help="ask about these head sizes")
-    parser.add_argument("--forward-only", action="store_true", help="ask for inference, without gradients")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default=None, help="ask about this dtype (default: bf16)"
+    )
+    parser.add_argument(
+        "--head-dim",
+        type=integers,
+        default=[64],
+        metavar="D,...",
+        help="ask about these head sizes",
+    )
+    parser.add_argument(
+        "--forward-only", action="store_true", help="ask for inference, without gradients"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -39,7 +57,9 @@ def main(args: argparse.Namespace) -> int:
         _row("cuda", "no GPU that this torch can use")
     print("\nCommunication")
     _row(
-        "backends", ", ".join(b for b in ("gloo", "nccl", "mpi", "ucc") if _has_backend(b)) or "none: torch.distributed is missing"
+        "backends",
+        ", ".join(b for b in ("gloo", "nccl", "mpi", "ucc") if _has_backend(b))
+        or "none: torch.distributed is missing",
     )
     for key, value in vars(launch.detect()).items():
         _row(key, str(value))
@@ -48,12 +68,18 @@ def main(args: argparse.Namespace) -> int:
     for d in args.head_dim:
         need = kernels.KernelRequest(device, dtype, d, grad=not args.forward_only)
         what = "forward" if args.forward_only else "forward and backward"
-        print(f"\nKernels for {str(dtype).removeprefix('torch.')}, head size {d}, {what} on {device.type}")
+        print(
+            f"\nKernels for {str(dtype).removeprefix('torch.')}, head size {d}, {what} on {device.type}"
+        )
         auto = kernels.choose("auto", need)
         for name, text in kernels.KERNELS.items():
             reason = kernels.unsupported_reason(name, need)
-            _row(name, text if reason is None else f"no: {reason}", mark="*" if name == auto else " ")
-        print("  * what kernel='auto' takes; those above it cannot serve, those below it are slower or less preferred")
+            _row(
+                name, text if reason is None else f"no: {reason}", mark="*" if name == auto else " "
+            )
+        print(
+            "  * what kernel='auto' takes; those above it cannot serve, those below it are slower or less preferred"
+        )
     return 0
 
 

@@ -88,7 +88,9 @@ def choose(name: str, need: KernelRequest) -> str:
     if name != "auto":
         require_name(name, [*KERNELS, "auto"], "kernel")
         if reason := unsupported_reason(name, need):
-            raise NotImplementedError(f"kernel={name!r} cannot do this: {reason}. `ringx info` lists what can run here.")
+            raise NotImplementedError(
+                f"kernel={name!r} cannot do this: {reason}. `ringx info` lists what can run here."
+            )
         return name
     reasons = {}
     for candidate in KERNELS:
@@ -110,7 +112,9 @@ def cut(tile: Tile, causal: str) -> list[Tile]:
     if causal == "any" or (tile.lo is None and tile.hi is None):
         return [tile]
     if tile.lo is not None or tile.hi is None:
-        raise NotImplementedError("this kernel cannot bound the distance to earlier keys; use kernel='reference'.")
+        raise NotImplementedError(
+            "this kernel cannot bound the distance to earlier keys; use kernel='reference'."
+        )
     q0, k0 = tile.q.start, tile.k.start
     skip = max(0, -tile.hi)  # rows before see nothing
     h = tile.hi + skip  # the first row left sees keys 0..h

@@ -15,14 +15,22 @@ from . import Band, KernelRequest, gpu
 causal = "square"
 _PACKAGE = ("amd-aiter", "aiter.ops.mha")
 _MUST = ("q", "k", "v", "softmax_scale", "causal")
-_fwd = gpu.Function(*_PACKAGE, "_flash_attn_forward", (*_MUST, "return_lse"), op="aiter::_flash_attn_forward")
+_fwd = gpu.Function(
+    *_PACKAGE, "_flash_attn_forward", (*_MUST, "return_lse"), op="aiter::_flash_attn_forward"
+)
 _bwd = gpu.Function(
     *_PACKAGE,
     "_flash_attn_backward",
     (*_MUST, "dout", "out", "softmax_lse", "dq", "dk", "dv", "deterministic"),
     op="aiter::_flash_attn_backward",
 )
-_OFF = {"dropout_p": 0.0, "window_size_left": -1, "window_size_right": -1, "sink_size": 0, "return_softmax": False}
+_OFF = {
+    "dropout_p": 0.0,
+    "window_size_left": -1,
+    "window_size_right": -1,
+    "sink_size": 0,
+    "return_softmax": False,
+}
 
 
 def unsupported_reason(need: KernelRequest) -> str | None:
@@ -31,7 +39,9 @@ def unsupported_reason(need: KernelRequest) -> str | None:
 
 def fwd(q, k, v, *, band: Band, scale: float):
     q_, k_, v_ = gpu.pad(q, k, v)
-    out, lse, *_ = _fwd(q=q_, k=k_, v=v_, softmax_scale=scale, causal=band[1] is not None, return_lse=True, **_OFF)
+    out, lse, *_ = _fwd(
+        q=q_, k=k_, v=v_, softmax_scale=scale, causal=band[1] is not None, return_lse=True, **_OFF
+    )
     return gpu.unpad(out, q), lse
 
 

@@ -18,7 +18,11 @@ _bwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def unsupported_reason(need: KernelRequest) -> str | None:
-    return None if need.device.type == "cpu" else f"it runs on cpu tensors, these are on {need.device.type}"
+    return (
+        None
+        if need.device.type == "cpu"
+        else f"it runs on cpu tensors, these are on {need.device.type}"
+    )
 
 
 def fwd(q, k, v, *, band: Band, scale: float):
@@ -30,7 +34,9 @@ def fwd(q, k, v, *, band: Band, scale: float):
 def bwd(dout, q, k, v, out, lse, *, band: Band, scale: float, deterministic: bool = True):
     lse = lse.to(acc_dtype(q.dtype)).contiguous()
     operands = (_bhsd(x) for x in (dout, q, _grouped(k, q), _grouped(v, q), out))
-    dq, dk, dv = (g.transpose(1, 2) for g in _bwd(*operands, lse, 0.0, band[1] is not None, scale=scale))
+    dq, dk, dv = (
+        g.transpose(1, 2) for g in _bwd(*operands, lse, 0.0, band[1] is not None, scale=scale)
+    )
     return dq, fold_heads(dk, k), fold_heads(dv, v)
 
 

@@ -33,7 +33,9 @@ _OFF = {
 
 
 def unsupported_reason(need: KernelRequest) -> str | None:
-    return gpu.unsupported_reason(need, nvidia=(8, 0), rocm=True) or _fwd.missing() or _bwd.missing()
+    return (
+        gpu.unsupported_reason(need, nvidia=(8, 0), rocm=True) or _fwd.missing() or _bwd.missing()
+    )
 
 
 def fwd(q, k, v, *, band: Band, scale: float):

@@ -15,7 +15,9 @@ from . import Band, KernelRequest, gpu
 causal = "bottom-right"
 _PACKAGE = ("FlashAttention-3", "flash_attn_interface")
 _MUST = ("q", "k", "v", "softmax_scale", "window_size|window_size_left")
-_fwd = gpu.Function(*_PACKAGE, "_flash_attn_forward", (*_MUST, "causal"), op="flash_attn_3::_flash_attn_forward")
+_fwd = gpu.Function(
+    *_PACKAGE, "_flash_attn_forward", (*_MUST, "causal"), op="flash_attn_3::_flash_attn_forward"
+)
 _bwd = gpu.Function(
     *_PACKAGE,
     "_flash_attn_backward",

@@ -25,14 +25,20 @@ def unsupported_reason(need: KernelRequest) -> str | None:
         return f"its head size on this GPU is at most 128, or 256, not {need.head_dim}"
     if reason := _fwd.missing() or _bwd.missing():
         return reason
-    if need.deterministic and need.grad and (major == 12 or "deterministic" not in _bwd.parameters()):
+    if (
+        need.deterministic
+        and need.grad
+        and (major == 12 or "deterministic" not in _bwd.parameters())
+    ):
         return "its backward is not deterministic on this GPU or in this version"
     return None
 
 
 def fwd(q, k, v, *, band: Band, scale: float):
     q_, k_, v_ = gpu.pad(q, k, v)
-    out, lse, *_ = _fwd(q=q_, k=k_, v=v_, softmax_scale=scale, causal=band[1] is not None, return_lse=True)
+    out, lse, *_ = _fwd(
+        q=q_, k=k_, v=v_, softmax_scale=scale, causal=band[1] is not None, return_lse=True
+    )
     return gpu.unpad(out, q), lse
 
 

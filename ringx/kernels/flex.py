@@ -29,7 +29,9 @@ def unsupported_reason(need: KernelRequest) -> str | None:
         return "on cpu it has no backward; it is for inference only there" if need.grad else None
     if need.head_dim < 16:
         return f"its head size is at least 16, not {need.head_dim}"
-    if reason := gpu.unsupported_reason(need, nvidia=(8, 0), rocm=True, dtypes=(*gpu.HALF, torch.float32)):
+    if reason := gpu.unsupported_reason(
+        need, nvidia=(8, 0), rocm=True, dtypes=(*gpu.HALF, torch.float32)
+    ):
         return reason
     try:
         import triton  # noqa: F401
@@ -48,7 +50,9 @@ def fwd(q, k, v, *, band: Band, scale: float):
     mask = None if band == (None, None) else _mask(q.shape[1], k.shape[1], band, q.device)
     attend, asks = _flex(q.device.type)
     options = {"FORCE_USE_FLEX_ATTENTION": True}
-    out, lse = attend(q_, k_, v_, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=options, **asks)
+    out, lse = attend(
+        q_, k_, v_, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=options, **asks
+    )
     return out.transpose(1, 2).to(q.dtype), getattr(lse, "lse", lse)
 
 
@@ -57,7 +61,9 @@ def bwd(dout, q, k, v, out, lse, *, band: Band, scale: float, deterministic: boo
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         out_i, lse_i = fwd(*leaves, band=band, scale=scale)
     with torch.no_grad():
-        w = (lse_i - lse).exp().masked_fill(lse_i == -torch.inf, 0.0)  # rows without keys here: -inf - -inf is nan
+        w = (
+            (lse_i - lse).exp().masked_fill(lse_i == -torch.inf, 0.0)
+        )  # rows without keys here: -inf - -inf is nan
         wide = dout.to(lse.dtype)
         dout_i = rows(w) * wide
         dlse_i = w * ((wide * out_i).sum(-1) - (wide * out).sum(-1)).transpose(1, 2)
@@ -83,21 +89,42 @@ def _mask(m: int, n: int, band: Band, device: torch.device):
 
     lo, hi = (-m if band[0] is None else band[0]), (n if band[1] is None else band[1])
     first_row, first_key = torch.arange(0, m, _BLOCK), torch.arange(0, n, _BLOCK)
-    last_row, last_key = (first_row + _BLOCK - 1).clamp(max=m - 1), (first_key + _BLOCK - 1).clamp(max=n - 1)
-    least, most = first_key - last_row[:, None], last_key - first_row[:, None]  # of j - i in each block
+    last_row, last_key = (
+        (first_row + _BLOCK - 1).clamp(max=m - 1),
+        (first_key + _BLOCK - 1).clamp(max=n - 1),
+    )
+    least, most = (
+        first_key - last_row[:, None],
+        last_key - first_row[:, None],
+    )  # of j - i in each block
     some = (most >= lo) & (least <= hi)
     full = (least >= lo) & (most <= hi)
-    bounds = torch.tensor([lo, hi], device=device)  # as a tensor, so that other bands need no other compiled kernel
+    bounds = torch.tensor(
+        [lo, hi], device=device
+    )  # as a tensor, so that other bands need no other compiled kernel
 
     def visible(b, h, i, j):
         return (j - i >= bounds[0]) & (j - i <= bounds[1])
 
     count, order = _ordered(some & ~full, device)
     full_count, full_order = _ordered(full, device)
-    return BlockMask.from_kv_blocks(count, order, full_count, full_order, BLOCK_SIZE=_BLOCK, mask_mod=visible, seq_lengths=(m, n))
+    return BlockMask.from_kv_blocks(
+        count,
+        order,
+        full_count,
+        full_order,
+        BLOCK_SIZE=_BLOCK,
+        mask_mod=visible,
+        seq_lengths=(m, n),
+    )
 
 
 def _ordered(blocks: torch.Tensor, device: torch.device):
     """How many blocks of each row of blocks, and which (those first)."""
-    count, order = blocks.sum(-1), blocks.to(torch.int32).argsort(stable=True, dim=-1, descending=True)
-    return count.to(torch.int32)[None, None].to(device), order.to(torch.int32)[None, None].to(device)
+    count, order = (
+        blocks.sum(-1),
+        blocks.to(torch.int32).argsort(stable=True, dim=-1, descending=True),
+    )
+    return count.to(torch.int32)[None, None].to(device), order.to(torch.int32)[None, None].to(
+        device
+    )

@@ -61,13 +61,20 @@ def _short(dtype: torch.dtype) -> str:
 # ---- optional packages, whose private functions change their arguments from version to version
 
 
-@functools.lru_cache(maxsize=16)  # a package that is not there is searched for once, not in every call
+@functools.lru_cache(
+    maxsize=16
+)  # a package that is not there is searched for once, not in every call
 def _import(module: str) -> "ModuleType | str":
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         return f"is not installed (no module {error.name})"
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # built for another torch or CUDA, mostly
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+        AttributeError,
+    ) as error:  # built for another torch or CUDA, mostly
         return f"cannot be imported ({type(error).__name__}: {error})"
 
 
@@ -89,8 +96,16 @@ class Function:
             return f"package {self.package} {module}"
         if not hasattr(module, self.name):
             return f"the installed {self.package} has no {self.module}.{self.name}"
-        lacks = [m for m in self.must if not any(spelling in self.parameters() for spelling in m.split("|"))]
-        return f"{self.name} of the installed {self.package} has no argument {', '.join(lacks)}" if lacks else None
+        lacks = [
+            m
+            for m in self.must
+            if not any(spelling in self.parameters() for spelling in m.split("|"))
+        ]
+        return (
+            f"{self.name} of the installed {self.package} has no argument {', '.join(lacks)}"
+            if lacks
+            else None
+        )
 
     def parameters(self) -> dict[str, bool]:
         """{name: whether it must be given}."""
@@ -101,7 +116,11 @@ class Function:
         insists on and that are not given are features not used here, switched off with None."""
         if reason := self.missing():
             raise NotImplementedError(f"{reason}.")
-        given = {name: values.get(name) for name, needed in self.parameters().items() if needed or name in values}
+        given = {
+            name: values.get(name)
+            for name, needed in self.parameters().items()
+            if needed or name in values
+        }
         return getattr(_import(self.module), self.name)(**given)
 
 
@@ -110,7 +129,9 @@ def _parameters(function: Callable, op: str) -> dict[str, bool]:
     named = inspect.signature(function).parameters.values()
     if not any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in named):
         return {p.name: p.default is p.empty for p in named}
-    overload = getattr(function, "_opoverload", None)  # a torch.library.custom_op; otherwise the operator is looked up by name
+    overload = getattr(
+        function, "_opoverload", None
+    )  # a torch.library.custom_op; otherwise the operator is looked up by name
     if overload is None and op:
         namespace, name = op.split("::")
         overload = getattr(getattr(getattr(torch.ops, namespace), name, None), "default", None)
@@ -126,7 +147,9 @@ def pad(*xs: torch.Tensor) -> list[torch.Tensor]:
     """Contiguous, with zeros behind the head dimension up to a multiple of 8, as the tensor cores want it: they change no
     score, and the outputs and gradients that belong to them are cut off again by ``unpad``."""
     missing = -xs[0].shape[-1] % 8
-    return [torch.nn.functional.pad(x, (0, missing)) if missing else x.contiguous() for x in xs]  # pad copies even by nothing
+    return [
+        torch.nn.functional.pad(x, (0, missing)) if missing else x.contiguous() for x in xs
+    ]  # pad copies even by nothing
 
 
 def unpad(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -139,7 +162,10 @@ def unpad(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 @contextlib.contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
     """PyTorch's own kernels read this process-wide switch; it is put back as it was."""
-    enabled, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     if not wanted or (enabled and not warn_only):
         yield
         return

@@ -50,7 +50,9 @@ def _scores(q, k, band: Band, scale: float):
     lo, hi = band
     if lo is not None or hi is not None:
         m, n = s.shape[-2:]
-        ahead = torch.arange(n, device=s.device) - torch.arange(m, device=s.device).unsqueeze(1)  # j - i
+        ahead = torch.arange(n, device=s.device) - torch.arange(m, device=s.device).unsqueeze(
+            1
+        )  # j - i
         hidden = torch.zeros((m, n), dtype=torch.bool, device=s.device)
         if lo is not None:
             hidden |= ahead < lo

@@ -53,7 +53,15 @@ def bwd(dout, q, k, v, out, lse, *, band: Band, scale: float, deterministic: boo
 
 
 def _call(q, k, v, is_causal: bool, scale: float):
-    return _fwd(*(x.transpose(1, 2) for x in gpu.pad(q, k, v)), None, True, 0.0, is_causal, False, scale=scale)
+    return _fwd(
+        *(x.transpose(1, 2) for x in gpu.pad(q, k, v)),
+        None,
+        True,
+        0.0,
+        is_causal,
+        False,
+        scale=scale,
+    )
 
 
 @functools.lru_cache(maxsize=8)

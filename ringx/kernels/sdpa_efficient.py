@@ -23,7 +23,11 @@ _LSE_ROWS = 32
 def unsupported_reason(need: KernelRequest) -> str | None:
     bf16 = need.dtype == torch.bfloat16
     if reason := gpu.unsupported_reason(
-        need, nvidia=(8, 0) if bf16 else (5, 0), rocm=True, dtypes=(*gpu.HALF, torch.float32), head_dim=512
+        need,
+        nvidia=(8, 0) if bf16 else (5, 0),
+        rocm=True,
+        dtypes=(*gpu.HALF, torch.float32),
+        head_dim=512,
     ):
         return reason
     if need.deterministic and need.grad and gpu.on_rocm():
@@ -32,7 +36,9 @@ def unsupported_reason(need: KernelRequest) -> str | None:
 
 
 def fwd(q, k, v, *, band: Band, scale: float):
-    out, lse, *_ = _fwd(*_operands(q, k, v, heads=q.shape[2]), None, True, 0.0, band[1] is not None, scale=scale)
+    out, lse, *_ = _fwd(
+        *_operands(q, k, v, heads=q.shape[2]), None, True, 0.0, band[1] is not None, scale=scale
+    )
     return gpu.unpad(out.transpose(1, 2), q), lse.narrow(2, 0, q.shape[1])
 
 
@@ -44,7 +50,19 @@ def bwd(dout, q, k, v, out, lse, *, band: Band, scale: float, deterministic: boo
     wanted = [True, True, True, False]
     with gpu.deterministic_algorithms(deterministic):
         dq, dk, dv, _ = _bwd(
-            dout_, q_, k_, v_, None, out_, lse.contiguous(), seed, seed, 0.0, wanted, band[1] is not None, scale=scale
+            dout_,
+            q_,
+            k_,
+            v_,
+            None,
+            out_,
+            lse.contiguous(),
+            seed,
+            seed,
+            0.0,
+            wanted,
+            band[1] is not None,
+            scale=scale,
         )
     dq, dk, dv = (gpu.unpad(g.transpose(1, 2), q) for g in (dq, dk, dv))
     return dq, fold_heads(dk, k), fold_heads(dv, v)

@@ -25,13 +25,19 @@ def unsupported_reason(need: KernelRequest) -> str | None:
         return "this build of PyTorch has no flash attention"
     if need.deterministic and need.grad and gpu.on_rocm():
         return "its backward on ROCm does not promise to be deterministic"
-    if need.grad and 192 < need.head_dim <= 224 and gpu.capability(need.device) in _SMALL_SHARED_MEMORY:
+    if (
+        need.grad
+        and 192 < need.head_dim <= 224
+        and gpu.capability(need.device) in _SMALL_SHARED_MEMORY
+    ):
         return f"its backward on this GPU has no head size of {need.head_dim}"
     return None
 
 
 def fwd(q, k, v, *, band: Band, scale: float):
-    out, lse, *_ = _fwd(*(x.transpose(1, 2) for x in gpu.pad(q, k, v)), 0.0, band[1] is not None, False, scale=scale)
+    out, lse, *_ = _fwd(
+        *(x.transpose(1, 2) for x in gpu.pad(q, k, v)), 0.0, band[1] is not None, False, scale=scale
+    )
     return gpu.unpad(out.transpose(1, 2), q), lse
 
 
@@ -40,7 +46,17 @@ def bwd(dout, q, k, v, out, lse, *, band: Band, scale: float, deterministic: boo
     seed, offset = seeds(q.device)
     with gpu.deterministic_algorithms(deterministic):
         grads = _bwd(
-            *operands, lse.contiguous(), None, None, q.shape[1], k.shape[1], 0.0, band[1] is not None, seed, offset, scale=scale
+            *operands,
+            lse.contiguous(),
+            None,
+            None,
+            q.shape[1],
+            k.shape[1],
+            0.0,
+            band[1] is not None,
+            seed,
+            offset,
+            scale=scale,
         )
     return tuple(gpu.unpad(g.transpose(1, 2), q) for g in grads)
 
@@ -48,5 +64,9 @@ def bwd(dout, q, k, v, out, lse, *, band: Band, scale: float, deterministic: boo
 def seeds(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Tensors in the form of what the forward would have returned: not used without dropout, but they must be tensors."""
     if gpu.on_rocm():
-        return torch.zeros((), dtype=torch.int64, device=device), torch.zeros((), dtype=torch.int64, device=device)
-    return torch.zeros(2, dtype=torch.uint64, device=device), torch.zeros((), dtype=torch.uint64, device=device)
+        return torch.zeros((), dtype=torch.int64, device=device), torch.zeros(
+            (), dtype=torch.int64, device=device
+        )
+    return torch.zeros(2, dtype=torch.uint64, device=device), torch.zeros(
+        (), dtype=torch.uint64, device=device
+    )

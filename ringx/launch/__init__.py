@@ -47,7 +47,9 @@ class World:
     local_rank: int  # among the ranks of this host
     local_world: int
     device: torch.device
-    backend: str  # of torch.distributed; what it would be for a lone process, which initialises none
+    backend: (
+        str  # of torch.distributed; what it would be for a lone process, which initialises none
+    )
     launcher: str  # "torchrun" | "srun" | "mpirun" | "plain" | "ringx"
     address: str
     port: int
@@ -66,7 +68,9 @@ class _Joined:
 
 _joined: _Joined | None = None
 _abandoned = False  # a group that an error left behind
-_times = itertools.count()  # init and shutdown may alternate: each time has its own keys in the store
+_times = (
+    itertools.count()
+)  # init and shutdown may alternate: each time has its own keys in the store
 
 
 # ---- the public surface
@@ -86,7 +90,9 @@ def launched() -> bool:
     """Was this process started as one of several ranks (or by torchrun)?  A lone task of srun or mpirun is a plain process:
     ``srun --pty bash`` looks the same."""
     facts = environ.read(os.environ)
-    return (dist.get_world_size() if dist.is_initialized() else facts.world_size) != 1 or facts.launcher == "torchrun"
+    return (
+        dist.get_world_size() if dist.is_initialized() else facts.world_size
+    ) != 1 or facts.launcher == "torchrun"
 
 
 def world_size(nproc: int | None = None) -> int:
@@ -130,10 +136,15 @@ def init(*, device: str = "auto", timeout: float = 600.0) -> World:
             facts = environ.ask_mpi4py(facts)
         if facts.world_size > 1 and "OMP_NUM_THREADS" not in os.environ and _kind(device) == "cpu":
             torch.set_num_threads(1)
-        kept = facts.launcher == "torchrun" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun keeps a store
+        kept = (
+            facts.launcher == "torchrun"
+            and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        )  # torchrun keeps a store
         return join(facts, device, timeout, serve=facts.rank == 0 and not kept)
     if device not in ("auto", _joined.world.device.type):
-        raise ValueError(f"device={device!r}, but this rank is already bound to {_joined.world.device}.")
+        raise ValueError(
+            f"device={device!r}, but this rank is already bound to {_joined.world.device}."
+        )
     return _joined.world
 
 
@@ -145,10 +156,14 @@ def shutdown() -> None:
     if joined is None or joined.store is None:
         return
     failed = sys.exc_info()[0] is not None or hasattr(sys, "last_value")
-    with contextlib.suppress(RuntimeError):  # the store ends with rank 0, which may be the first to go
+    with contextlib.suppress(
+        RuntimeError
+    ):  # the store ends with rank 0, which may be the first to go
         joined.store.set(f"bye/{joined.world.rank}", "")
         if not failed:
-            joined.store.wait([f"bye/{r}" for r in range(joined.world.world_size)], timedelta(seconds=LEAVE))
+            joined.store.wait(
+                [f"bye/{r}" for r in range(joined.world.world_size)], timedelta(seconds=LEAVE)
+            )
     if not dist.is_initialized():
         return
     if not failed:
@@ -162,7 +177,12 @@ def shutdown() -> None:
 
 
 def run(
-    fn: Callable[..., Any], nproc: int | None, *args: Any, device: str = "auto", timeout: float = 600.0, threads: int = 1
+    fn: Callable[..., Any],
+    nproc: int | None,
+    *args: Any,
+    device: str = "auto",
+    timeout: float = 600.0,
+    threads: int = 1,
 ) -> list[Any]:
     """Calls fn(world, *args) on every rank.
 
@@ -237,7 +257,9 @@ def described(world: World, everyone: Sequence[tuple[str, str, int, str | None]]
     hosts: dict[str, list[int]] = {}
     for rank, (host, *_) in enumerate(everyone):
         hosts.setdefault(host, []).append(rank)
-    lines = [f"{world.world_size} ranks on {len(hosts)} host{'s'[: len(hosts) != 1]}, started by {world.launcher}, {world.backend}"]
+    lines = [
+        f"{world.world_size} ranks on {len(hosts)} host{'s'[: len(hosts) != 1]}, started by {world.launcher}, {world.backend}"
+    ]
     if interfaces := os.environ.get("GLOO_SOCKET_IFNAME"):
         lines[0] += f" over {interfaces}"
     counts = {count for _, _, count, _ in everyone}
@@ -245,9 +267,14 @@ def described(world: World, everyone: Sequence[tuple[str, str, int, str | None]]
         lines.append("each rank sees one GPU, the one it computes on")
     elif counts != {0}:
         seen = "-".join(str(n) for n in sorted({min(counts), max(counts)}))
-        lines.append(f"each rank sees all {seen} GPUs of its host and computes on that of its local rank")
+        lines.append(
+            f"each rank sees all {seen} GPUs of its host and computes on that of its local rank"
+        )
     for host, ranks in list(hosts.items())[:ANNOUNCED]:
-        says = [f"{r}: {everyone[r][1]}" + (f" of {everyone[r][3]}" if everyone[r][3] else "") for r in ranks]
+        says = [
+            f"{r}: {everyone[r][1]}" + (f" of {everyone[r][3]}" if everyone[r][3] else "")
+            for r in ranks
+        ]
         lines.append(f"  {host}  " + ", ".join(says))
     if len(hosts) > ANNOUNCED:
         lines.append(f"  and {len(hosts) - ANNOUNCED} hosts more")
@@ -264,9 +291,13 @@ def _check_timeout(timeout: float) -> None:
 
 def _kind(device: str) -> str:
     if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device={device!r} must be 'auto', 'cpu' or 'cuda' (each rank takes the GPU of its local rank).")
+        raise ValueError(
+            f"device={device!r} must be 'auto', 'cpu' or 'cuda' (each rank takes the GPU of its local rank)."
+        )
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device='cuda', but torch sees no GPU here; check the driver, CUDA_VISIBLE_DEVICES, or take 'cpu'.")
+        raise ValueError(
+            "device='cuda', but torch sees no GPU here; check the driver, CUDA_VISIBLE_DEVICES, or take 'cpu'."
+        )
     return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -286,7 +317,17 @@ def bind_device(device: str, local_rank: int, local_world: int, launcher: str) -
 def _world(f: LauncherInfo, device: str) -> World:
     bound = bind_device(device, f.local_rank, f.local_world, f.launcher)
     backend = "cpu:gloo,cuda:nccl" if bound.type == "cuda" else "gloo"
-    return World(f.rank, f.world_size, f.local_rank, f.local_world, bound, backend, f.launcher, f.address, f.port)
+    return World(
+        f.rank,
+        f.world_size,
+        f.local_rank,
+        f.local_world,
+        bound,
+        backend,
+        f.launcher,
+        f.address,
+        f.port,
+    )
 
 
 # ---- joining the others
@@ -304,7 +345,11 @@ def join(facts: LauncherInfo, device: str, timeout: float, serve: bool) -> World
         store = _meet(world, facts.job, timeout, serve)
         try:
             dist.init_process_group(
-                world.backend, store=store, rank=world.rank, world_size=world.world_size, timeout=timedelta(seconds=timeout)
+                world.backend,
+                store=store,
+                rank=world.rank,
+                world_size=world.world_size,
+                timeout=timedelta(seconds=timeout),
             )
         except RuntimeError as error:
             raise RuntimeError(
@@ -326,7 +371,15 @@ def _meet(world: World, job: str, timeout: float, serve: bool) -> dist.Store:
         if not serve:
             _await_server(world.address, world.port, end)
         left = timedelta(seconds=max(end - time.monotonic(), 1))
-        tcp = dist.TCPStore(world.address, world.port, world.world_size, serve, left, wait_for_workers=False, multi_tenant=True)
+        tcp = dist.TCPStore(
+            world.address,
+            world.port,
+            world.world_size,
+            serve,
+            left,
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
     except (RuntimeError, OSError) as error:
         raise RuntimeError(
             f"{_who(world)} could not meet the others at {where} within {timeout:g} s: {str(error).splitlines()[0]}\n"
@@ -334,12 +387,19 @@ def _meet(world: World, job: str, timeout: float, serve: bool) -> dist.Store:
         ) from error
     tcp.set_timeout(timedelta(seconds=timeout))
     store = dist.PrefixStore(f"ringx/{job}/{next(_times)}", tcp)
-    gpu = str(getattr(torch.cuda.get_device_properties(world.device), "uuid", "")) if world.device.type == "cuda" else ""
+    gpu = (
+        str(getattr(torch.cuda.get_device_properties(world.device), "uuid", ""))
+        if world.device.type == "cuda"
+        else ""
+    )
     keys = [f"here/{r}" for r in range(world.world_size)]
     found = ""
     try:  # rank 0 waits for all and tells the rest: N keys to watch, not N * N
         store.set(keys[world.rank], f"{gpu}\t{_my_address(world.address)}")
-        store.wait(keys if world.rank == 0 else ["all"], timedelta(seconds=max(end - time.monotonic(), 0.001)))
+        store.wait(
+            keys if world.rank == 0 else ["all"],
+            timedelta(seconds=max(end - time.monotonic(), 0.001)),
+        )
         if world.rank == 0:
             store.set("all", "\n".join(value.decode() for value in store.multi_get(keys)))
         found = store.get("all").decode()
@@ -359,9 +419,15 @@ def _meet(world: World, job: str, timeout: float, serve: bool) -> dist.Store:
     said = [line.split("\t") for line in found.split("\n")]
     twins = [r for r, (other, _) in enumerate(said) if gpu and other == gpu]
     if len(twins) > 1:
-        raise ValueError(f"ranks {twins} all have GPU {gpu}; start fewer ranks per host, or have the scheduler give each its own.")
-    if "GLOO_SOCKET_IFNAME" not in os.environ and (name := _interface(world, [address for _, address in said])):
-        os.environ["GLOO_SOCKET_IFNAME"] = name  # else gloo takes what the host's name resolves to: often a loopback address
+        raise ValueError(
+            f"ranks {twins} all have GPU {gpu}; start fewer ranks per host, or have the scheduler give each its own."
+        )
+    if "GLOO_SOCKET_IFNAME" not in os.environ and (
+        name := _interface(world, [address for _, address in said])
+    ):
+        os.environ["GLOO_SOCKET_IFNAME"] = (
+            name  # else gloo takes what the host's name resolves to: often a loopback address
+        )
     return store
 
 
@@ -374,7 +440,9 @@ def _await_server(address: str, port: int, end: float) -> None:
     pause = 0.1
     while True:
         try:
-            socket.create_connection((address, port), timeout=max(end - time.monotonic(), 0.1)).close()
+            socket.create_connection(
+                (address, port), timeout=max(end - time.monotonic(), 0.1)
+            ).close()
             return
         except OSError:
             if time.monotonic() >= end:
@@ -394,9 +462,14 @@ def _my_address(peer: str) -> str:
 def _interface(world: World, addresses: Sequence[str]) -> str:
     """The name of the network interface that leads to the other ranks; "" where that cannot be told (not on Linux)."""
     mine = addresses[world.rank]
-    if mine.startswith("127.") and world.local_world < world.world_size:  # rank 0's host, whose own name leads to itself
+    if (
+        mine.startswith("127.") and world.local_world < world.world_size
+    ):  # rank 0's host, whose own name leads to itself
         mine = next((_my_address(a) for a in addresses if a and not a.startswith("127.")), "")
-    with contextlib.suppress(ImportError, OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+    with (
+        contextlib.suppress(ImportError, OSError),
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s,
+    ):
         import fcntl
 
         for _, name in socket.if_nameindex():
@@ -415,13 +488,19 @@ def _adopt(device: str) -> World:
     if (facts.rank, facts.world_size) != (rank, size):
         facts = LauncherInfo("plain", rank, size, rank, size)
     world = _world(facts, device)
-    here = torch.device("cuda", torch.cuda.current_device()) if world.device.type == "cuda" else world.device
+    here = (
+        torch.device("cuda", torch.cuda.current_device())
+        if world.device.type == "cuda"
+        else world.device
+    )
     return replace(world, device=here, backend=str(dist.get_backend()))
 
 
 def _at_exit() -> None:
     shutdown()
-    if hasattr(sys, "last_value") and _abandoned:  # an uncaught error: let the peers know now, not after the group's timeout
+    if (
+        hasattr(sys, "last_value") and _abandoned
+    ):  # an uncaught error: let the peers know now, not after the group's timeout
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()

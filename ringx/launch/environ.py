@@ -22,8 +22,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 MPI = (  # rank, world, local rank, local world
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
+    (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    (
+        "MV2_COMM_WORLD_RANK",
+        "MV2_COMM_WORLD_SIZE",
+        "MV2_COMM_WORLD_LOCAL_RANK",
+        "MV2_COMM_WORLD_LOCAL_SIZE",
+    ),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # hydra: MPICH, Intel MPI
     ("PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),  # PALS: HPE Cray
 )
@@ -52,23 +62,36 @@ def read(env: Mapping[str, str]) -> LauncherInfo:
         facts = replace(facts, address=env["MASTER_ADDR"])
     if env.get("MASTER_PORT"):
         facts = replace(facts, port=_int(env, "MASTER_PORT", 1, 65536))
-    for what, n, size in (("rank", facts.rank, facts.world_size), ("local rank", facts.local_rank, facts.local_world)):
+    for what, n, size in (
+        ("rank", facts.rank, facts.world_size),
+        ("local rank", facts.local_rank, facts.local_world),
+    ):
         if size and n >= size:
             raise ValueError(
                 f"{facts.launcher} says {what} {n} of {size}: its variables contradict each other; see the top of ringx/launch/environ.py."
             )
     if facts.local_world > facts.world_size > 0:
-        raise ValueError(f"{facts.launcher} says {facts.local_world} ranks on this host of {facts.world_size} in all.")
+        raise ValueError(
+            f"{facts.launcher} says {facts.local_world} ranks on this host of {facts.world_size} in all."
+        )
     return facts
 
 
 def _int(env: Mapping[str, str], name: str, low: int = 0, high: int | None = None) -> int:
     text = env.get(name)
     if text is None:
-        raise ValueError(f"{name} is not set, though other variables of the launcher are; start all ranks with one launcher.")
-    if not re.fullmatch(r"\d+", text) or int(text) < low or (high is not None and int(text) >= high):
+        raise ValueError(
+            f"{name} is not set, though other variables of the launcher are; start all ranks with one launcher."
+        )
+    if (
+        not re.fullmatch(r"\d+", text)
+        or int(text) < low
+        or (high is not None and int(text) >= high)
+    ):
         bounds = f"at least {low}" if high is None else f"{low} to {high - 1}"
-        raise ValueError(f"{name}={text!r} must be an integer, {bounds}; unset it, or set it right on every rank.")
+        raise ValueError(
+            f"{name}={text!r} must be an integer, {bounds}; unset it, or set it right on every rank."
+        )
     return int(text)
 
 
@@ -79,17 +102,30 @@ def _torchrun(env: Mapping[str, str], scheduler: LauncherInfo | None) -> Launche
     world = _int(env, "WORLD_SIZE", 1)
     rank = _int(env, "RANK", 0, world)
     if rank == 0 == world - 1 and "MASTER_ADDR" not in env:  # needs no meeting point
-        return LauncherInfo("torchrun", address="127.0.0.1", port=_port("torchrun", str(os.getpid())))
-    fallback = scheduler if scheduler and (scheduler.rank, scheduler.world_size) == (rank, world) else None
+        return LauncherInfo(
+            "torchrun", address="127.0.0.1", port=_port("torchrun", str(os.getpid()))
+        )
+    fallback = (
+        scheduler if scheduler and (scheduler.rank, scheduler.world_size) == (rank, world) else None
+    )
     address = env.get("MASTER_ADDR") or (fallback.address if fallback else "")
-    port = _int(env, "MASTER_PORT", 1, 65536) if "MASTER_PORT" in env or not fallback else fallback.port
+    port = (
+        _int(env, "MASTER_PORT", 1, 65536)
+        if "MASTER_PORT" in env or not fallback
+        else fallback.port
+    )
     if not address:
-        raise ValueError("MASTER_ADDR is not set, though RANK and WORLD_SIZE are; set it to the host of rank 0, or use torchrun.")
+        raise ValueError(
+            "MASTER_ADDR is not set, though RANK and WORLD_SIZE are; set it to the host of rank 0, or use torchrun."
+        )
     if not fallback and (address == "localhost" or address == "::1" or address.startswith("127.")):
         fallback = LauncherInfo("", local_rank=rank, local_world=world)
     local = [  # torchrun sets both; hand-written scripts may not
         getattr(fallback, field) if fallback and name not in env else _int(env, name, low)
-        for name, field, low in (("LOCAL_RANK", "local_rank", 0), ("LOCAL_WORLD_SIZE", "local_world", 1))
+        for name, field, low in (
+            ("LOCAL_RANK", "local_rank", 0),
+            ("LOCAL_WORLD_SIZE", "local_world", 1),
+        )
     ]
     job = env.get("TORCHELASTIC_RUN_ID", "") + "/" + env.get("TORCHELASTIC_RESTART_COUNT", "")
     return LauncherInfo("torchrun", rank, world, local[0], local[1], address, port, job)
@@ -98,12 +134,28 @@ def _torchrun(env: Mapping[str, str], scheduler: LauncherInfo | None) -> Launche
 def _mpirun(env: Mapping[str, str]) -> LauncherInfo | None:
     for names in MPI:
         if names[0] in env and names[2] in env:
-            rank, world, local_rank, local_world = (_int(env, name, low) for name, low in zip(names, (0, 1, 0, 1), strict=True))
-            job = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid") or env.get("PMI_JOBID") or ""
+            rank, world, local_rank, local_world = (
+                _int(env, name, low) for name, low in zip(names, (0, 1, 0, 1), strict=True)
+            )
+            job = (
+                env.get("PMIX_NAMESPACE")
+                or env.get("OMPI_MCA_ess_base_jobid")
+                or env.get("PMI_JOBID")
+                or ""
+            )
             if local_world < world:  # which host rank 0 is on, only MPI can tell
                 return LauncherInfo("mpirun", rank, world, local_rank, local_world, job=job)
             job = job or f"parent {os.getppid()}"  # hydra: one proxy starts all ranks of a host
-            return LauncherInfo("mpirun", rank, world, local_rank, local_world, "127.0.0.1", _port("mpirun", job), job)
+            return LauncherInfo(
+                "mpirun",
+                rank,
+                world,
+                local_rank,
+                local_world,
+                "127.0.0.1",
+                _port("mpirun", job),
+                job,
+            )
     return None
 
 
@@ -118,17 +170,48 @@ def _pmi(env: Mapping[str, str]) -> LauncherInfo | None:
 def _srun(env: Mapping[str, str]) -> LauncherInfo | None:
     # Steps numbered from 2**32 - 16 are Slurm's own: batch script, salloc's shell, external.  sbatch sets SLURM_PROCID=0 and
     # SLURM_NTASKS for its script, but no step.
-    if not {"SLURM_STEP_ID", "SLURM_PROCID"} <= env.keys() or _int(env, "SLURM_STEP_ID") >= 2**32 - 16:
+    if (
+        not {"SLURM_STEP_ID", "SLURM_PROCID"} <= env.keys()
+        or _int(env, "SLURM_STEP_ID") >= 2**32 - 16
+    ):
         return None
-    world = _int(env, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS", 1)
-    rank, local_rank, job = _int(env, "SLURM_PROCID", 0, world), _int(env, "SLURM_LOCALID"), _int(env, "SLURM_JOB_ID")
-    hosts = next((hosts_of(env[n], n) for n in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST") if env.get(n)), [])
+    world = _int(
+        env, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS", 1
+    )
+    rank, local_rank, job = (
+        _int(env, "SLURM_PROCID", 0, world),
+        _int(env, "SLURM_LOCALID"),
+        _int(env, "SLURM_JOB_ID"),
+    )
+    hosts = next(
+        (
+            hosts_of(env[n], n)
+            for n in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
+            if env.get(n)
+        ),
+        [],
+    )
     local_world = _tasks_here(env, world, len(hosts))
-    address = "127.0.0.1" if local_world == world else env.get("MASTER_ADDR") or (hosts[0] if hosts else "")
+    address = (
+        "127.0.0.1"
+        if local_world == world
+        else env.get("MASTER_ADDR") or (hosts[0] if hosts else "")
+    )
     if not address:
-        raise ValueError("SLURM_STEP_NODELIST is not set, though SLURM_STEP_ID is; set MASTER_ADDR to the host of rank 0.")
+        raise ValueError(
+            "SLURM_STEP_NODELIST is not set, though SLURM_STEP_ID is; set MASTER_ADDR to the host of rank 0."
+        )
     step = _int(env, "SLURM_STEP_ID")
-    return LauncherInfo("srun", rank, world, local_rank, local_world, address, _port("srun", job, step), f"slurm {job}.{step}")
+    return LauncherInfo(
+        "srun",
+        rank,
+        world,
+        local_rank,
+        local_world,
+        address,
+        _port("srun", job, step),
+        f"slurm {job}.{step}",
+    )
 
 
 def _tasks_here(env: Mapping[str, str], world: int, hosts: int) -> int:
@@ -147,12 +230,16 @@ def _tasks_here(env: Mapping[str, str], world: int, hosts: int) -> int:
             counts *= hosts or 1
         if sum(counts) != world:  # the job's, not the step's
             if name == "SLURM_STEP_TASKS_PER_NODE":
-                raise ValueError(f"{name}={env[name]!r} has {sum(counts)} tasks, but the step has {world}; set MASTER_ADDR etc.")
+                raise ValueError(
+                    f"{name}={env[name]!r} has {sum(counts)} tasks, but the step has {world}; set MASTER_ADDR etc."
+                )
             continue
         if len(set(counts)) == 1:
             return counts[0]
         return counts[_int(env, "SLURM_NODEID", 0, len(counts))]
-    raise ValueError("SLURM_STEP_TASKS_PER_NODE is not set or not this step's; how many ranks share this node is not known.")
+    raise ValueError(
+        "SLURM_STEP_TASKS_PER_NODE is not set or not this step's; how many ranks share this node is not known."
+    )
 
 
 def hosts_of(text: str, name: str = "node list") -> list[str]:
@@ -169,7 +256,9 @@ def hosts_of(text: str, name: str = "node list") -> list[str]:
                 match = re.fullmatch(r"(\d+)(?:-(\d+))?", item)
                 low, high = (match[1], match[2] or match[1]) if match else ("1", "0")
                 if int(low) > int(high):
-                    raise ValueError(f"{name}={text!r}: {item!r} is not a number or a rising range.")
+                    raise ValueError(
+                        f"{name}={text!r}: {item!r} is not a number or a rising range."
+                    )
                 choices[-1] += [str(n).zfill(len(low)) for n in range(int(low), int(high) + 1)]
         hosts += ["".join(pick) for pick in itertools.product(*choices)]
     return hosts
@@ -177,7 +266,11 @@ def hosts_of(text: str, name: str = "node list") -> list[str]:
 
 def _port(launcher: str, job: "int | str", step: int = 0) -> int:
     """Below the ports that systems give out (32768 and up).  Neighbouring Slurm jobs differ by 131, steps by 1."""
-    return 15000 + (131 * job + step if isinstance(job, int) else zlib.crc32(f"{launcher} {job}".encode())) % 12007
+    return (
+        15000
+        + (131 * job + step if isinstance(job, int) else zlib.crc32(f"{launcher} {job}".encode()))
+        % 12007
+    )
 
 
 def ask_mpi4py(facts: LauncherInfo) -> LauncherInfo:
@@ -197,11 +290,17 @@ def ask_mpi4py(facts: LauncherInfo) -> LauncherInfo:
             "another MPI than mpirun; install one that fits, or set MASTER_ADDR and MASTER_PORT."
         )
     local = everyone.Split_type(mpi.COMM_TYPE_SHARED)
-    here = (facts.address or socket.gethostname(), facts.port or _free_port()) if everyone.rank == 0 else None
+    here = (
+        (facts.address or socket.gethostname(), facts.port or _free_port())
+        if everyone.rank == 0
+        else None
+    )
     address, port = everyone.bcast(here)
     if local.size == everyone.size and not facts.address:
         address = "127.0.0.1"
-    return LauncherInfo("mpirun", everyone.rank, everyone.size, local.rank, local.size, address, port, facts.job)
+    return LauncherInfo(
+        "mpirun", everyone.rank, everyone.size, local.rank, local.size, address, port, facts.job
+    )
 
 
 def _free_port() -> int:

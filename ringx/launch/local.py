@@ -28,16 +28,22 @@ from .environ import LauncherInfo
 GRACE = 2.0  # seconds to wait, after a rank said that a peer died, for the peer's own story
 
 
-def start(fn: Callable[..., Any], nproc: int, args: tuple, device: str, timeout: float, threads: int) -> list[Any]:
+def start(
+    fn: Callable[..., Any], nproc: int, args: tuple, device: str, timeout: float, threads: int
+) -> list[Any]:
     """[fn(world, *args) of each of `nproc` ranks]; see ``launch.run``."""
     launch.bind_device(device, 0, nproc, "ringx")  # refuse here what every rank would
-    call = pickle.dumps((fn, args))  # by value: torch's own way would share the tensors' memory with the ranks
+    call = pickle.dumps(
+        (fn, args)
+    )  # by value: torch's own way would share the tensors' memory with the ranks
     # forkserver: a clean process that has imported torch once (seconds) and forks each rank from itself (milliseconds)
     fork = "forkserver" in multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if fork else "spawn")
     if fork:
         context.set_forkserver_preload(["torch"])
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # kept here: no race for a port
+    store = dist.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False
+    )  # kept here: no race for a port
     ranks: list[tuple[Any, Connection]] = []
     try:
         for rank in range(nproc):
@@ -66,14 +72,18 @@ def start(fn: Callable[..., Any], nproc: int, args: tuple, device: str, timeout:
 
 def _collect(ranks: Sequence[tuple[Any, Connection]]) -> list[Any]:
     """The results by rank, or the error that explains best why there are none."""
-    told: dict[int, tuple[str, Any]] = {}  # rank -> (result | raised | peer | died, what it sent), in order of arrival
+    told: dict[
+        int, tuple[str, Any]
+    ] = {}  # rank -> (result | raised | peer | died, what it sent), in order of arrival
 
     def first(kind: str) -> int | None:
         return next((r for r, (k, _) in told.items() if k == kind), None)
 
     end = float("inf")
     while len(told) < len(ranks) and time.monotonic() < end:
-        multiprocessing.connection.wait([c for r, (_, c) in enumerate(ranks) if r not in told], min(1.0, end - time.monotonic()))
+        multiprocessing.connection.wait(
+            [c for r, (_, c) in enumerate(ranks) if r not in told], min(1.0, end - time.monotonic())
+        )
         for r, (process, conn) in enumerate(ranks):
             if r in told or not (conn.poll() or process.exitcode is not None):
                 continue
@@ -94,8 +104,16 @@ def _collect(ranks: Sequence[tuple[Any, Connection]]) -> list[Any]:
         raise RuntimeError(f"rank {died} of {n} {told[died][1]}{then}")
     if peer is not None:
         silent = [r for r in range(n) if r not in told]
-        who = f"rank {silent[0]} is" if len(silent) == 1 else f"ranks {silent} are" if silent else "none is"
-        raise RuntimeError(f"rank {peer} of {n} waited for its peers in vain; {who} still at work. It raised {told[peer][1]}")
+        who = (
+            f"rank {silent[0]} is"
+            if len(silent) == 1
+            else f"ranks {silent} are"
+            if silent
+            else "none is"
+        )
+        raise RuntimeError(
+            f"rank {peer} of {n} waited for its peers in vain; {who} still at work. It raised {told[peer][1]}"
+        )
     return [pickle.loads(told[r][1]) for r in range(n)]
 
 
@@ -110,9 +128,20 @@ def _how_died(process: Any) -> str:
     )
 
 
-def _rank(conn: Connection, stdio, facts: LauncherInfo, call: bytes, device: str, timeout: float, threads: int, env: dict) -> None:
+def _rank(
+    conn: Connection,
+    stdio,
+    facts: LauncherInfo,
+    call: bytes,
+    device: str,
+    timeout: float,
+    threads: int,
+    env: dict,
+) -> None:
     """The life of a started rank: ends when the parent closes `conn` or dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends us: one traceback, not N
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the parent, which ends us: one traceback, not N
     watch = threading.Thread(target=_end_with, args=(conn,), daemon=True)
     watch.start()
     for fd, end in enumerate(stdio, 1):
@@ -125,10 +154,16 @@ def _rank(conn: Connection, stdio, facts: LauncherInfo, call: bytes, device: str
     try:
         torch.set_num_threads(threads)
         fn, args = pickle.loads(call)
-        report = ("result", pickle.dumps(fn(launch.join(facts, device, timeout, serve=False), *args)))
+        report = (
+            "result",
+            pickle.dumps(fn(launch.join(facts, device, timeout, serve=False), *args)),
+        )
     except BaseException as error:  # noqa: BLE001 - the parent raises it
         headline = "".join(traceback.format_exception_only(type(error), error)).strip()
-        report = ("peer" if _about_peer(error) else "raised", f"{headline}\n\n{traceback.format_exc()}")
+        report = (
+            "peer" if _about_peer(error) else "raised",
+            f"{headline}\n\n{traceback.format_exc()}",
+        )
     conn.send(report)
     watch.join()
 
@@ -141,9 +176,15 @@ def _end_with(conn: Connection) -> None:
 
 def _about_peer(error: BaseException | None) -> bool:
     """Is this error only the echo of another rank's?"""
-    signs = ("gloo/transport", "closed by peer", "not all of")  # of torch's own collectives, and of ranks that did not meet
+    signs = (
+        "gloo/transport",
+        "closed by peer",
+        "not all of",
+    )  # of torch's own collectives, and of ranks that did not meet
     while error is not None:
-        if isinstance(error, (PeerError, Disagreement, dist.DistError)) or any(sign in str(error) for sign in signs):
+        if isinstance(error, (PeerError, Disagreement, dist.DistError)) or any(
+            sign in str(error) for sign in signs
+        ):
             return True
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return False

@@ -35,16 +35,29 @@ class Shape:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{axis}={value!r} must be an integer of at least 1.")
         if self.dp % self.replicate:
-            raise ValueError(f"replicate={self.replicate} must divide dp={self.dp}: dp is replicas x shards.")
+            raise ValueError(
+                f"replicate={self.replicate} must divide dp={self.dp}: dp is replicas x shards."
+            )
         if self.order not in ORDERS:
-            raise ValueError(f"order={self.order!r} must name cp, tp and dp once each: {', '.join(ORDERS)}.")
+            raise ValueError(
+                f"order={self.order!r} must name cp, tp and dp once each: {', '.join(ORDERS)}."
+            )
 
     @property
     def world_size(self) -> int:
         return self.cp * self.tp * self.dp
 
     @classmethod
-    def fit(cls, world: int, *, cp: int = 0, tp: int = 0, dp: int = 0, replicate: int = 1, order: str = "cp-tp-dp") -> "Shape":
+    def fit(
+        cls,
+        world: int,
+        *,
+        cp: int = 0,
+        tp: int = 0,
+        dp: int = 0,
+        replicate: int = 1,
+        order: str = "cp-tp-dp",
+    ) -> "Shape":
         """The shape of `world` ranks; of the axes left at 0, dp takes what is left if cp is given, cp otherwise; others are 1.
 
         Raises ValueError if the axes do not multiply to world."""
@@ -54,7 +67,9 @@ class Shape:
         cp = cp or max(1, world // (tp * dp))
         shape = cls(cp, tp, dp, replicate, order)
         if shape.world_size != world:
-            raise ValueError(f"cp={cp} x tp={tp} x dp={dp} is {shape.world_size} ranks, but there are {world}; change one of them.")
+            raise ValueError(
+                f"cp={cp} x tp={tp} x dp={dp} is {shape.world_size} ranks, but there are {world}; change one of them."
+            )
         return shape
 
     @property
@@ -85,7 +100,9 @@ class Shape:
             first, second = i % sizes[slow[0]], i // sizes[slow[0]]
             start = i * sizes[fast]
             span = str(start) if sizes[fast] == 1 else f"{start}..{start + sizes[fast] - 1}"
-            lines.append(f"  {slow[1]} {second}  {slow[0]} {first}:  {fast} 0..{sizes[fast] - 1} = ranks {span}")
+            lines.append(
+                f"  {slow[1]} {second}  {slow[0]} {first}:  {fast} 0..{sizes[fast] - 1} = ranks {span}"
+            )
         if number > rows:
             lines.append(f"  ... and {number - rows} more groups")
         return "\n".join(lines)
@@ -100,7 +117,9 @@ class Mesh:
     tp_rank: int
     dp_rank: int
     device_mesh: DeviceMesh | None = None  # axes shape.names
-    shard_mesh: DeviceMesh | None = None  # what FSDP2 shards over: shard x cp, or (replicate, shard x cp)
+    shard_mesh: DeviceMesh | None = (
+        None  # what FSDP2 shards over: shard x cp, or (replicate, shard x cp)
+    )
     data_mesh: DeviceMesh | None = None  # dp x cp
 
     @classmethod
@@ -109,16 +128,23 @@ class Mesh:
         started = dist.is_available() and dist.is_initialized()
         world = dist.get_world_size() if started else 1
         if world != shape.world_size:
-            raise ValueError(f"cp={shape.cp} x tp={shape.tp} x dp={shape.dp} is {shape.world_size} ranks, but there are {world}.")
+            raise ValueError(
+                f"cp={shape.cp} x tp={shape.tp} x dp={shape.dp} is {shape.world_size} ranks, but there are {world}."
+            )
         if not started:
             return cls(shape, 0, 0, 0)
         # The order of the axes is in the ranks, not in the names: torch slices a mesh only in the order of its axes.  But shard and
         # cp, which become one axis, must ascend together: a process group sorts its ranks, and FSDP2 would gather them otherwise.
         mesh = DeviceMesh(device_type, shape.ranks(), mesh_dim_names=shape.names)
         place = dict(zip(shape.names, mesh.get_coordinate() or (), strict=True))
-        shards, data = mesh[shape.names[1:3]]._flatten("fsdp"), mesh[shape.names[:3]]._flatten("data")
+        shards, data = (
+            mesh[shape.names[1:3]]._flatten("fsdp"),
+            mesh[shape.names[:3]]._flatten("data"),
+        )
         if shape.replicate > 1:
-            with warnings.catch_warnings():  # torch announces another way to name a flattened axis, and does not have it yet
+            with (
+                warnings.catch_warnings()
+            ):  # torch announces another way to name a flattened axis, and does not have it yet
                 warnings.simplefilter("ignore", UserWarning)
                 shards = mesh["replicate", "fsdp"]
         dp_rank = place["replicate"] * (shape.dp // shape.replicate) + place["shard"]

@@ -59,7 +59,9 @@ class Watch:
     def _note(self, number: int, _: object) -> None:
         global _received
         _received = signal.Signals(number).name
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the batch script repeats it until all ranks have ended
+        signal.signal(
+            signal.SIGUSR1, signal.SIG_IGN
+        )  # the batch script repeats it until all ranks have ended
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if self._at_once:
             raise KeyboardInterrupt

@@ -41,9 +41,15 @@ from .peak import peak_bytes
 RECOMMENDED = "recommended"  # among layouts: the one that each algorithm recommends
 RECORD_BYTES = 2**14  # of a record, at most: what an --out folder must have room for
 FLOPS_RULE = "causal work counted as done: forward 4 B H D pairs, backward 2.5 times that"
-_LISTS: dict[str, tuple[Callable[[str], list], str, str]] = {  # option: (type, default, help); parsed in `plan`, all faults at once
+_LISTS: dict[
+    str, tuple[Callable[[str], list], str, str]
+] = {  # option: (type, default, help); parsed in `plan`, all faults at once
     "algorithms": (choices(ALGORITHMS), "all", "names or all"),
-    "layouts": (choices([RECOMMENDED, *LAYOUTS]), RECOMMENDED, f"{RECOMMENDED} (each algorithm's own), {', '.join(LAYOUTS)}, all"),
+    "layouts": (
+        choices([RECOMMENDED, *LAYOUTS]),
+        RECOMMENDED,
+        f"{RECOMMENDED} (each algorithm's own), {', '.join(LAYOUTS)}, all",
+    ),
     "masks": (choices(MASKS), "causal", "causal, full"),
     "dtypes": (choices(DTYPES), "bf16", ", ".join(DTYPES)),
     "heads": (integers, "8", "query heads"),
@@ -93,7 +99,9 @@ class Case:
         return self.mask == "causal"
 
     def need(self, device: torch.device) -> kernels.KernelRequest:
-        return kernels.KernelRequest(device, DTYPES[self.dtype], self.head_dim, self.heads, self.kv_heads)
+        return kernels.KernelRequest(
+            device, DTYPES[self.dtype], self.head_dim, self.heads, self.kv_heads
+        )
 
     def flops(self) -> dict[str, float]:
         """Of all ranks together; the rule is FLOPS_RULE."""
@@ -114,24 +122,41 @@ class Job:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the records")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for the records"
+    )
     parser.add_argument("--nproc", metavar="N,...", help="ranks (default: 1,2, or the launcher's)")
     add_matrix(parser)
     parser.add_argument("--resume", action="store_true", help="skip cases that DIR already holds")
-    parser.add_argument("--part", metavar="I/N", help="measure only part I (from 0) of N parts of the sizes: for job arrays")
+    parser.add_argument(
+        "--part",
+        metavar="I/N",
+        help="measure only part I (from 0) of N parts of the sizes: for job arrays",
+    )
 
 
 def add_matrix(parser: argparse._ActionsContainer) -> None:
     """What to measure and how, apart from ranks and files."""
     lengths = parser.add_mutually_exclusive_group()
-    lengths.add_argument("--seqlens", metavar="S,...", help="tokens of the whole sequence (default: 2048)")
-    lengths.add_argument("--seqlens-per-rank", metavar="S,...", help="tokens of each rank: weak scaling")
+    lengths.add_argument(
+        "--seqlens", metavar="S,...", help="tokens of the whole sequence (default: 2048)"
+    )
+    lengths.add_argument(
+        "--seqlens-per-rank", metavar="S,...", help="tokens of each rank: weak scaling"
+    )
     for name, (_, default, text) in _LISTS.items():
-        parser.add_argument(f"--{name}", default=default, metavar="X,...", help=f"{text} (default: {default})")
+        parser.add_argument(
+            f"--{name}", default=default, metavar="X,...", help=f"{text} (default: {default})"
+        )
     parser.add_argument("--kernel", default="auto", help="local kernel (default: auto)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--reps", type=int, default=7, help="timed repetitions (default: 7)")
-    parser.add_argument("--warmup", type=int, default=1, help="passes before; the first counts bytes and memory (default: 1)")
+    parser.add_argument(
+        "--warmup",
+        type=int,
+        default=1,
+        help="passes before; the first counts bytes and memory (default: 1)",
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of a rank (default: 1)")
     parser.add_argument(
         "--baseline-threads",
@@ -139,9 +164,17 @@ def add_matrix(parser: argparse._ActionsContainer) -> None:
         metavar="T",
         help="CPU threads of the baseline (default: all ranks' together, at most the cores)",
     )
-    parser.add_argument("--no-baseline", action="store_true", help="where the whole sequence is too much for one process")
     parser.add_argument(
-        "--timeout", type=float, default=600, metavar="S", help="seconds that ranks wait for each other (default: 600)"
+        "--no-baseline",
+        action="store_true",
+        help="where the whole sequence is too much for one process",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=600,
+        metavar="S",
+        help="seconds that ranks wait for each other (default: 600)",
     )
     parser.add_argument(
         "--label",
@@ -165,14 +198,24 @@ def _main(args: argparse.Namespace, watch: Watch) -> int:
     speaks = not me or me.rank == 0  # one rank talks where a launcher started several
     if speaks and len(todo) < len(cases):
         print(f"{len(cases) - len(todo)} of {len(cases)} cases are there already")
-    options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if not callable(v)}
+    options = {
+        k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if not callable(v)
+    }
     passes_before, passes, told = 0, sum(_passes(c) for c in todo), None
     try:
         for world, group in itertools.groupby(todo, key=lambda c: c.world):
             mine = list(group)
             job = Job(args.out, options, labels, passes_before, passes)
             with watch.at_once(not me):  # a process that only waits for ranks that it started
-                told = launch.run(measure, world, mine, job, device=args.device, threads=args.threads, timeout=args.timeout)[0]
+                told = launch.run(
+                    measure,
+                    world,
+                    mine,
+                    job,
+                    device=args.device,
+                    threads=args.threads,
+                    timeout=args.timeout,
+                )[0]
             passes_before += sum(_passes(c) for c in mine)
             if told:
                 break
@@ -188,14 +231,25 @@ def _main(args: argparse.Namespace, watch: Watch) -> int:
     return 0
 
 
-def _stopped(out: Path, there: int, wanted: int, progress: bool, told: str, me: launch.World | None) -> int:
+def _stopped(
+    out: Path, there: int, wanted: int, progress: bool, told: str, me: launch.World | None
+) -> int:
     """The last words of a run that was told to stop, and its exit status."""
     if not me or me.rank == 0:
-        Console(stderr=True).show_cursor(True)  # the rank that drew the progress bar was ended in the middle of it
+        Console(stderr=True).show_cursor(
+            True
+        )  # the rank that drew the progress bar was ended in the middle of it
         by = "" if told == "SIGINT" else f" by {told}"
-        print(f"interrupted{by}: {there} of {wanted} cases are in {out}; the same command with --resume measures the rest")
-        if told != "SIGINT" and not progress:  # not AGAIN: a job that starts itself again would do so forever
-            print("ringx bench: not one size was finished: allow more time, or fewer --reps or sizes", file=sys.stderr)
+        print(
+            f"interrupted{by}: {there} of {wanted} cases are in {out}; the same command with --resume measures the rest"
+        )
+        if (
+            told != "SIGINT" and not progress
+        ):  # not AGAIN: a job that starts itself again would do so forever
+            print(
+                "ringx bench: not one size was finished: allow more time, or fewer --reps or sizes",
+                file=sys.stderr,
+            )
             return 1
     return 130 if told == "SIGINT" else AGAIN
 
@@ -207,7 +261,11 @@ def plan(args: argparse.Namespace, launched: int | None = None) -> list[Case]:
     """Every case that the options ask for, cases of one size next to each other.  One ValueError names all that is impossible.
 
     `launched`: how many ranks a launcher started, if one did."""
-    device = torch.device("cuda" if args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available()) else "cpu")
+    device = torch.device(
+        "cuda"
+        if args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+        else "cpu"
+    )
     cases, faults = examine(args, launched, device)
     try:
         cases = part(cases, args.part)
@@ -218,7 +276,9 @@ def plan(args: argparse.Namespace, launched: int | None = None) -> list[Case]:
     return cases
 
 
-def examine(args: argparse.Namespace, launched: int | None, device: torch.device | None) -> tuple[list[Case], list[str]]:
+def examine(
+    args: argparse.Namespace, launched: int | None, device: torch.device | None
+) -> tuple[list[Case], list[str]]:
     """(the cases that the options ask for, everything that is wrong with them).  `device`: where the kernels are to run; None
     where that cannot be asked here (on a login node)."""
     faults: list[str] = []
@@ -228,42 +288,88 @@ def examine(args: argparse.Namespace, launched: int | None, device: torch.device
         faults.extend([f"--{option}: {wrong}"] if wrong else [])
         return good
 
-    lists = {name: parse(name, kind, getattr(args, name.replace("-", "_"))) for name, (kind, _, _) in _LISTS.items()}
+    lists = {
+        name: parse(name, kind, getattr(args, name.replace("-", "_")))
+        for name, (kind, _, _) in _LISTS.items()
+    }
     worlds = sorted(parse("nproc", integers, args.nproc or str(launched or "1,2")))
     if launched and (wrong := [n for n in worlds if n != launched]):
-        faults.append(f"--nproc {wrong[0]}: the launcher started {launched} ranks, and only that many can be measured in this job")
+        faults.append(
+            f"--nproc {wrong[0]}: the launcher started {launched} ranks, and only that many can be measured in this job"
+        )
     per_rank = args.seqlens_per_rank is not None
     lengths_option = "seqlens-per-rank" if per_rank else "seqlens"
-    lengths = parse(lengths_option, integers, args.seqlens_per_rank if per_rank else args.seqlens or "2048")
+    lengths = parse(
+        lengths_option, integers, args.seqlens_per_rank if per_rank else args.seqlens or "2048"
+    )
     for name in ("reps", "warmup", "threads", "baseline_threads"):
         value = getattr(args, name)
         if value is not None and value < 1:
             faults.append(f"--{name.replace('_', '-')} {value} must be at least 1")
-    _try(faults, "--kernel", lambda: require_name(args.kernel, [*kernels.KERNELS, "auto"], "kernel"))
+    _try(
+        faults, "--kernel", lambda: require_name(args.kernel, [*kernels.KERNELS, "auto"], "kernel")
+    )
     _try(faults, "--label", lambda: labelled(args.label))
 
     cases = {}  # of ids: "recommended,zigzag" must not measure a case twice
     sizes = itertools.product(
-        worlds, lengths, lists["masks"], lists["dtypes"], lists["batch"], lists["heads"], lists["kv-heads"], lists["head-dim"]
+        worlds,
+        lengths,
+        lists["masks"],
+        lists["dtypes"],
+        lists["batch"],
+        lists["heads"],
+        lists["kv-heads"],
+        lists["head-dim"],
     )
-    for (world, length, mask, dtype, batch, heads, kv, dim), name, layout, overlap in itertools.product(
+    for (
+        world,
+        length,
+        mask,
+        dtype,
+        batch,
+        heads,
+        kv,
+        dim,
+    ), name, layout, overlap in itertools.product(
         sizes, lists["algorithms"] or ALGORITHMS, lists["layouts"], lists["overlap"]
     ):
         case = Case(
             name,
             ALGORITHMS[name].recommended_layout if layout == RECOMMENDED else layout,
-            *(mask, dtype, world, length * world if per_rank else length, batch, heads, kv, dim, args.kernel, overlap),
+            *(
+                mask,
+                dtype,
+                world,
+                length * world if per_rank else length,
+                batch,
+                heads,
+                kv,
+                dim,
+                args.kernel,
+                overlap,
+            ),
             *(args.threads, args.baseline_threads, not args.no_baseline, args.warmup, args.reps),
         )
         cases[case.id] = case
-    for seqlen, world, layout in dict.fromkeys((c.seqlen, c.world, c.layout) for c in cases.values()):
+    for seqlen, world, layout in dict.fromkeys(
+        (c.seqlen, c.world, c.layout) for c in cases.values()
+    ):
         _try(faults, f"S={seqlen} on N={world}", partial(Sharding.equal, seqlen, world, layout))
     for heads, kv in dict.fromkeys((c.heads, c.kv_heads) for c in cases.values()):
         if heads % kv:
             faults.append(f"--heads {heads} is no multiple of --kv-heads {kv}")
     known = args.kernel in (*kernels.KERNELS, "auto")
-    for kernel, need in dict.fromkeys((c.kernel, c.need(device)) for c in cases.values()) if device and known else ():
-        _try(faults, f"{need.dtype}, head size {need.head_dim}", partial(kernels.choose, kernel, need))
+    for kernel, need in (
+        dict.fromkeys((c.kernel, c.need(device)) for c in cases.values())
+        if device and known
+        else ()
+    ):
+        _try(
+            faults,
+            f"{need.dtype}, head size {need.head_dim}",
+            partial(kernels.choose, kernel, need),
+        )
     return list(cases.values()), faults
 
 
@@ -290,7 +396,9 @@ def labelled(said: Sequence[str]) -> dict[str, str]:
     for one in said:
         name, equals, text = one.partition("=")
         if not re.fullmatch(r"[A-Za-z]\w*", name) or not equals or not text:
-            raise ValueError(f"--label {one!r} must be NAME=TEXT, with a NAME of letters, digits and underscores")
+            raise ValueError(
+                f"--label {one!r} must be NAME=TEXT, with a NAME of letters, digits and underscores"
+            )
         if name in labels:
             raise ValueError(f"--label {name} is given twice")
         labels[name] = text
@@ -305,7 +413,11 @@ def _try(faults: list[str], what: str, check: Callable[[], object]) -> None:
 
 
 def all_of(faults: Sequence[str]) -> str:
-    return faults[0] if len(faults) == 1 else f"{len(faults)} faults:\n" + "\n".join(f"  - {f}" for f in faults)
+    return (
+        faults[0]
+        if len(faults) == 1
+        else f"{len(faults)} faults:\n" + "\n".join(f"  - {f}" for f in faults)
+    )
 
 
 def remaining(out: Path, cases: Sequence[Any], resume: bool, labels: dict[str, str]) -> list[Any]:
@@ -327,11 +439,17 @@ def remaining(out: Path, cases: Sequence[Any], resume: bool, labels: dict[str, s
             path.replace(aside)
             print(f"measured again, for it is broken (now {aside.name}): {e}", file=sys.stderr)
             continue
-        other = [f"{k}={found['case'].get(k)!r}, now {v!r}" for k, v in asdict(case).items() if found["case"].get(k) != v]
+        other = [
+            f"{k}={found['case'].get(k)!r}, now {v!r}"
+            for k, v in asdict(case).items()
+            if found["case"].get(k) != v
+        ]
         if found["labels"] != labels:
             other.append(f"labels {found['labels']}, now {labels}")
         if other:
-            faults.append(f"{case.id} in {out} was measured with {', '.join(other)}: pass another --out")
+            faults.append(
+                f"{case.id} in {out} was measured with {', '.join(other)}: pass another --out"
+            )
         done.add(case)
     if faults:
         raise ValueError(all_of(faults))
@@ -359,7 +477,9 @@ def measure(world: launch.World, cases: list[Case], job: Job) -> str | None:
     return None
 
 
-def _measure(world: launch.World, cases: list[Case], job: Job, common: dict[str, Any], watch: Watch) -> None:
+def _measure(
+    world: launch.World, cases: list[Case], job: Job, common: dict[str, Any], watch: Watch
+) -> None:
     quiet = world.rank != 0 or not sys.stderr.isatty()
     with Progress(console=Console(stderr=True), transient=True, disable=quiet) as progress:
         bar = progress.add_task("", total=job.passes, completed=job.passes_before)
@@ -373,22 +493,37 @@ def _measure(world: launch.World, cases: list[Case], job: Job, common: dict[str,
             for record in measure_size(world, list(group), tick, watch):
                 if world.rank != 0:
                     continue
-                record = {"schema": records.SCHEMA, "kind": "attention", "date": provenance.now(), **record, **common}
+                record = {
+                    "schema": records.SCHEMA,
+                    "kind": "attention",
+                    "date": provenance.now(),
+                    **record,
+                    **common,
+                }
                 record["machine"] = {**common["machine"], "load_average": load}
                 try:
                     records.write(job.out, record)
                 except FileExistsError as e:  # by another run of the same job
-                    print(f"not written, for the case was measured elsewhere meanwhile: {e}", file=sys.stderr)
+                    print(
+                        f"not written, for the case was measured elsewhere meanwhile: {e}",
+                        file=sys.stderr,
+                    )
 
 
-def measure_size(world: launch.World, cases: Sequence[Case], tick: Callable[[Case], None], watch: Watch) -> list[dict]:
+def measure_size(
+    world: launch.World, cases: Sequence[Case], tick: Callable[[Case], None], watch: Watch
+) -> list[dict]:
     """Measures cases of one size side by side; on every rank, what their records hold of it."""
     size, device = cases[0], world.device
     kernel = kernels.choose(size.kernel, size.need(device))
     q, k, v, dout = _inputs(size, size.seqlen // world.world_size, world.rank, device)
 
     def ring(case: Case) -> tuple[float, float]:
-        how: dict[str, Any] = {"algorithm": case.algorithm, "layout": case.layout, "overlap": case.overlap}
+        how: dict[str, Any] = {
+            "algorithm": case.algorithm,
+            "layout": case.layout,
+            "overlap": case.overlap,
+        }
         forward = partial(attention, q, k, v, causal=case.causal, kernel=kernel, **how)
         return timed(forward, lambda out: torch.autograd.grad(out, (q, k, v), dout), device)
 
@@ -414,7 +549,12 @@ def measure_size(world: launch.World, cases: Sequence[Case], tick: Callable[[Cas
 
     passes = range(size.warmup * len(cases), (size.warmup + size.reps) * len(cases))
     sent = [[meter.between(p) for p in passes[i :: len(cases)]] for i in range(len(cases))]
-    mine = {"times": times, "probes": [probes[c] for c in cases], "sent": sent, "no count": meter.missing}
+    mine = {
+        "times": times,
+        "probes": [probes[c] for c in cases],
+        "sent": sent,
+        "no count": meter.missing,
+    }
     everyone = launch.gather(mine, world)
     against = launch.gather(baseline.result() if baseline else None, world)[0]
     hosts = launch.gather((socket.gethostname(), provenance.cores()), world)
@@ -431,18 +571,25 @@ def measure_size(world: launch.World, cases: Sequence[Case], tick: Callable[[Cas
                 "case": asdict(case),
                 "kernel": kernel,
                 "workers": workers,
-                "oversubscribed": device.type != "cuda" and world.local_world * size.threads > cores,
+                "oversubscribed": device.type != "cuda"
+                and world.local_world * size.threads > cores,
                 "seconds": seconds,
                 **derived(case, seconds, workers, against),
                 "bytes": _bytes(case, counted),
-                **_wire([r["sent"][i] for r in everyone], next((r["no count"] for r in everyone if r["no count"]), None), meter),
+                **_wire(
+                    [r["sent"][i] for r in everyone],
+                    next((r["no count"] for r in everyone if r["no count"]), None),
+                    meter,
+                ),
                 "memory": {"peak_bytes": max(p[0] for p in peaks), "how": peaks[0][1]},
             }
         )
     return result
 
 
-def timed(forward: Callable[[], Any], backward: Callable[[Any], object], device: torch.device) -> tuple[float, float]:
+def timed(
+    forward: Callable[[], Any], backward: Callable[[Any], object], device: torch.device
+) -> tuple[float, float]:
     """Seconds (to the end of the forward pass, to the end of the backward pass)."""
     if device.type != "cuda":
         start = time.perf_counter()
@@ -466,25 +613,40 @@ def slowest(per_rank: Sequence[Sequence[tuple[float, float]]]) -> dict[str, dict
     forward = [max(one[0] for one in rep) for rep in zip(*per_rank, strict=True)]
     total = [max(one[1] for one in rep) for rep in zip(*per_rank, strict=True)]
     backward = [t - f for f, t in zip(forward, total, strict=True)]
-    return {"forward": records.stats(forward), "backward": records.stats(backward), "total": records.stats(total)}
+    return {
+        "forward": records.stats(forward),
+        "backward": records.stats(backward),
+        "total": records.stats(total),
+    }
 
 
-def derived(case: Case, seconds: dict[str, dict], workers: int, baseline: dict | None) -> dict[str, Any]:
+def derived(
+    case: Case, seconds: dict[str, dict], workers: int, baseline: dict | None
+) -> dict[str, Any]:
     """What follows from the times; definitions in ``records``."""
     if baseline is None or baseline["seconds"] is None:
         missing = baseline["missing"] if baseline else "not asked for (--no-baseline)"
-        against: dict[str, Any] = {"baseline": None, "baseline_missing": missing, "efficiency_percent": None}
+        against: dict[str, Any] = {
+            "baseline": None,
+            "baseline_missing": missing,
+            "efficiency_percent": None,
+        }
     else:
         scale = 100 * baseline["workers"] / workers
         against = {
             "baseline": {k: baseline[k] for k in ("kernel", "workers", "seconds")},
             "baseline_missing": None,
-            "efficiency_percent": {p: scale * baseline["seconds"][p]["median"] / seconds[p]["median"] for p in records.PHASES},
+            "efficiency_percent": {
+                p: scale * baseline["seconds"][p]["median"] / seconds[p]["median"]
+                for p in records.PHASES
+            },
         }
     return {
         **against,
         "tokens_per_second": case.batch * case.seqlen / seconds["total"]["median"],
-        "tflops_per_rank": {p: case.flops()[p] / case.world / seconds[p]["median"] / 1e12 for p in records.PHASES},
+        "tflops_per_rank": {
+            p: case.flops()[p] / case.world / seconds[p]["median"] / 1e12 for p in records.PHASES
+        },
         "flops_rule": FLOPS_RULE,
     }
 
@@ -494,7 +656,9 @@ class Baseline:
 
     def __init__(self, size: Case, kernel: str, world: launch.World):
         self.size, self.device, self.kernel = size, world.device, kernel
-        self.threads = size.baseline_threads or min(size.world * size.threads, len(provenance.cores()))
+        self.threads = size.baseline_threads or min(
+            size.world * size.threads, len(provenance.cores())
+        )
         self.times: list[tuple[float, float]] = []
         self.missing: str | None = None
         with self._memory_may_not_suffice():
@@ -525,7 +689,11 @@ class Baseline:
         except (RuntimeError, MemoryError) as e:  # on a CPU torch says so in a plain RuntimeError
             if not isinstance(e, MemoryError) and "memory" not in str(e):
                 raise
-            self.missing, self.inputs, self.times = f"out of memory: {str(e).splitlines()[0]}", (), []
+            self.missing, self.inputs, self.times = (
+                f"out of memory: {str(e).splitlines()[0]}",
+                (),
+                [],
+            )
 
     def result(self) -> dict[str, Any]:
         return {
@@ -550,7 +718,8 @@ def _probe(call: Callable[[], object], device: torch.device) -> dict[str, Any]:
     with comm.traffic() as sent:
         peak = peak_bytes(call, device)
     counted = {
-        d: {"bytes": dict(getattr(sent, d)), "messages": dict(getattr(sent, f"{d}_messages"))} for d in ("forward", "backward")
+        d: {"bytes": dict(getattr(sent, d)), "messages": dict(getattr(sent, f"{d}_messages"))}
+        for d in ("forward", "backward")
     }
     return {"bytes": counted, "peak": peak}
 
@@ -580,7 +749,12 @@ def _wire(sent: Sequence[Sequence[int]], missing: str | None, meter: wire.Meter)
     raw = [sum(rep) / len(sent) for rep in zip(*sent, strict=True)]
     hosts = sum(any(rank) for rank in sent)
     return {
-        "wire": {"median": statistics.median(raw), "raw": raw, "interface": ",".join(meter.names), "hosts": hosts},
+        "wire": {
+            "median": statistics.median(raw),
+            "raw": raw,
+            "interface": ",".join(meter.names),
+            "hosts": hosts,
+        },
         "wire_missing": None,
     }
 
@@ -611,7 +785,9 @@ def _block(r: dict[str, Any]) -> tuple:
 def _block_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     def ratio(r: dict, phase: str) -> str:
         star = "*" if r["oversubscribed"] else ""
-        return f"{r['efficiency_percent'][phase] / 100:.3f}{star}" if r["efficiency_percent"] else "-"
+        return (
+            f"{r['efficiency_percent'][phase] / 100:.3f}{star}" if r["efficiency_percent"] else "-"
+        )
 
     columns: dict[str, Callable[[dict], str]] = {
         "algorithm": lambda r: r["case"]["algorithm"],
@@ -624,17 +800,34 @@ def _block_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
         "bwd ms": lambda r: f"{1e3 * r['seconds']['backward']['median']:.4g}",
         "fwd": lambda r: ratio(r, "forward"),
         "fwd+bwd": lambda r: ratio(r, "total"),
-        "MB sent": lambda r: "/".join(f"{r['bytes'][d]['counted'] / 1e6:.3g}" for d in ("forward", "backward")),
+        "MB sent": lambda r: "/".join(
+            f"{r['bytes'][d]['counted'] / 1e6:.3g}" for d in ("forward", "backward")
+        ),
         "TFLOP/s": lambda r: f"{r['tflops_per_rank']['total']:.3g}",
     }
-    same = {n: columns[n](rows[0]) for n in ("layout", "overlap", "Hkv") if len({columns[n](r) for r in rows}) == 1}
+    same = {
+        n: columns[n](rows[0])
+        for n in ("layout", "overlap", "Hkv")
+        if len({columns[n](r) for r in rows}) == 1
+    }
     mask, dtype, batch, heads, dim, kernel = _block(rows[0])
-    title = [mask, dtype, f"B {batch}", f"H {heads}", f"D {dim}", f"kernel {kernel}", *(f"{n} {v}" for n, v in same.items())]
+    title = [
+        mask,
+        dtype,
+        f"B {batch}",
+        f"H {heads}",
+        f"D {dim}",
+        f"kernel {kernel}",
+        *(f"{n} {v}" for n, v in same.items()),
+    ]
     text = {n: [n, *(f(r) for r in rows)] for n, f in columns.items() if n not in same}
     width = {n: max(map(len, cells)) for n, cells in text.items()}
     left = ("algorithm", "layout")
     lines = [
-        " ".join(c.ljust(width[n]) if n in left else c.rjust(width[n]) for n, c in zip(text, line, strict=True))
+        " ".join(
+            c.ljust(width[n]) if n in left else c.rjust(width[n])
+            for n, c in zip(text, line, strict=True)
+        )
         for line in zip(*text.values(), strict=True)
     ]
     return [", ".join(title), *lines]

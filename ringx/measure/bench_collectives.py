@@ -55,8 +55,13 @@ class Collective:
     expected() is what that result must be if rank r's input was ``_values(r, ...)``, or None where it does not matter."""
 
     bus: Callable[[int], float]
-    sent: Callable[[int], float]  # bytes that a rank sends in an optimal implementation / S, mean over ranks
-    prepare: Callable[[int, int, int, torch.device, bool], tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor | None]]]
+    sent: Callable[
+        [int], float
+    ]  # bytes that a rank sends in an optimal implementation / S, mean over ranks
+    prepare: Callable[
+        [int, int, int, torch.device, bool],
+        tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor | None]],
+    ]
 
 
 def _values(rank: int, n: int, device: torch.device, checked: bool) -> torch.Tensor:
@@ -105,7 +110,9 @@ def _all_reduce(rank, world, n, device, checked):
 
 def _all_gather(rank, world, n, device, checked):
     x, out = _values(rank, n // world, device, checked), torch.zeros(n, dtype=DTYPE, device=device)
-    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
+    gather = getattr(
+        dist, "all_gather_single", dist.all_gather_into_tensor
+    )  # renamed in torch 2.13
 
     def call():
         gather(out, x)
@@ -116,7 +123,9 @@ def _all_gather(rank, world, n, device, checked):
 
 def _reduce_scatter(rank, world, n, device, checked):
     x, out = _values(rank, n, device, checked), torch.zeros(n // world, dtype=DTYPE, device=device)
-    scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # renamed in torch 2.13
+    scatter = getattr(
+        dist, "reduce_scatter_single", dist.reduce_scatter_tensor
+    )  # renamed in torch 2.13
 
     def call():
         scatter(out, x)
@@ -132,7 +141,9 @@ def _all_to_all(rank, world, n, device, checked):
         dist.all_to_all_single(out, x)
         return out
 
-    return call, lambda: torch.cat([_values(r, n, device, True).chunk(world)[rank] for r in range(world)])
+    return call, lambda: torch.cat(
+        [_values(r, n, device, True).chunk(world)[rank] for r in range(world)]
+    )
 
 
 def _ring(rank, world, n, device, checked):
@@ -140,7 +151,9 @@ def _ring(rank, world, n, device, checked):
     following, previous = (rank + 1) % world, (rank - 1) % world
 
     def call():
-        for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, x, following), dist.P2POp(dist.irecv, out, previous)]):
+        for work in dist.batch_isend_irecv(
+            [dist.P2POp(dist.isend, x, following), dist.P2POp(dist.irecv, out, previous)]
+        ):
             work.wait()
         return out
 
@@ -179,25 +192,53 @@ class Case:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the records")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for the records"
+    )
     parser.add_argument("--nproc", metavar="N,...", help="ranks (default: 2, or the launcher's)")
     add_matrix(parser)
-    parser.add_argument("--resume", action="store_true", help="skip collectives that DIR already holds")
+    parser.add_argument(
+        "--resume", action="store_true", help="skip collectives that DIR already holds"
+    )
 
 
 def add_matrix(parser: argparse._ActionsContainer) -> None:
     """What to measure and how, apart from ranks and files."""
-    parser.add_argument("--collectives", default="all", metavar="X,...", help=f"{', '.join(COLLECTIVES)} (default: all)")
-    parser.add_argument("--min-bytes", default="1K", metavar="S", help="smallest size; K, M and G are powers of 1024 (default: 1K)")
+    parser.add_argument(
+        "--collectives",
+        default="all",
+        metavar="X,...",
+        help=f"{', '.join(COLLECTIVES)} (default: all)",
+    )
+    parser.add_argument(
+        "--min-bytes",
+        default="1K",
+        metavar="S",
+        help="smallest size; K, M and G are powers of 1024 (default: 1K)",
+    )
     parser.add_argument("--max-bytes", default="1G", metavar="S", help="largest size (default: 1G)")
-    parser.add_argument("--factor", type=int, default=4, help="from one size to the next (default: 4)")
-    parser.add_argument("--also", default="", metavar="S,...", help="sizes besides, where a backend changes its way")
-    parser.add_argument("--reps", type=int, default=20, help="timed repetitions of a size, at most (default: 20)")
-    parser.add_argument("--warmup", type=int, default=2, help="passes before, of each size (default: 2)")
-    parser.add_argument("--seconds", type=float, default=60, help="for each collective, about (default: 60)")
+    parser.add_argument(
+        "--factor", type=int, default=4, help="from one size to the next (default: 4)"
+    )
+    parser.add_argument(
+        "--also", default="", metavar="S,...", help="sizes besides, where a backend changes its way"
+    )
+    parser.add_argument(
+        "--reps", type=int, default=20, help="timed repetitions of a size, at most (default: 20)"
+    )
+    parser.add_argument(
+        "--warmup", type=int, default=2, help="passes before, of each size (default: 2)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="for each collective, about (default: 60)"
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument(
-        "--timeout", type=float, default=600, metavar="S", help="seconds that ranks wait for each other (default: 600)"
+        "--timeout",
+        type=float,
+        default=600,
+        metavar="S",
+        help="seconds that ranks wait for each other (default: 600)",
     )
     text = "note this in the records, such as link_mbit=200; repeatable"
     parser.add_argument("--label", action="append", default=[], metavar="NAME=TEXT", help=text)
@@ -215,7 +256,9 @@ def main(args: argparse.Namespace) -> int:
         try:
             for world in worlds:
                 with watch.at_once(not me):
-                    told = launch.run(measure, world, names, args, device=args.device, timeout=args.timeout)[0]
+                    told = launch.run(
+                        measure, world, names, args, device=args.device, timeout=args.timeout
+                    )[0]
                 if told:
                     break
         except KeyboardInterrupt:
@@ -223,10 +266,14 @@ def main(args: argparse.Namespace) -> int:
         chief = not me or me.rank == 0
         if not told:
             if chief:
-                print(f"records and {machine.FILE} in {args.out}; `ringx plot {args.out}` draws them")
+                print(
+                    f"records and {machine.FILE} in {args.out}; `ringx plot {args.out}` draws them"
+                )
             return 0
         if chief:
-            print(f"interrupted by {told}: what is complete is in {args.out}; the same command with --resume measures the rest")
+            print(
+                f"interrupted by {told}: what is complete is in {args.out}; the same command with --resume measures the rest"
+            )
             if told != "SIGINT" and _count(args.out) == before:
                 return 1  # not AGAIN: without progress it would come again forever
         return 130 if told == "SIGINT" else AGAIN
@@ -311,11 +358,15 @@ def measure(world: launch.World, names: list[str], args: argparse.Namespace) -> 
     """Measures the collectives one after another; rank 0 writes their records and prints a table.  None, or the signal that ended
     it early."""
     labels = labelled(args.label)
-    options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if not callable(v)}
+    options = {
+        k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if not callable(v)
+    }
     common = provenance.of_run(world, options, labels)
     launch.announce(world)
     hosts = len(common["machine"]["hosts"])
-    cases = [Case(name, world.world_size, hosts, DTYPE_NAME, args.warmup, args.reps) for name in names]
+    cases = [
+        Case(name, world.world_size, hosts, DTYPE_NAME, args.warmup, args.reps) for name in names
+    ]
     todo = launch.decide(world, lambda: remaining(args.out, cases, args.resume, labels))
     chief = world.rank == 0
     if chief:
@@ -325,13 +376,19 @@ def measure(world: launch.World, names: list[str], args: argparse.Namespace) -> 
         )
     with (
         Watch() as watch,
-        Progress(console=Console(stderr=True), transient=True, disable=not (chief and sys.stderr.isatty())) as bar,
+        Progress(
+            console=Console(stderr=True),
+            transient=True,
+            disable=not (chief and sys.stderr.isatty()),
+        ) as bar,
     ):
         task = bar.add_task("", total=len(todo))
         for case in todo:
             bar.update(task, description=case.collective)
             try:
-                found = measure_collective(world, case, args, watch, print if chief else lambda *_, **__: None)
+                found = measure_collective(
+                    world, case, args, watch, print if chief else lambda *_, **__: None
+                )
             except Stopped:
                 return next(told for told in launch.gather(watch.stop_signal, world) if told)
             bar.advance(task)
@@ -346,13 +403,20 @@ def measure(world: launch.World, names: list[str], args: argparse.Namespace) -> 
                 try:
                     records.write(args.out, {**head, **found, **common})
                 except FileExistsError as e:
-                    print(f"not written, for it was measured elsewhere meanwhile: {e}", file=sys.stderr)
+                    print(
+                        f"not written, for it was measured elsewhere meanwhile: {e}",
+                        file=sys.stderr,
+                    )
                 machine.write(args.out, machine.collected(args.out))
     return None
 
 
 def measure_collective(
-    world: launch.World, case: Case, args: argparse.Namespace, watch: Watch, say: Callable[..., None]
+    world: launch.World,
+    case: Case,
+    args: argparse.Namespace,
+    watch: Watch,
+    say: Callable[..., None],
 ) -> dict[str, Any]:
     """What the record of this collective holds; the same on every rank."""
     what = COLLECTIVES[case.collective]
@@ -360,9 +424,17 @@ def measure_collective(
     missing = next((m for m in launch.gather(meter.missing, world) if m), None)
     end, ended = time.monotonic() + args.seconds, None
     rows: list[dict[str, Any]] = []
-    for size in sizes_of(in_bytes(args.min_bytes), in_bytes(args.max_bytes), args.factor, world.world_size, _also(args)):
+    for size in sizes_of(
+        in_bytes(args.min_bytes),
+        in_bytes(args.max_bytes),
+        args.factor,
+        world.world_size,
+        _also(args),
+    ):
         expected = rows[-1]["median"] * size / rows[-1]["bytes"] if rows else 0.0
-        ended = launch.decide(world, partial(_enough, size, expected * (case.warmup + LEAST_REPS), end))
+        ended = launch.decide(
+            world, partial(_enough, size, expected * (case.warmup + LEAST_REPS), end)
+        )
         ended = next((e for e in launch.gather(ended or _no_room(size, world), world) if e), None)
         if ended:
             break
@@ -388,7 +460,9 @@ def _no_room(size: int, world: launch.World) -> str | None:
         free, sharing = _free_memory(), world.local_world
     need = 4 * size * sharing
     return (
-        f"{size} bytes a rank need {need / 2**30:.1f} GiB of the {free / 2**30:.1f} GiB that are free" if need > free / 2 else None
+        f"{size} bytes a rank need {need / 2**30:.1f} GiB of the {free / 2**30:.1f} GiB that are free"
+        if need > free / 2
+        else None
     )
 
 
@@ -398,7 +472,10 @@ def _free_memory() -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return sys.maxsize
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), sys.maxsize)
+    return next(
+        (1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")),
+        sys.maxsize,
+    )
 
 
 def _measure_size(world, what, size, case, watch, meter, missing, end) -> dict[str, Any]:
@@ -437,7 +514,9 @@ def _measure_size(world, what, size, case, watch, meter, missing, end) -> dict[s
         "algbw": size / mean,
         "busbw": size / mean * what.bus(world.world_size),
         "wrong": sum(r["wrong"] for r in everyone),
-        "wire_factor": None if missing else left / (what.sent(world.world_size) * size * world.world_size),
+        "wire_factor": None
+        if missing
+        else left / (what.sent(world.world_size) * size * world.world_size),
     }
 
 

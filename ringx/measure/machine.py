@@ -36,9 +36,15 @@ def fit(points: Sequence[tuple[int, float]]) -> dict[str, float] | None:
     now = np.log([seconds.min(), seconds[-1] / size[-1]])
     for _ in range(100):
         alpha, beta = np.exp(now)
-        slopes = np.stack([np.full_like(size, alpha), beta * size], axis=1) / (alpha + beta * size)[:, None]
+        slopes = (
+            np.stack([np.full_like(size, alpha), beta * size], axis=1)
+            / (alpha + beta * size)[:, None]
+        )
         step = np.clip(np.linalg.lstsq(slopes, -off(now), rcond=1e-12)[0], -2, 2)
-        while np.square(off(now + step)).sum() > np.square(off(now)).sum() and np.abs(step).max() > 1e-9:
+        while (
+            np.square(off(now + step)).sum() > np.square(off(now)).sum()
+            and np.abs(step).max() > 1e-9
+        ):
             step /= 2
         now = np.maximum(now + step, -80)
         if np.abs(step).max() < 1e-9:
@@ -61,12 +67,18 @@ def of(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     fits = []
     for r in found:
         what, world = COLLECTIVES[r["case"]["collective"]], r["case"]["world"]
-        factors = [[s["bytes"], s["wire_factor"]] for s in r["sizes"] if s["wire_factor"] is not None]
+        factors = [
+            [s["bytes"], s["wire_factor"]] for s in r["sizes"] if s["wire_factor"] is not None
+        ]
         fits.append(
             {
                 **{k: r["case"][k] for k in ("collective", "world", "hosts")},
                 "ranks_per_host": r["launch"]["local_world"],
-                **{"backend": r["launch"]["backend"], "device": r["machine"]["device"], "labels": r["labels"]},
+                **{
+                    "backend": r["launch"]["backend"],
+                    "device": r["machine"]["device"],
+                    "labels": r["labels"],
+                },
                 **fit_of(r),
                 "bytes": [r["sizes"][0]["bytes"], r["sizes"][-1]["bytes"]],
                 "bus_factor": what.bus(world),
@@ -76,8 +88,21 @@ def of(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
             }
         )
     order = list(COLLECTIVES)
-    fits.sort(key=lambda f: (json.dumps(f["labels"]), f["device"], order.index(f["collective"]), f["world"], f["hosts"]))
-    return {"schema": records.SCHEMA, "kind": "machine", "model": "seconds = alpha_s + beta_s_per_byte * bytes", "fits": fits}
+    fits.sort(
+        key=lambda f: (
+            json.dumps(f["labels"]),
+            f["device"],
+            order.index(f["collective"]),
+            f["world"],
+            f["hosts"],
+        )
+    )
+    return {
+        "schema": records.SCHEMA,
+        "kind": "machine",
+        "model": "seconds = alpha_s + beta_s_per_byte * bytes",
+        "fits": fits,
+    }
 
 
 def collected(directory: Path) -> list[dict[str, Any]]:
@@ -101,20 +126,37 @@ def load(path: Path) -> list[dict[str, Any]]:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
-    if not isinstance(content, dict) or content.get("kind") != "machine" or content.get("schema") != records.SCHEMA:
-        raise ValueError(f"{path} is no machine file of schema {records.SCHEMA}; `ringx bench-comm` writes one.")
+    if (
+        not isinstance(content, dict)
+        or content.get("kind") != "machine"
+        or content.get("schema") != records.SCHEMA
+    ):
+        raise ValueError(
+            f"{path} is no machine file of schema {records.SCHEMA}; `ringx bench-comm` writes one."
+        )
     return content["fits"]
 
 
-def find(fits: Sequence[dict[str, Any]], collective: str, world: int, labels: Mapping[str, str] | None = None) -> dict[str, Any]:
+def find(
+    fits: Sequence[dict[str, Any]],
+    collective: str,
+    world: int,
+    labels: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """The newest fit of a collective on so many ranks; of these labels, if they are given.
 
     Raises:
         LookupError: there is none; names what there is."""
-    fitting = [f for f in fits if (f["collective"], f["world"]) == (collective, world) and labels in (None, f["labels"])]
+    fitting = [
+        f
+        for f in fits
+        if (f["collective"], f["world"]) == (collective, world) and labels in (None, f["labels"])
+    ]
     if not fitting:
         there = sorted({(f["collective"], f["world"]) for f in fits})
-        raise LookupError(f"no fit of {collective} on {world} ranks with labels {labels}; there are {there}.")
+        raise LookupError(
+            f"no fit of {collective} on {world} ranks with labels {labels}; there are {there}."
+        )
     return max(fitting, key=lambda f: f["date"])
 
 
@@ -125,8 +167,12 @@ def wire_bytes(fit: Mapping[str, Any], sent: float, messages: float) -> float:
     Raises:
         LookupError: no interface was read when the collective was measured."""
     if not fit["wire_factors"]:
-        raise LookupError(f"of {fit['collective']} on {fit['world']} ranks no bytes on the wire were counted.")
-    sizes, factors = (np.array(column, dtype=float) for column in zip(*fit["wire_factors"], strict=True))
+        raise LookupError(
+            f"of {fit['collective']} on {fit['world']} ranks no bytes on the wire were counted."
+        )
+    sizes, factors = (
+        np.array(column, dtype=float) for column in zip(*fit["wire_factors"], strict=True)
+    )
     left, size = factors * sizes, sent / messages / fit["sent_per_byte"]
     if size > sizes[-1] and len(sizes) > 1:
         one = left[-1] + (size - sizes[-1]) * (left[-1] - left[-2]) / (sizes[-1] - sizes[-2])
@@ -141,5 +187,7 @@ def seconds_unhidden(fit: Mapping[str, Any], sent: float, messages: float) -> fl
     Raises:
         LookupError: the collective was measured at one size only."""
     if fit["alpha_s"] is None:
-        raise LookupError(f"{fit['collective']} on {fit['world']} ranks was measured at one size only.")
+        raise LookupError(
+            f"{fit['collective']} on {fit['world']} ranks was measured at one size only."
+        )
     return messages * fit["alpha_s"] + sent / fit["sent_per_byte"] * fit["beta_s_per_byte"]

@@ -95,7 +95,9 @@ class Lifetimes(SeesInside):
 
 def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
     for x in tree_leaves(tree):
-        if isinstance(x, torch.Tensor) and not x.is_meta:  # a fake tensor says that it is not, and counts
+        if (
+            isinstance(x, torch.Tensor) and not x.is_meta
+        ):  # a fake tensor says that it is not, and counts
             yield x.untyped_storage()
 
 

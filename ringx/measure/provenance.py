@@ -18,7 +18,15 @@ import torch
 from ..launch import World, gather
 
 PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4", "amd-aiter", "mpi4py")
-ENVIRONMENT = ("OMP_", "KMP_", "NCCL_", "RCCL_", "GLOO_", "FI_", "TORCH_NCCL_")  # variables that change what is measured
+ENVIRONMENT = (
+    "OMP_",
+    "KMP_",
+    "NCCL_",
+    "RCCL_",
+    "GLOO_",
+    "FI_",
+    "TORCH_NCCL_",
+)  # variables that change what is measured
 
 
 def of_run(world: World, options: Mapping[str, Any], labels: Mapping[str, str]) -> dict[str, Any]:
@@ -27,7 +35,10 @@ def of_run(world: World, options: Mapping[str, Any], labels: Mapping[str, str]) 
     cuda = world.device.type == "cuda"
     return {
         "labels": dict(labels),
-        "command": {"argv": ["ringx", *sys.argv[1:]], "options": json.loads(json.dumps(options, default=str))},
+        "command": {
+            "argv": ["ringx", *sys.argv[1:]],
+            "options": json.loads(json.dumps(options, default=str)),
+        },
         "versions": versions(),
         "git": git() if world.rank == 0 else None,
         "machine": {
@@ -42,7 +53,9 @@ def of_run(world: World, options: Mapping[str, Any], labels: Mapping[str, str]) 
             "launcher": str(world.launcher),
             "backend": str(world.backend),
             "local_world": world.local_world,
-            "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(ENVIRONMENT)},
+            "environment": {
+                k: v for k, v in sorted(os.environ.items()) if k.startswith(ENVIRONMENT)
+            },
             "job": job(),
         },
     }
@@ -59,7 +72,13 @@ def versions() -> dict[str, Any]:
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             packages[name] = importlib.metadata.version(name)
-    accelerator = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}" if torch.version.hip else None
+    accelerator = (
+        f"CUDA {torch.version.cuda}"
+        if torch.version.cuda
+        else f"ROCm {torch.version.hip}"
+        if torch.version.hip
+        else None
+    )
     return {
         "ringx": __version__,
         "torch": str(torch.__version__),
@@ -76,8 +95,16 @@ def git() -> dict[str, Any] | None:
         return None
     try:
         ask = ["git", "-C", str(package)]
-        commit = subprocess.run([*ask, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
-        changes = subprocess.run([*ask, "status", "--porcelain", "--", "."], capture_output=True, text=True, timeout=30, check=True)
+        commit = subprocess.run(
+            [*ask, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        )
+        changes = subprocess.run(
+            [*ask, "status", "--porcelain", "--", "."],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return {"commit": commit.stdout.strip(), "dirty": bool(changes.stdout.strip())}

@@ -56,13 +56,19 @@ _COMMON: dict[str, tuple[Any, str]] = {  # dotted path -> (type or types, meanin
     "versions.python": (str, ""),
     "versions.accelerator": ((str, _null), "CUDA or ROCm release that torch was built for"),
     "versions.packages": (dict, "installed packages that can matter: kernels, MPI"),
-    "git": ((dict, _null), "commit, and dirty: uncommitted changes in the package; null outside a checkout"),
+    "git": (
+        (dict, _null),
+        "commit, and dirty: uncommitted changes in the package; null outside a checkout",
+    ),
     "machine.hosts": (list, "distinct host names of the ranks"),
     "machine.platform": (str, "operating system"),
     "machine.cpu": (str, "model"),
     "machine.cores": (int, "cores that the ranks of rank 0's host may use"),
     "machine.device": (str, "cpu, or the name of the GPU"),
-    "machine.load_average": ((list, _null), "1, 5 and 15 minutes on rank 0's host before the first repetition"),
+    "machine.load_average": (
+        (list, _null),
+        "1, 5 and 15 minutes on rank 0's host before the first repetition",
+    ),
     "launch.launcher": (str, "what started the ranks"),
     "launch.backend": (str, "of torch.distributed"),
     "launch.local_world": (int, "ranks on rank 0's host"),
@@ -97,15 +103,24 @@ _ATTENTION: dict[str, tuple[Any, str]] = {
     "workers": (int, "threads (CPU) or devices (GPU) that computed"),
     "oversubscribed": (bool, "more threads than cores"),
     "seconds": (dict, "forward, backward, total: see STATS"),
-    "baseline": ((dict, _null), "kernel, workers, seconds {forward, backward, total}; null where it was not measured"),
+    "baseline": (
+        (dict, _null),
+        "kernel, workers, seconds {forward, backward, total}; null where it was not measured",
+    ),
     "baseline_missing": ((str, _null), "why there is no baseline"),
     "efficiency_percent": ((dict, _null), "forward, backward, total"),
     "tokens_per_second": (_number, "B S / total"),
     "tflops_per_rank": (dict, "forward, backward, total"),
     "flops_rule": (str, "how floating-point operations are counted"),
-    "bytes.forward": (dict, "counted, closed_form, collectives {name: counted}, messages {name: how many}; means over ranks"),
+    "bytes.forward": (
+        dict,
+        "counted, closed_form, collectives {name: counted}, messages {name: how many}; means over ranks",
+    ),
     "bytes.backward": (dict, "likewise"),
-    "wire": ((dict, _null), "median, raw: one value per repetition; interface, hosts; null where nothing could be counted"),
+    "wire": (
+        (dict, _null),
+        "median, raw: one value per repetition; interface, hosts; null where nothing could be counted",
+    ),
     "wire_missing": ((str, _null), "why there is no count"),
     "memory.peak_bytes": ((int, _null), "see above"),
     "memory.how": (str, "how the peak was found"),
@@ -122,7 +137,9 @@ _COLLECTIVE: dict[str, tuple[Any, str]] = {
     "wire_missing": ((str, _null), "why no wire bytes were counted"),
 }
 FIELDS = {"attention": _COMMON | _ATTENTION, "collective": _COMMON | _COLLECTIVE}
-SIZE: dict[str, tuple[Any, str]] = {  # of each entry of "sizes" of a collective; times in seconds, the slowest rank's
+SIZE: dict[
+    str, tuple[Any, str]
+] = {  # of each entry of "sizes" of a collective; times in seconds, the slowest rank's
     "bytes": (int, "the size as nccl-tests defines it"),
     "reps": (int, "timed repetitions"),
     "mean": (_number, "what nccl-tests prints as time, and what algbw and busbw follow from"),
@@ -132,22 +149,35 @@ SIZE: dict[str, tuple[Any, str]] = {  # of each entry of "sizes" of a collective
     "algbw": (_number, "bytes / mean, in B/s"),
     "busbw": (_number, "algbw x the collective's bus factor"),
     "wrong": (int, "elements of all ranks' results that were not as they should be"),
-    "wire_factor": ((*_number, _null), "bytes that left the hosts / what an optimal implementation would send"),
+    "wire_factor": (
+        (*_number, _null),
+        "bytes that left the hosts / what an optimal implementation would send",
+    ),
 }
 STATS = ("median", "min", "q1", "q3", "raw")  # raw: one value per repetition, in order
 
 
 def stats(raw: Sequence[float]) -> dict[str, Any]:
     """Median and spread of the repetitions, all values kept."""
-    q1, median, q3 = statistics.quantiles(raw, n=4, method="inclusive") if len(raw) > 1 else [*raw, *raw, *raw]
+    q1, median, q3 = (
+        statistics.quantiles(raw, n=4, method="inclusive") if len(raw) > 1 else [*raw, *raw, *raw]
+    )
     return {"median": median, "min": min(raw), "q1": q1, "q3": q3, "raw": list(raw)}
 
 
 def validate(record: Any) -> dict[str, Any]:
     """The record itself if it follows the schema; otherwise a ValueError that names every fault."""
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA or record.get("kind") not in FIELDS:
-        version, kind = (record.get("schema"), record.get("kind")) if isinstance(record, dict) else (None, None)
-        raise ValueError(f"not a record of schema {SCHEMA} of a kind that is known (schema: {version!r}, kind: {kind!r})")
+    if (
+        not isinstance(record, dict)
+        or record.get("schema") != SCHEMA
+        or record.get("kind") not in FIELDS
+    ):
+        version, kind = (
+            (record.get("schema"), record.get("kind")) if isinstance(record, dict) else (None, None)
+        )
+        raise ValueError(
+            f"not a record of schema {SCHEMA} of a kind that is known (schema: {version!r}, kind: {kind!r})"
+        )
     faults = []
     for path, (types, _) in FIELDS[record["kind"]].items():
         value = record
@@ -169,7 +199,10 @@ _missing: Any = object()
 
 def _numbers(record):
     """Faults among the values that are computed from each other."""
-    for what, block in (("seconds", record["seconds"]), ("baseline.seconds", (record["baseline"] or {}).get("seconds"))):
+    for what, block in (
+        ("seconds", record["seconds"]),
+        ("baseline.seconds", (record["baseline"] or {}).get("seconds")),
+    ):
         if what != "seconds" and record["baseline"] is None:
             continue
         for phase in PHASES:
@@ -182,7 +215,10 @@ def _numbers(record):
                 yield f"{what}.{phase}.raw holds something other than positive numbers"
             elif one != stats(one["raw"]):
                 yield f"{what}.{phase} is not the summary of its raw values"
-    groups = {"tflops_per_rank": PHASES, "efficiency_percent": PHASES if record["efficiency_percent"] is not None else ()}
+    groups = {
+        "tflops_per_rank": PHASES,
+        "efficiency_percent": PHASES if record["efficiency_percent"] is not None else (),
+    }
     for what, keys in groups.items():
         for key in keys:
             if not _positive(record[what].get(key)):
@@ -203,11 +239,18 @@ def _sizes(record):
     """Faults among the sizes of a collective."""
     for i, one in enumerate(record["sizes"]):
         for key, (types, _) in SIZE.items():
-            if not isinstance(one, dict) or not isinstance(one.get(key, _missing), types) or isinstance(one[key], bool):
+            if (
+                not isinstance(one, dict)
+                or not isinstance(one.get(key, _missing), types)
+                or isinstance(one[key], bool)
+            ):
                 yield f"sizes[{i}].{key} is missing or has the wrong type"
                 break
         else:
-            if not all(_positive(one[key]) for key in ("bytes", "reps", "mean", "min", "median", "p99", "algbw", "busbw")):
+            if not all(
+                _positive(one[key])
+                for key in ("bytes", "reps", "mean", "min", "median", "p99", "algbw", "busbw")
+            ):
                 yield f"sizes[{i}] holds something other than positive numbers"
             elif not one["min"] <= one["median"] <= one["p99"]:
                 yield f"sizes[{i}]: min, median and p99 do not rise"
@@ -257,7 +300,10 @@ def expect_room(directory: Path, size: int) -> None:
         finally:
             probe.unlink(missing_ok=True)
     except OSError as e:
-        raise OSError(e.errno, f"{directory} cannot take the results ({size} bytes): {e.strerror}; pass another --out") from None
+        raise OSError(
+            e.errno,
+            f"{directory} cannot take the results ({size} bytes): {e.strerror}; pass another --out",
+        ) from None
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -273,10 +319,25 @@ def read(path: Path) -> dict[str, Any]:
 
 def _from_schema_1(record: Any) -> Any:
     """Records of before labels, numbers of messages, wire bytes and jobs: they have none."""
-    if isinstance(record, dict) and record.get("schema") == 1 and all(isinstance(record.get(k), dict) for k in ("launch", "bytes")):
+    if (
+        isinstance(record, dict)
+        and record.get("schema") == 1
+        and all(isinstance(record.get(k), dict) for k in ("launch", "bytes"))
+    ):
         sent = {direction: {**of, "messages": {}} for direction, of in record["bytes"].items()}
-        none: dict[str, Any] = {"labels": {}, "wire": None, "wire_missing": "not counted before schema 2"}
-        return {**record, "schema": SCHEMA, "kind": "attention", **none, "bytes": sent, "launch": {**record["launch"], "job": None}}
+        none: dict[str, Any] = {
+            "labels": {},
+            "wire": None,
+            "wire_missing": "not counted before schema 2",
+        }
+        return {
+            **record,
+            "schema": SCHEMA,
+            "kind": "attention",
+            **none,
+            "bytes": sent,
+            "launch": {**record["launch"], "job": None},
+        }
     return record
 
 
@@ -284,7 +345,9 @@ def read_all(directory: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """(records of a directory, what is wrong with each file that is none)."""
     directory = Path(directory)
     if not directory.is_dir():
-        raise FileNotFoundError(f"{directory} is no directory; `ringx bench --out {directory}` writes records there.")
+        raise FileNotFoundError(
+            f"{directory} is no directory; `ringx bench --out {directory}` writes records there."
+        )
     good, broken = [], []
     for path in sorted(directory.glob("*.json")):
         if path.name in DERIVED:

@@ -51,20 +51,44 @@ class Case:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--nproc", type=integers, default=None, metavar="N,...", help="ranks (default: 2, or the launcher's)")
-    parser.add_argument("--algorithms", type=choices(ALGORITHMS), default=list(ALGORITHMS), metavar="NAME,...")
-    parser.add_argument("--layouts", type=choices(LAYOUTS), default=list(LAYOUTS), metavar="NAME,...")
-    parser.add_argument("--masks", type=choices(MASKS), default=list(MASKS), metavar="NAME,...", help="causal, full")
-    parser.add_argument("--dtypes", type=choices(DTYPES), default=["fp64", "fp32", "bf16"], metavar="NAME,...")
-    parser.add_argument("--seqlens", type=integers, default=[256, 251], metavar="S,...", help="global lengths, any >= N")
+    parser.add_argument(
+        "--nproc",
+        type=integers,
+        default=None,
+        metavar="N,...",
+        help="ranks (default: 2, or the launcher's)",
+    )
+    parser.add_argument(
+        "--algorithms", type=choices(ALGORITHMS), default=list(ALGORITHMS), metavar="NAME,..."
+    )
+    parser.add_argument(
+        "--layouts", type=choices(LAYOUTS), default=list(LAYOUTS), metavar="NAME,..."
+    )
+    parser.add_argument(
+        "--masks", type=choices(MASKS), default=list(MASKS), metavar="NAME,...", help="causal, full"
+    )
+    parser.add_argument(
+        "--dtypes", type=choices(DTYPES), default=["fp64", "fp32", "bf16"], metavar="NAME,..."
+    )
+    parser.add_argument(
+        "--seqlens",
+        type=integers,
+        default=[256, 251],
+        metavar="S,...",
+        help="global lengths, any >= N",
+    )
     parser.add_argument("--heads", type=int, default=4, metavar="H")
     parser.add_argument("--kv-heads", type=integers, default=[2], metavar="H,...")
     parser.add_argument("--head-dims", type=integers, default=[64], metavar="D,...")
     parser.add_argument("--overlap", type=switches, default=[True, False], metavar="on,off")
     parser.add_argument("--kernel", default="auto", help="local kernel (default: auto)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--grid", action="store_true", help="kv heads 1, 2 and H; head sizes 40, 64 and 128")
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write every case and its errors")
+    parser.add_argument(
+        "--grid", action="store_true", help="kv heads 1, 2 and H; head sizes 40, 64 and 128"
+    )
+    parser.add_argument(
+        "--json", type=Path, default=None, metavar="FILE", help="write every case and its errors"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -76,15 +100,27 @@ def main(args: argparse.Namespace) -> int:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.touch()
     choices_ = (args.algorithms, args.layouts, args.masks, args.dtypes, args.seqlens, [args.heads])
-    cases = [Case(*values) for values in itertools.product(*choices_, args.kv_heads, args.head_dims, args.overlap)]
+    cases = [
+        Case(*values)
+        for values in itertools.product(*choices_, args.kv_heads, args.head_dims, args.overlap)
+    ]
     worlds = args.nproc or [None if launch.launched() else 2]
     if (most := max(launch.world_size(n) for n in worlds)) > min(args.seqlens):
-        raise ValueError(f"--seqlens {min(args.seqlens)} is shorter than --nproc {most}: some rank would hold no token.")
+        raise ValueError(
+            f"--seqlens {min(args.seqlens)} is shorter than --nproc {most}: some rank would hold no token."
+        )
     results = []
     for nproc in worlds:
         results += launch.run(verify_on_rank, nproc, cases, args.kernel, device=args.device)[0]
-        if args.json is not None and results[0]["rank"] == 0:  # after each number of ranks: an interrupted run keeps those
-            args.json.write_text(json.dumps({"torch": torch.__version__, "limits": LIMITS, "cases": results}, indent=1) + "\n")
+        if (
+            args.json is not None and results[0]["rank"] == 0
+        ):  # after each number of ranks: an interrupted run keeps those
+            args.json.write_text(
+                json.dumps(
+                    {"torch": torch.__version__, "limits": LIMITS, "cases": results}, indent=1
+                )
+                + "\n"
+            )
     if results[0]["rank"] == 0:
         report(results)
     return 0 if all(r["ok"] for r in results) else 1
@@ -94,9 +130,19 @@ def verify_on_rank(world: launch.World, cases: list[Case], kernel: str) -> list[
     """One record per case, the same on every rank."""
     launch.announce(world)
     results = []
-    with poisoned_memory(), Progress(transient=True, disable=world.rank != 0 or not sys.stdout.isatty()) as progress:
+    with (
+        poisoned_memory(),
+        Progress(transient=True, disable=world.rank != 0 or not sys.stdout.isatty()) as progress,
+    ):
         for case in progress.track(cases, description=f"verify on {world.world_size} ranks"):
-            results.append({"rank": world.rank, "nproc": world.world_size, **asdict(case), **_measure(world, case, kernel)})
+            results.append(
+                {
+                    "rank": world.rank,
+                    "nproc": world.world_size,
+                    **asdict(case),
+                    **_measure(world, case, kernel),
+                }
+            )
     return results
 
 
@@ -117,18 +163,31 @@ def _measure(world: launch.World, case: Case, kernel: str) -> dict:
 
     got, again = once(), once()
     repeats = torch.tensor(float(all(torch.equal(got[n], again[n]) for n in NAMES)))
-    squares = torch.zeros(len(NAMES), 2, dtype=torch.float64)  # of the difference and of what is wanted, on this rank
+    squares = torch.zeros(
+        len(NAMES), 2, dtype=torch.float64
+    )  # of the difference and of what is wanted, on this rank
     for i, name in enumerate(NAMES):
         mine = want[name].index_select(2 if name == "lse" else 1, where)
-        squares[i, 0], squares[i, 1] = (got[name].double() - mine).square().sum(), mine.square().sum()
+        squares[i, 0], squares[i, 1] = (
+            (got[name].double() - mine).square().sum(),
+            mine.square().sum(),
+        )
     if world.world_size > 1:
         squares, repeats = squares.to(world.device), repeats.to(world.device)
         dist.all_reduce(squares)
         dist.all_reduce(repeats, dist.ReduceOp.MIN)
     errors = dict(zip(NAMES, (squares[:, 0] / squares[:, 1]).sqrt().tolist(), strict=True))
-    repeatable = bool(repeats.item()) if world.device.type == "cpu" else None  # GPU kernels are only asked to repeat on demand
+    repeatable = (
+        bool(repeats.item()) if world.device.type == "cpu" else None
+    )  # GPU kernels are only asked to repeat on demand
     misses = missed(errors, single, case.dtype) + ([] if repeatable is not False else ["repeat"])
-    return {"errors": errors, "single_process": single, "repeatable": repeatable, "missed": misses, "ok": not misses}
+    return {
+        "errors": errors,
+        "single_process": single,
+        "repeatable": repeatable,
+        "missed": misses,
+        "ok": not misses,
+    }
 
 
 def missed(errors: dict[str, float], single: dict[str, float], dtype: str) -> list[str]:
@@ -142,7 +201,8 @@ def _expected(mask, dtype, seqlen, heads, kv_heads, head_dim, kernel, device):
     """Inputs (the same on every rank), what fp64 full attention makes of them, the kernel's own errors on the whole sequence."""
     g = torch.Generator().manual_seed(seqlen)
     inputs = [
-        torch.randn(2, seqlen, h, head_dim, generator=g).to(device, DTYPES[dtype]) for h in (heads, kv_heads, kv_heads, heads)
+        torch.randn(2, seqlen, h, head_dim, generator=g).to(device, DTYPES[dtype])
+        for h in (heads, kv_heads, kv_heads, heads)
     ]
     q, k, v, dout = inputs
     band, scale = (None, 0 if mask == "causal" else None), head_dim**-0.5
@@ -153,15 +213,26 @@ def _expected(mask, dtype, seqlen, heads, kv_heads, head_dim, kernel, device):
         return dict(zip(NAMES, (out, lse, *grads), strict=True))
 
     want = run(reference.fwd, reference.bwd, *(x.double() for x in (dout, q, k, v)))
-    chosen = kernels.load(kernels.choose(kernel, kernels.KernelRequest(device, DTYPES[dtype], head_dim, heads, kv_heads)))
+    chosen = kernels.load(
+        kernels.choose(
+            kernel, kernels.KernelRequest(device, DTYPES[dtype], head_dim, heads, kv_heads)
+        )
+    )
     got = run(chosen.fwd, chosen.bwd, dout, q, k, v)
-    return inputs, want, {n: ((got[n].double() - want[n]).norm() / want[n].norm()).item() for n in NAMES}
+    return (
+        inputs,
+        want,
+        {n: ((got[n].double() - want[n]).norm() / want[n].norm()).item() for n in NAMES},
+    )
 
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
     """torch.empty and its like return NaN inside."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -171,8 +242,14 @@ def poisoned_memory() -> Iterator[None]:
 
 def report(results: list[dict]) -> None:
     """One line per algorithm, layout, mask and dtype: the worst errors over all other choices."""
-    print("Relative L2 error against full attention in fp64, the worst over ranks, lengths, heads and overlap")
-    print(f"{'algorithm':10}{'layout':12}{'mask':8}{'dtype':7}{'cases':>6}" + "".join(f"{n:>10}" for n in NAMES) + "  ")
+    print(
+        "Relative L2 error against full attention in fp64, the worst over ranks, lengths, heads and overlap"
+    )
+    print(
+        f"{'algorithm':10}{'layout':12}{'mask':8}{'dtype':7}{'cases':>6}"
+        + "".join(f"{n:>10}" for n in NAMES)
+        + "  "
+    )
     for key, rows in itertools.groupby(sorted(results, key=_key), key=_key):
         group = list(rows)
         worst = [max((r["errors"][n] for r in group), key=lambda e: (e != e, e)) for n in NAMES]
@@ -184,7 +261,10 @@ def report(results: list[dict]) -> None:
         )
     missed = sum(not r["ok"] for r in results)
     ranks = ", ".join(str(n) for n in sorted({r["nproc"] for r in results}))
-    print(f"{len(results)} cases on {ranks} ranks: {missed or 'none'} missed" + (" (ok)" if not missed else ""))
+    print(
+        f"{len(results)} cases on {ranks} ranks: {missed or 'none'} missed"
+        + (" (ok)" if not missed else "")
+    )
 
 
 def _key(r: dict) -> tuple:

@@ -35,7 +35,11 @@ class Meter:
             return "all ranks are on one host"
         if not dist.is_initialized() or not self.names or not COUNTERS.exists():
             return f"the interface is not known, or there is no {COUNTERS}"
-        return None if set(self.names) <= sent().keys() else f"{COUNTERS} has no {', '.join(self.names)}"
+        return (
+            None
+            if set(self.names) <= sent().keys()
+            else f"{COUNTERS} has no {', '.join(self.names)}"
+        )
 
     def mark(self) -> None:
         """Notes the counter.  Bytes between two marks: ``between``."""

@@ -42,7 +42,9 @@ def backward(dout, q, k, v, out, lse, plan):
     plan.attend_own_backward(0, dq, dkv, dout, q, k, v, out, lse)
     home, flying = None, None
     for src, kv in stream:
-        part = torch.zeros(kv.shape, dtype=acc, device=q.device)  # the owner sends none: what it has stays in its dkv
+        part = torch.zeros(
+            kv.shape, dtype=acc, device=q.device
+        )  # the owner sends none: what it has stays in its dkv
         if src != me:
             runs = clip(plan.runs(src), plan.keys_to_send(src))
             part[0], part[1] = plan.attend_backward(dq, dout, q, *kv, out, lse, plan.mine, runs)

@@ -44,12 +44,16 @@ def forward(q, k, v, plan):
     own = plan.attend(OnlineSoftmax(q), q, k, v, plan.mine, plan.mine)
 
     travelling, home = [], None
-    last_rounds = repeat((None, q), 2 if plan.overlap else 0)  # bring home what the last two blocks left on its way
+    last_rounds = repeat(
+        (None, q), 2 if plan.overlap else 0
+    )  # bring home what the last two blocks left on its way
     for dst, q_dst in chain(stream, last_rounds):
         if dst == me:
             travelling.append(_go_home(own.out[:, sent[me]], own.lse[:, :, sent[me]], dst, group))
         elif dst is not None:
-            part = plan.attend(OnlineSoftmax(q_dst), q_dst, k, v, clip(plan.runs(dst), sent[dst]), plan.mine)
+            part = plan.attend(
+                OnlineSoftmax(q_dst), q_dst, k, v, clip(plan.runs(dst), sent[dst]), plan.mine
+            )
             travelling.append(_go_home(part.out, part.lse, dst, group))
         for _ in range(1 if plan.overlap else 3):
             for job in travelling:

@@ -30,7 +30,9 @@ def forward(q, k, v, plan):
     plan.attend(acc, q, k, v, plan.mine, plan.mine)
     others = _others(plan)
     if others:
-        plan.attend(acc, q, *_sorted(arriving.wait(), others), plan.mine, pack([run for _, run in others]))
+        plan.attend(
+            acc, q, *_sorted(arriving.wait(), others), plan.mine, pack([run for _, run in others])
+        )
     return acc.out, acc.lse
 
 
@@ -46,9 +48,13 @@ def backward(dout, q, k, v, out, lse, plan):
     grads = ()
     if others:
         runs = pack([run for _, run in others])
-        grads = plan.attend_backward(dq, dout, q, *_sorted(gathered, others), out, lse, plan.mine, runs)
+        grads = plan.attend_backward(
+            dq, dout, q, *_sorted(gathered, others), out, lse, plan.mine, runs
+        )
     del gathered, arriving
-    flying = comm.all_to_all(_by_owner(grads, others, k, group.world_size), _incoming(k, plan), group)
+    flying = comm.all_to_all(
+        _by_owner(grads, others, k, group.world_size), _incoming(k, plan), group
+    )
     del grads
     if not plan.overlap:
         flying.wait()
@@ -63,7 +69,9 @@ def backward(dout, q, k, v, out, lse, plan):
 def _gather(k, v, plan):
     """[N, 2, B, rows, Hkv, D]; shards shorter than the longest are padded to it, as an all-gather wants."""
     longest = max(
-        plan.sharding.size(0), plan.sharding.size(plan.group.world_size - 1), *map(plan.sharding.size, range(plan.group.world_size))
+        plan.sharding.size(0),
+        plan.sharding.size(plan.group.world_size - 1),
+        *map(plan.sharding.size, range(plan.group.world_size)),
     )
     kv = torch.stack([k, v])
     if k.shape[1] < longest:
@@ -78,14 +86,20 @@ def _others(plan):
     """[(rank, run)] of the keys of other ranks that this one sees, by ascending position."""
     me = plan.group.rank
     runs = [
-        (src, run) for src in range(plan.group.world_size) if src != me for run in clip(plan.runs(src), plan.visible_keys(src, me))
+        (src, run)
+        for src in range(plan.group.world_size)
+        if src != me
+        for run in clip(plan.runs(src), plan.visible_keys(src, me))
     ]
     return sorted(runs, key=lambda x: x[1].start)
 
 
 def _sorted(gathered, others):
     """k, v [B, keys, Hkv, D] of those runs, in that order."""
-    return tuple(torch.cat([gathered[src, i][:, run.at : run.at + run.length] for src, run in others], dim=1) for i in (0, 1))
+    return tuple(
+        torch.cat([gathered[src, i][:, run.at : run.at + run.length] for src, run in others], dim=1)
+        for i in (0, 1)
+    )
 
 
 def _by_owner(grads, others, k, world):
@@ -96,13 +110,19 @@ def _by_owner(grads, others, k, world):
         for part, grad in zip(parts[src], grads, strict=True):
             part.append(grad[:, at : at + run.length])
         at += run.length
-    return [torch.stack([torch.cat(p, dim=1) for p in part]).to(k.dtype) if part[0] else k.new_empty(0) for part in parts]
+    return [
+        torch.stack([torch.cat(p, dim=1) for p in part]).to(k.dtype) if part[0] else k.new_empty(0)
+        for part in parts
+    ]
 
 
 def _incoming(k, plan):
     """Elements of dkv that each rank sends here."""
     me, row = plan.group.rank, 2 * k.shape[0] * k.shape[2] * k.shape[3]
-    return [0 if src == me else plan.visible_keys(me, src).stop * row for src in range(plan.group.world_size)]
+    return [
+        0 if src == me else plan.visible_keys(me, src).stop * row
+        for src in range(plan.group.world_size)
+    ]
 
 
 def bytes_sent(s):

@@ -43,7 +43,9 @@ class Sizes:
         other rank's keys (at one end of a causal sequence), stay at home."""
         if self.N == 1:
             return 0
-        at_home = {"contiguous": self.S / self.N, "zigzag": self.S / self.N / 2, "striped": 1}[self.layout]
+        at_home = {"contiguous": self.S / self.N, "zigzag": self.S / self.N / 2, "striped": 1}[
+            self.layout
+        ]
         return self.S - (at_home if self.causal else 0)
 
     @property
@@ -52,7 +54,12 @@ class Sizes:
         block, others = self.S / self.N, self.N - 1
         if not self.causal:
             return others * block
-        return others * {"contiguous": block / 2, "zigzag": block * 3 / 4, "striped": block - 0.5}[self.layout]
+        return (
+            others
+            * {"contiguous": block / 2, "zigzag": block * 3 / 4, "striped": block - 0.5}[
+                self.layout
+            ]
+        )
 
 
 @dataclass(frozen=True)
@@ -67,18 +74,41 @@ class Algorithm:
     doc: str
 
     def bytes(
-        self, B: int, S: int, H: int, Hkv: int, D: int, N: int, itemsize: int, causal: bool, layout: str | None = None
+        self,
+        B: int,
+        S: int,
+        H: int,
+        Hkv: int,
+        D: int,
+        N: int,
+        itemsize: int,
+        causal: bool,
+        layout: str | None = None,
     ) -> tuple[float, float]:
         """(forward, backward): bytes that a rank sends in closed form, mean over ranks where they differ, as defined in
         ``ringx.comm``.  S is the global length, in equal shards (S a multiple of N, of 2N for zigzag; for other lengths
         count with ``ringx.comm.traffic``); `layout` defaults to the recommended one."""
-        layout = self.recommended_layout if layout is None else require_name(layout, LAYOUTS, "layout")
-        for name, value in {"B": B, "S": S, "H": H, "Hkv": Hkv, "D": D, "N": N, "itemsize": itemsize}.items():
+        layout = (
+            self.recommended_layout if layout is None else require_name(layout, LAYOUTS, "layout")
+        )
+        for name, value in {
+            "B": B,
+            "S": S,
+            "H": H,
+            "Hkv": Hkv,
+            "D": D,
+            "N": N,
+            "itemsize": itemsize,
+        }.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"bytes: {name}={value!r} must be a positive integer.")
         if S % (2 * N if layout == "zigzag" and N > 1 else N):
-            raise ValueError(f"bytes: S={S} does not give {N} equal {layout} shards; count uneven ones with ringx.comm.traffic().")
-        return pattern(self.name).bytes_sent(Sizes(B, S, H, Hkv, D, N, itemsize, bool(causal), layout))
+            raise ValueError(
+                f"bytes: S={S} does not give {N} equal {layout} shards; count uneven ones with ringx.comm.traffic()."
+            )
+        return pattern(self.name).bytes_sent(
+            Sizes(B, S, H, Hkv, D, N, itemsize, bool(causal), layout)
+        )
 
 
 _PAPER = "Yin et al., RingX, SC25"

@@ -29,8 +29,20 @@ Row = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="folders with records, searched with all below them")
-    parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="folder for the tables (default: the first DIR)")
+    parser.add_argument(
+        "folders",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="folders with records, searched with all below them",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="folder for the tables (default: the first DIR)",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -39,7 +51,9 @@ def main(args: argparse.Namespace) -> int:
     for fault in broken:
         print(f"left out: {fault}", file=sys.stderr)
     if not found:
-        raise ValueError(f"no valid record in {', '.join(map(str, args.folders))}; `ringx bench --out DIR` writes some.")
+        raise ValueError(
+            f"no valid record in {', '.join(map(str, args.folders))}; `ringx bench --out DIR` writes some."
+        )
     out = args.out or args.folders[0]
     records.expect_room(out, 2**16 + 2**12 * len(found))
     collectives = [r for _, r in found if r["kind"] == "collective"]
@@ -53,9 +67,17 @@ def main(args: argparse.Namespace) -> int:
             print(f"{out / name}.parquet, .csv: {len(rows)} rows")
     if collectives:
         print(machine.write(out, collectives))
-    files.write_text(out / "environment.json", json.dumps(environment([r for _, r in found]), indent=1) + "\n", replace=True)
+    files.write_text(
+        out / "environment.json",
+        json.dumps(environment([r for _, r in found]), indent=1) + "\n",
+        replace=True,
+    )
     more = [f"{len(broken)} broken files, named above"] if broken else []
-    print("; ".join([f"{len(found)} records", *([f"{twice} copies taken once"] if twice else []), *more]))
+    print(
+        "; ".join(
+            [f"{len(found)} records", *([f"{twice} copies taken once"] if twice else []), *more]
+        )
+    )
     return 0
 
 
@@ -68,7 +90,9 @@ def gather(folders: Sequence[Path]) -> tuple[list[tuple[Path, dict[str, Any]]], 
     broken, twice = [], 0
     for folder in folders:
         if not Path(folder).is_dir():
-            raise FileNotFoundError(f"{folder} is no directory; `ringx bench --out {folder}` writes records there.")
+            raise FileNotFoundError(
+                f"{folder} is no directory; `ringx bench --out {folder}` writes records there."
+            )
         for path in sorted(Path(folder).rglob("*.json")):
             if path.name in records.DERIVED or path.name.startswith("."):
                 continue
@@ -80,23 +104,38 @@ def gather(folders: Sequence[Path]) -> tuple[list[tuple[Path, dict[str, Any]]], 
             content = json.dumps(record, sort_keys=True)
             twice += content in found
             found.setdefault(content, (path, record))
-        broken += [f"{p}: set aside by a later run" for p in sorted(Path(folder).rglob("*.json.broken"))]
+        broken += [
+            f"{p}: set aside by a later run" for p in sorted(Path(folder).rglob("*.json.broken"))
+        ]
     return list(found.values()), list(dict.fromkeys(broken)), twice
 
 
 # ---- rows
 
 
-def rows_of(r: dict[str, Any], path: Path | None = None, fits: Sequence[dict[str, Any]] = ()) -> list[Row]:
+def rows_of(
+    r: dict[str, Any], path: Path | None = None, fits: Sequence[dict[str, Any]] = ()
+) -> list[Row]:
     """The rows of a record, flat, with where they come from, and what `fits` of the collectives make of its bytes."""
     if r["kind"] == "attention":
         return [{**attention(r), **expected(r, fits), **origin(r, path)}]
     fit = machine.fit_of(r)
-    head = {**r["case"], "fit_alpha_s": fit["alpha_s"], "fit_beta_s_per_byte": fit["beta_s_per_byte"]}
-    head |= {"ranks_per_host": r["launch"]["local_world"], "device": r["machine"]["device"], "labels": _written(r["labels"])}
+    head = {
+        **r["case"],
+        "fit_alpha_s": fit["alpha_s"],
+        "fit_beta_s_per_byte": fit["beta_s_per_byte"],
+    }
+    head |= {
+        "ranks_per_host": r["launch"]["local_world"],
+        "device": r["machine"]["device"],
+        "labels": _written(r["labels"]),
+    }
     named = {"mean": "mean_s", "min": "min_s", "median": "median_s", "p99": "p99_s"}
     named |= {"algbw": "algbw_bytes_per_s", "busbw": "busbw_bytes_per_s"}
-    return [{**head, **{named.get(k, k): v for k, v in size.items()}, **origin(r, path)} for size in r["sizes"]]
+    return [
+        {**head, **{named.get(k, k): v for k, v in size.items()}, **origin(r, path)}
+        for size in r["sizes"]
+    ]
 
 
 def _written(labels: dict[str, str]) -> str:
@@ -107,34 +146,72 @@ def attention(r: dict[str, Any]) -> Row:
     """What a record of attention says, in one flat row."""
     case, seconds, baseline = r["case"], r["seconds"], r["baseline"]
     row: Row = {k: case[k] for k in ("algorithm", "layout", "overlap", "mask", "world", "seqlen")}
-    row |= {"seqlen_per_rank": case["seqlen"] // case["world"], "oversubscribed": r["oversubscribed"]}
-    row |= {"machine": r["machine"]["cpu"], "device": r["machine"]["device"], "dtype": case["dtype"], "kernel": r["kernel"]}
+    row |= {
+        "seqlen_per_rank": case["seqlen"] // case["world"],
+        "oversubscribed": r["oversubscribed"],
+    }
+    row |= {
+        "machine": r["machine"]["cpu"],
+        "device": r["machine"]["device"],
+        "dtype": case["dtype"],
+        "kernel": r["kernel"],
+    }
     row |= {k: case[k] for k in ("batch", "heads", "kv_heads", "head_dim", "threads")}
     row |= {"hosts": len(r["machine"]["hosts"]), "reps": case["reps"]}
     row |= {"labels": _written(r["labels"])}
     for phase in records.PHASES:
-        row |= {f"{phase}_s": seconds[phase]["median"]} | {f"{phase}_{q}_s": seconds[phase][q] for q in ("min", "q1", "q3")}
-        flash = baseline["seconds"][phase]["median"] * baseline["workers"] / r["workers"] if baseline else None
+        row |= {f"{phase}_s": seconds[phase]["median"]} | {
+            f"{phase}_{q}_s": seconds[phase][q] for q in ("min", "q1", "q3")
+        }
+        flash = (
+            baseline["seconds"][phase]["median"] * baseline["workers"] / r["workers"]
+            if baseline
+            else None
+        )
         row |= {f"{phase}_ideal_s": flash}
-        row |= {f"{phase}_efficiency_percent": r["efficiency_percent"][phase] if r["efficiency_percent"] else None}
+        row |= {
+            f"{phase}_efficiency_percent": r["efficiency_percent"][phase]
+            if r["efficiency_percent"]
+            else None
+        }
         row |= {f"{phase}_tflops_per_rank": r["tflops_per_rank"][phase]}
-    row |= {"total_raw_s": " ".join(f"{t:.6g}" for t in seconds["total"]["raw"]), "tokens_per_second": r["tokens_per_second"]}
+    row |= {
+        "total_raw_s": " ".join(f"{t:.6g}" for t in seconds["total"]["raw"]),
+        "tokens_per_second": r["tokens_per_second"],
+    }
     for direction in ("forward", "backward"):
         sent = r["bytes"][direction]
-        row |= {f"{direction}_bytes": sent["counted"], f"{direction}_bytes_closed_form": sent["closed_form"]}
+        row |= {
+            f"{direction}_bytes": sent["counted"],
+            f"{direction}_bytes_closed_form": sent["closed_form"],
+        }
     for name in ("broadcast", "reduce", "all_reduce", "all_gather", "all_to_all"):
-        row |= {f"{name}_bytes": sum(r["bytes"][d]["collectives"].get(name, 0) for d in ("forward", "backward"))}
-    return row | {"wire_bytes": r["wire"]["median"] if r["wire"] else None, "peak_bytes": r["memory"]["peak_bytes"]}
+        row |= {
+            f"{name}_bytes": sum(
+                r["bytes"][d]["collectives"].get(name, 0) for d in ("forward", "backward")
+            )
+        }
+    return row | {
+        "wire_bytes": r["wire"]["median"] if r["wire"] else None,
+        "peak_bytes": r["memory"]["peak_bytes"],
+    }
 
 
 def expected(r: dict[str, Any], fits: Sequence[dict[str, Any]]) -> Row:
     """What the collectives, measured on as many ranks under the same labels, make of the bytes sent: bytes on the wire, and seconds
     that they take if nothing is hidden.  None where they were not measured."""
     row: Row = {}
-    for name, of in (("wire_expected_bytes", machine.wire_bytes), ("unhidden_s", machine.seconds_unhidden)):
+    for name, of in (
+        ("wire_expected_bytes", machine.wire_bytes),
+        ("unhidden_s", machine.seconds_unhidden),
+    ):
         try:
             parts = [
-                of(machine.find(fits, kind, r["case"]["world"], r["labels"]), n, sent["messages"][kind])
+                of(
+                    machine.find(fits, kind, r["case"]["world"], r["labels"]),
+                    n,
+                    sent["messages"][kind],
+                )
                 for sent in r["bytes"].values()
                 for kind, n in sent["collectives"].items()
             ]
@@ -152,8 +229,16 @@ def origin(r: dict[str, Any], path: Path | None) -> Row:
         **{f"label_{k}": v for k, v in sorted(r["labels"].items())},
         **{k: r["versions"][k] for k in ("ringx", "torch")},
         **{"commit": git.get("commit"), "dirty": git.get("dirty")},
-        **{"launcher": r["launch"]["launcher"], "backend": r["launch"]["backend"], "site": job.get("site")},
-        **{"job": job.get("id"), "array_task": job.get("array_task"), "restart": job.get("restart")},
+        **{
+            "launcher": r["launch"]["launcher"],
+            "backend": r["launch"]["backend"],
+            "site": job.get("site"),
+        },
+        **{
+            "job": job.get("id"),
+            "array_task": job.get("array_task"),
+            "restart": job.get("restart"),
+        },
     }
 
 
@@ -162,9 +247,14 @@ def environment(found: Iterable[dict[str, Any]]) -> dict[str, list]:
     what = {
         "versions": lambda r: r["versions"],
         "git": lambda r: r["git"],
-        "machine": lambda r: {k: v for k, v in r["machine"].items() if k not in ("hosts", "load_average")},
+        "machine": lambda r: {
+            k: v for k, v in r["machine"].items() if k not in ("hosts", "load_average")
+        },
         "launch": lambda r: {k: v for k, v in r["launch"].items() if k != "job"},
-        "job": lambda r: r["launch"]["job"] and {k: v for k, v in r["launch"]["job"].items() if k not in ("array_task", "restart")},
+        "job": lambda r: (
+            r["launch"]["job"]
+            and {k: v for k, v in r["launch"]["job"].items() if k not in ("array_task", "restart")}
+        ),
         "labels": lambda r: r["labels"],
         "command": lambda r: _without_folder(r["command"]["argv"]),
     }
@@ -173,12 +263,18 @@ def environment(found: Iterable[dict[str, Any]]) -> dict[str, list]:
         for name, of in what.items():
             key = json.dumps(of(r), sort_keys=True)
             counts[name][key] = counts[name].get(key, 0) + 1
-    return {name: [{"records": n, name: json.loads(key)} for key, n in seen.items()] for name, seen in counts.items()}
+    return {
+        name: [{"records": n, name: json.loads(key)} for key, n in seen.items()]
+        for name, seen in counts.items()
+    }
 
 
 def _without_folder(argv: Sequence[str]) -> list[str]:
     """A command without the folder that its --out is in, which is nobody's business."""
-    return [Path(word).name if before == "--out" else word for before, word in zip(["", *argv], argv, strict=False)]
+    return [
+        Path(word).name if before == "--out" else word
+        for before, word in zip(["", *argv], argv, strict=False)
+    ]
 
 
 # ---- tables
@@ -192,7 +288,9 @@ def read_table(path: Path) -> list[Row]:
     pandas = _pandas()
     read = {".parquet": pandas.read_parquet, ".csv": pandas.read_csv}.get(Path(path).suffix)
     if read is None or not Path(path).exists():
-        raise ValueError(f"{path} is no table; name a .parquet or .csv file that `ringx collect` wrote.")
+        raise ValueError(
+            f"{path} is no table; name a .parquet or .csv file that `ringx collect` wrote."
+        )
     try:
         frame = read(path)
     except (ValueError, OSError) as e:

@@ -24,11 +24,31 @@ from ..measure.bench_collectives import COLLECTIVES as _COLLECTIVES
 from ..patterns.registry import ALGORITHMS
 from . import collect
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")  # Okabe-Ito, yellow darkened
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+    "#999933",
+)  # Okabe-Ito, yellow darkened
 MARKERS = "os^DvPX*"
 STYLES = ("-", "--", "-.", ":")
 PANELS = 4  # rows or columns of panels in a figure: the largest sizes are shown, the CSV holds all
-SETTING = ("machine", "device", "dtype", "kernel", "batch", "heads", "kv_heads", "head_dim", "threads", "labels")
+SETTING = (
+    "machine",
+    "device",
+    "dtype",
+    "kernel",
+    "batch",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "threads",
+    "labels",
+)
 WHERE = ("device", "backend", "dtype", "ranks_per_host", "labels")  # of collectives
 COLLECTIVES = list(_COLLECTIVES)
 Row = dict[str, Any]
@@ -40,10 +60,18 @@ class Lacking(Exception):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "sources", type=Path, nargs="+", metavar="DIR|TABLE", help="folders with records, or tables of ringx collect"
+        "sources",
+        type=Path,
+        nargs="+",
+        metavar="DIR|TABLE",
+        help="folders with records, or tables of ringx collect",
     )
     parser.add_argument(
-        "--out", type=Path, default=None, metavar="DIR", help="folder for the figures (default: the first source's)"
+        "--out",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="folder for the figures (default: the first source's)",
     )
 
 
@@ -75,7 +103,10 @@ def draw(rows: Iterable[Row], out: Path) -> Iterable[str]:
     of_collectives: list[Row] = []
     for row in rows:
         (of_attention if "algorithm" in row else of_collectives).append(row)
-    for figures, these, setting in ((FIGURES, _sorted(of_attention), SETTING), (BANDWIDTH, _sorted(of_collectives), WHERE)):
+    for figures, these, setting in (
+        (FIGURES, _sorted(of_attention), SETTING),
+        (BANDWIDTH, _sorted(of_collectives), WHERE),
+    ):
         kinds = list(dict.fromkeys(tuple(r[k] for k in setting) for r in these))
         differ = [i for i in range(len(setting)) if len({kind[i] for kind in kinds}) > 1]
         for kind in kinds:
@@ -120,7 +151,9 @@ def draw_figure(plt, figure, rows: Sequence[Row], path: Path) -> str:
     except Lacking as reason:
         return f"skipped {path.name}: {reason}"
     for ending in ("png", "svg"):
-        fig.savefig(f"{path}.{ending}", dpi=150, metadata={"Date": None} if ending == "svg" else None)
+        fig.savefig(
+            f"{path}.{ending}", dpi=150, metadata={"Date": None} if ending == "svg" else None
+        )
     plt.close(fig)
     with open(f"{path}.csv", "w", newline="", encoding="utf-8") as f:
         table = csv.DictWriter(f, fieldnames=list(shown[0]))
@@ -134,13 +167,19 @@ def draw_figure(plt, figure, rows: Sequence[Row], path: Path) -> str:
 
 def strong(plt, rows: Sequence[Row]):
     """Time against N at a fixed length."""
-    panels = _with_several_ranks(rows, "seqlen", "one sequence length on at least two numbers of ranks")
-    return _scaling(plt, panels, "Strong scaling: the same sequence on more ranks", "seqlen", "S = {:,}")
+    panels = _with_several_ranks(
+        rows, "seqlen", "one sequence length on at least two numbers of ranks"
+    )
+    return _scaling(
+        plt, panels, "Strong scaling: the same sequence on more ranks", "seqlen", "S = {:,}"
+    )
 
 
 def weak(plt, rows: Sequence[Row]):
     """Time against N at a fixed length per rank."""
-    panels = _with_several_ranks(rows, "seqlen_per_rank", "the same tokens per rank on at least two numbers of ranks")
+    panels = _with_several_ranks(
+        rows, "seqlen_per_rank", "the same tokens per rank on at least two numbers of ranks"
+    )
     title = "Weak scaling: the sequence grows with the ranks, and a rank's work with it"
     return _scaling(plt, panels, title, "seqlen_per_rank", "S / N = {:,}")
 
@@ -149,9 +188,20 @@ def _scaling(plt, rows, title, by, text):
     fig, axes = _panels(plt, rows, by, title)
     for (value, mask), ax in axes.items():
         here = [r for r in rows if r[by] == value and r["mask"] == mask]
-        ideal = {n: median(t) for n in _values(here, "world") if (t := _ideals(r for r in here if r["world"] == n))}
+        ideal = {
+            n: median(t)
+            for n in _values(here, "world")
+            if (t := _ideals(r for r in here if r["world"] == n))
+        }
         if ideal:
-            ax.plot(*zip(*sorted(ideal.items()), strict=True), color="0.55", ls=(0, (2, 2)), lw=1.2, zorder=1, label=IDEAL)
+            ax.plot(
+                *zip(*sorted(ideal.items()), strict=True),
+                color="0.55",
+                ls=(0, (2, 2)),
+                lw=1.2,
+                zorder=1,
+                label=IDEAL,
+            )
         _lines(ax, here, rows, lambda r: r["total_s"], spread=("total_q1_s", "total_q3_s"))
         ax.set(yscale="log", title=f"{mask}, {text.format(value)}")
         _plain_log(ax)
@@ -173,7 +223,9 @@ def efficiency(plt, rows: Sequence[Row]):
         _lines(ax, here, rows, lambda r: r["total_efficiency_percent"])
         ax.set(ylim=(0, top), title=f"{mask}, S = {seqlen:,}")
     columns = [f"{p}_efficiency_percent" for p in records.PHASES]
-    return _finish(fig, axes, _values(rows, "world"), "% of one-process flash / N"), _pick(rows, *columns)
+    return _finish(fig, axes, _values(rows, "world"), "% of one-process flash / N"), _pick(
+        rows, *columns
+    )
 
 
 def times(plt, rows: Sequence[Row]):
@@ -193,7 +245,16 @@ def times(plt, rows: Sequence[Row]):
             forward, total = 1e3 * r["forward_s"], 1e3 * r["total_s"]
             whisker = [[total - 1e3 * r["total_q1_s"]], [1e3 * r["total_q3_s"] - total]]
             ax.barh(y, forward, color=colour, edgecolor="black", lw=0.6)
-            ax.barh(y, total - forward, left=forward, color=colour, alpha=0.45, edgecolor="black", lw=0.6, hatch="///")
+            ax.barh(
+                y,
+                total - forward,
+                left=forward,
+                color=colour,
+                alpha=0.45,
+                edgecolor="black",
+                lw=0.6,
+                hatch="///",
+            )
             ax.errorbar(total, y, xerr=_not_negative(whisker), color="black", capsize=2, lw=1)
             ax.annotate(
                 f"{total:,.0f}" if total >= 100 else f"{total:.3g}",
@@ -220,29 +281,51 @@ def times(plt, rows: Sequence[Row]):
         line([], [], color="0.35", ls=(0, (2, 2)), lw=1.2, label=IDEAL),
     ]
     fig.legend(handles=handles, loc="outside lower center", ncols=_columns(fig))
-    return fig, _pick(shown, *(f"{p}_{q}" for p in records.PHASES for q in ("s", "q1_s", "q3_s", "ideal_s")))
+    return fig, _pick(
+        shown, *(f"{p}_{q}" for p in records.PHASES for q in ("s", "q1_s", "q3_s", "ideal_s"))
+    )
 
 
 def traffic(plt, rows: Sequence[Row]):
     """Bytes that a rank sends against N: counted points on closed-form lines."""
     if max(r["world"] for r in rows) < 2:
         raise Lacking("one rank sends nothing; it needs records of at least two ranks")
-    ranks_of = {s: len({r["world"] for r in rows if r["seqlen"] == s and r["world"] > 1}) for s in _values(rows, "seqlen")}
+    ranks_of = {
+        s: len({r["world"] for r in rows if r["seqlen"] == s and r["world"] > 1})
+        for s in _values(rows, "seqlen")
+    }
     seqlen = max(ranks_of, key=lambda s: (ranks_of[s], s))
     here = [r for r in rows if r["seqlen"] == seqlen]
-    shown = [q for r in here for q in _bytes_rows(r, "counted", r["world"], (r["forward_bytes"], r["backward_bytes"]))]
+    shown = [
+        q
+        for r in here
+        for q in _bytes_rows(r, "counted", r["world"], (r["forward_bytes"], r["backward_bytes"]))
+    ]
     series = {_series(r, r["mask"]): r for r in here}.values()
-    lines = [q for r in series for n, sent in closed_form(r, here) for q in _bytes_rows(r, "closed form", n, sent)]
+    lines = [
+        q
+        for r in series
+        for n, sent in closed_form(r, here)
+        for q in _bytes_rows(r, "closed form", n, sent)
+    ]
     masks = _masks(here)
-    fig, grid = plt.subplots(len(masks), 2, squeeze=False, sharex=True, figsize=(9, 1.6 + 2.7 * len(masks)))
-    _title(fig, here, f"Bytes that a rank sends, S = {seqlen:,}: counted points on closed-form lines")
+    fig, grid = plt.subplots(
+        len(masks), 2, squeeze=False, sharex=True, figsize=(9, 1.6 + 2.7 * len(masks))
+    )
+    _title(
+        fig, here, f"Bytes that a rank sends, S = {seqlen:,}: counted points on closed-form lines"
+    )
     for i, mask in enumerate(masks):
         for j, direction in enumerate(("forward", "backward")):
             ax = grid[i][j]
             for k, name in enumerate(dict.fromkeys(_series(r) for r in shown)):
 
                 def points(source, name=name, mask=mask, direction=direction):
-                    return [r for r in source if _series(r) == name and r["mask"] == mask and r["direction"] == direction]
+                    return [
+                        r
+                        for r in source
+                        if _series(r) == name and r["mask"] == mask and r["direction"] == direction
+                    ]
 
                 if points(lines):
                     xy = [(r["world"], r["bytes_per_rank"] / 1e6) for r in points(lines)]
@@ -251,25 +334,36 @@ def traffic(plt, rows: Sequence[Row]):
                 if points(shown):
                     xy = [(r["world"], r["bytes_per_rank"] / 1e6) for r in points(shown)]
                     look = _look(points(shown)[0], k, shown) | {"mfc": "none", "mew": 1.6}
-                    ax.plot(*zip(*xy, strict=True), **look | {"ls": "", "label": None, "clip_on": False})
+                    ax.plot(
+                        *zip(*xy, strict=True), **look | {"ls": "", "label": None, "clip_on": False}
+                    )
                     ax.plot([], [], **look)
             ax.set_title(f"{mask}, {direction}")
             ax.set_ylim(bottom=0)
     axes = {(i, j): grid[i][j] for i in range(len(masks)) for j in range(2)}
-    return _finish(fig, axes, [r["world"] for r in (*shown, *lines)], "MB sent by a rank (mean)"), [*shown, *lines]
+    return _finish(fig, axes, [r["world"] for r in (*shown, *lines)], "MB sent by a rank (mean)"), [
+        *shown,
+        *lines,
+    ]
 
 
 def wired(plt, rows: Sequence[Row]):
     """Bytes on the wire against N: what the interfaces counted, and what the collectives' factors make of the closed form."""
     shown = [r for r in rows if r["wire_bytes"] is not None]
     if not shown:
-        raise Lacking("it needs records of ranks on several hosts over gloo, whose interfaces were read")
+        raise Lacking(
+            "it needs records of ranks on several hosts over gloo, whose interfaces were read"
+        )
     seqlen = max(r["seqlen"] for r in shown)
     shown = [r for r in shown if r["seqlen"] == seqlen]
     masks = _masks(shown)
-    fig, grid = plt.subplots(1, len(masks), squeeze=False, sharey=True, figsize=(max(WIDTH, 1.2 + 3.9 * len(masks)), 4.3))
+    fig, grid = plt.subplots(
+        1, len(masks), squeeze=False, sharey=True, figsize=(max(WIDTH, 1.2 + 3.9 * len(masks)), 4.3)
+    )
     _title(
-        fig, shown, f"Bytes that left a host (points) over the closed form, S = {seqlen:,}\nlines: by each collective's own factor"
+        fig,
+        shown,
+        f"Bytes that left a host (points) over the closed form, S = {seqlen:,}\nlines: by each collective's own factor",
     )
 
     def over(r: Row, column: str) -> float:
@@ -283,15 +377,30 @@ def wired(plt, rows: Sequence[Row]):
                 continue
             look = _look(mine[0], k, shown)
             expected = [r for r in mine if r.get("wire_expected_bytes") is not None]
-            line = [[r["world"] for r in expected], [over(r, "wire_expected_bytes") for r in expected]]
+            line = [
+                [r["world"] for r in expected],
+                [over(r, "wire_expected_bytes") for r in expected],
+            ]
             ax.plot(*line, **look | {"marker": "", "label": None})
-            ax.plot([r["world"] for r in mine], [over(r, "wire_bytes") for r in mine], **look | {"ls": "", "label": None})
+            ax.plot(
+                [r["world"] for r in mine],
+                [over(r, "wire_bytes") for r in mine],
+                **look | {"ls": "", "label": None},
+            )
             ax.plot([], [], **look)
         ax.axhline(1, color="0.55", ls=(0, (2, 2)), lw=1.2, zorder=1)
         ax.set(ylim=(0.9, 1.05 * max(over(r, "wire_bytes") for r in shown)), title=mask)
-    fig = _finish(fig, {(0, i): ax for i, ax in enumerate(grid[0])}, [r["world"] for r in shown], "bytes on the wire / closed form")
+    fig = _finish(
+        fig,
+        {(0, i): ax for i, ax in enumerate(grid[0])},
+        [r["world"] for r in shown],
+        "bytes on the wire / closed form",
+    )
     return fig, [
-        r | {"seqlen": seqlen} for r in _pick(shown, "wire_bytes", "forward_bytes_closed_form", "backward_bytes_closed_form")
+        r | {"seqlen": seqlen}
+        for r in _pick(
+            shown, "wire_bytes", "forward_bytes_closed_form", "backward_bytes_closed_form"
+        )
     ]
 
 
@@ -305,9 +414,7 @@ def bandwidth(plt, rows: Sequence[Row]):
     worlds = _values(rows, "world")
     first = rows[0]
     labels = f", {first['labels']}" if first["labels"] else ""
-    title = (
-        f"Bus bandwidth of collectives (points) and time = alpha + beta S (lines)\n{first['device']}, {first['backend']}{labels}"
-    )
+    title = f"Bus bandwidth of collectives (points) and time = alpha + beta S (lines)\n{first['device']}, {first['backend']}{labels}"
     fig.suptitle(title, fontsize=10.5)
     for i, ax in enumerate(grid.flat):
         if i >= len(names):
@@ -317,12 +424,22 @@ def bandwidth(plt, rows: Sequence[Row]):
             here = [r for r in rows if (r["collective"], r["world"]) == (names[i], world)]
             if not here:
                 continue
-            look = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)], "ms": 4.5}
+            look = {
+                "color": COLOURS[k % len(COLOURS)],
+                "marker": MARKERS[k % len(MARKERS)],
+                "ms": 4.5,
+            }
             bus = here[0]["busbw_bytes_per_s"] / here[0]["algbw_bytes_per_s"]
-            xs, ys = [r["bytes"] for r in here], [bus * r["bytes"] / r["median_s"] / 1e9 for r in here]  # the fit is of medians
+            xs, ys = (
+                [r["bytes"] for r in here],
+                [bus * r["bytes"] / r["median_s"] / 1e9 for r in here],
+            )  # the fit is of medians
             ax.plot(xs, ys, ls="", label=f"N = {world}", **look)
             if here[0]["fit_alpha_s"] is not None:
-                fitted = [bus * x / (r["fit_alpha_s"] + r["fit_beta_s_per_byte"] * x) / 1e9 for x, r in zip(xs, here, strict=True)]
+                fitted = [
+                    bus * x / (r["fit_alpha_s"] + r["fit_beta_s_per_byte"] * x) / 1e9
+                    for x, r in zip(xs, here, strict=True)
+                ]
                 ax.plot(xs, fitted, color=look["color"], lw=1.2)
         ax.set(xscale="log", yscale="log", title=names[i])
         ax.minorticks_off()
@@ -335,7 +452,17 @@ def bandwidth(plt, rows: Sequence[Row]):
     for ax in grid.flat:
         handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
-    keep = ("collective", "world", "hosts", "bytes", "median_s", "algbw_bytes_per_s", "busbw_bytes_per_s", "wire_factor", *WHERE)
+    keep = (
+        "collective",
+        "world",
+        "hosts",
+        "bytes",
+        "median_s",
+        "algbw_bytes_per_s",
+        "busbw_bytes_per_s",
+        "wire_factor",
+        *WHERE,
+    )
     return fig, [{k: r[k] for k in (*keep, "fit_alpha_s", "fit_beta_s_per_byte")} for r in rows]
 
 
@@ -348,7 +475,15 @@ def closed_form(r: Row, measured: Sequence[Row]) -> list[tuple[int, tuple[float,
     found = []
     for n in counts:
         try:
-            sizes = (r["batch"], r["seqlen"], r["heads"], r["kv_heads"], r["head_dim"], n, DTYPES[r["dtype"]].itemsize)
+            sizes = (
+                r["batch"],
+                r["seqlen"],
+                r["heads"],
+                r["kv_heads"],
+                r["head_dim"],
+                n,
+                DTYPES[r["dtype"]].itemsize,
+            )
             found.append((n, algorithm.bytes(*sizes, r["mask"] == "causal", r["layout"])))
         except ValueError:  # this many ranks cannot hold the sequence in equal shards
             continue
@@ -358,7 +493,13 @@ def closed_form(r: Row, measured: Sequence[Row]) -> list[tuple[int, tuple[float,
 def _bytes_rows(r: Row, kind: str, world: int, sent: Sequence[float]) -> list[Row]:
     keep = ("algorithm", "layout", "overlap", "mask", "seqlen", *SETTING)
     return [
-        {**{k: r[k] for k in keep}, "world": world, "direction": d, "kind": kind, "bytes_per_rank": b}
+        {
+            **{k: r[k] for k in keep},
+            "world": world,
+            "direction": d,
+            "kind": kind,
+            "bytes_per_rank": b,
+        }
         for d, b in zip(("forward", "backward"), sent, strict=True)
     ]
 
@@ -395,7 +536,9 @@ def _panels(plt, rows, by, title):
     """{(value of `by`, mask): axes}: rows of panels by size, columns by mask."""
     values, masks = _values(rows, by)[-PANELS:], _masks(rows)
     size = (max(WIDTH, 1.2 + 3.9 * len(masks)), 1.5 + 2.6 * len(values))
-    fig, grid = plt.subplots(len(values), len(masks), squeeze=False, sharex=True, sharey="row", figsize=size)
+    fig, grid = plt.subplots(
+        len(values), len(masks), squeeze=False, sharex=True, sharey="row", figsize=size
+    )
     _title(fig, rows, title)
     return fig, {(v, m): grid[i][j] for i, v in enumerate(values) for j, m in enumerate(masks)}
 
@@ -414,13 +557,28 @@ def _lines(ax, here, rows, y, spread=None):
                 [v - r[spread[0]] for r, v in zip(mine, ys, strict=True)],
                 [r[spread[1]] - v for r, v in zip(mine, ys, strict=True)],
             ]
-            ax.errorbar(xs, ys, yerr=_not_negative(ends), fmt="none", ecolor=look["color"], capsize=2, lw=1)
+            ax.errorbar(
+                xs, ys, yerr=_not_negative(ends), fmt="none", ecolor=look["color"], capsize=2, lw=1
+            )
         over = [(a, b) for a, b, r in zip(xs, ys, mine, strict=True) if r["oversubscribed"]]
         if over:
-            hollow = look | {"ls": "", "mfc": "white", "label": None, "zorder": look["zorder"] + 0.1}
+            hollow = look | {
+                "ls": "",
+                "mfc": "white",
+                "label": None,
+                "zorder": look["zorder"] + 0.1,
+            }
             ax.plot(*zip(*over, strict=True), **hollow)
     if any(r["oversubscribed"] for r in here):
-        ax.plot([], [], ls="", marker="o", mfc="white", mec="0.3", label="hollow: more threads than cores")
+        ax.plot(
+            [],
+            [],
+            ls="",
+            marker="o",
+            mfc="white",
+            mec="0.3",
+            label="hollow: more threads than cores",
+        )
 
 
 def _look(r: Row, k: int, rows: Sequence[Row]) -> dict[str, Any]:
@@ -453,7 +611,9 @@ def _finish(fig, axes, worlds, ylabel):
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     ordered = sorted(handles, key=lambda label: (label == IDEAL, label.startswith("hollow")))
-    fig.legend([handles[n] for n in ordered], ordered, loc="outside lower center", ncols=_columns(fig))
+    fig.legend(
+        [handles[n] for n in ordered], ordered, loc="outside lower center", ncols=_columns(fig)
+    )
     return fig
 
 
@@ -481,12 +641,20 @@ def _plain_log(ax) -> None:
 def _title(fig, rows, title) -> None:
     r = rows[0]
     where = r["machine"] if r["device"] == "cpu" else r["device"]
-    threads = f", {r['threads']} thread{'s' if r['threads'] > 1 else ''} a rank" if r["device"] == "cpu" else ""
+    threads = (
+        f", {r['threads']} thread{'s' if r['threads'] > 1 else ''} a rank"
+        if r["device"] == "cpu"
+        else ""
+    )
     named = (("B", "batch"), ("H", "heads"), ("Hkv", "kv_heads"), ("D", "head_dim"))
-    sizes = ", ".join(f"{name}\N{NO-BREAK SPACE}{r[field]}" for name, field in named)  # not to be broken in two
+    sizes = ", ".join(
+        f"{name}\N{NO-BREAK SPACE}{r[field]}" for name, field in named
+    )  # not to be broken in two
     labels = f", {r['labels']}" if r["labels"] else ""
     how = f"{where}{threads}, {r['dtype']}, kernel {r['kernel']}, {sizes}{labels}"
-    fig.suptitle("\n".join([title, *textwrap.wrap(how, int(12 * fig.get_figwidth()))]), fontsize=10.5)
+    fig.suptitle(
+        "\n".join([title, *textwrap.wrap(how, int(12 * fig.get_figwidth()))]), fontsize=10.5
+    )
 
 
 # ---- rows
@@ -500,12 +668,25 @@ def _with_several_ranks(rows: Sequence[Row], by: str, what: str) -> list[Row]:
 
 
 def _pick(rows: Sequence[Row], *columns: str) -> list[Row]:
-    keep = ("algorithm", "layout", "overlap", "mask", "world", "seqlen", "seqlen_per_rank", "oversubscribed", *SETTING, *columns)
+    keep = (
+        "algorithm",
+        "layout",
+        "overlap",
+        "mask",
+        "world",
+        "seqlen",
+        "seqlen_per_rank",
+        "oversubscribed",
+        *SETTING,
+        *columns,
+    )
     return [{k: r[k] for k in keep} for r in rows]
 
 
 def _slug(name: str, value: object) -> str:
-    short = {"heads": "h", "kv_heads": "kv", "head_dim": "d", "batch": "b", "threads": "t"}.get(name, "")
+    short = {"heads": "h", "kv_heads": "kv", "head_dim": "d", "batch": "b", "threads": "t"}.get(
+        name, ""
+    )
     return short + "".join(c if c.isalnum() else "-" for c in str(value)).strip("-")
 
 

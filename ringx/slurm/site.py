@@ -33,7 +33,9 @@ class Site:
     memory_per_rank: float | None = None  # GiB; None: not known
     account_required: bool = False
     max_array: int | None = None
-    limits: tuple[tuple[int, timedelta], ...] = ()  # (up to so many nodes, longest walltime), rising
+    limits: tuple[
+        tuple[int, timedelta], ...
+    ] = ()  # (up to so many nodes, longest walltime), rising
     srun: tuple[str, ...] = ()
     sbatch: tuple[str, ...] = ()  # options, as they stand in the file
 
@@ -46,7 +48,9 @@ class Site:
             if nodes <= most:
                 return walltime
         if self.limits:
-            raise ValueError(f"--nodes {nodes}: {self.name} has at most {self.limits[-1][0]} nodes for a job")
+            raise ValueError(
+                f"--nodes {nodes}: {self.name} has at most {self.limits[-1][0]} nodes for a job"
+            )
         return None
 
 
@@ -68,7 +72,9 @@ def load(folder: Path, name: str) -> Site:
             sbatch.append(match[1])
         elif match := re.match(r"#SITE\s+(\S+)\s+(.*?)\s*(?:\s#\s.*)?$", line):
             if match[1] not in KEYS or not match[2]:
-                raise ValueError(f"{file}, line {number}: {match[1]!r} is no fact, or has no value; there are {', '.join(KEYS)}.")
+                raise ValueError(
+                    f"{file}, line {number}: {match[1]!r} is no fact, or has no value; there are {', '.join(KEYS)}."
+                )
             facts.setdefault(match[1], []).append(match[2])
         elif line.startswith("#SITE"):
             raise ValueError(f"{file}, line {number}: {line!r} is not '#SITE KEY VALUE'.")
@@ -84,7 +90,9 @@ def load(folder: Path, name: str) -> Site:
 
     device, account = one("device", default="cpu"), one("account", default="optional")
     if device not in ("cpu", "cuda") or account not in ("required", "optional"):
-        raise ValueError(f"{file}: device {device!r} must be cpu or cuda, account {account!r} required or optional.")
+        raise ValueError(
+            f"{file}: device {device!r} must be cpu or cuda, account {account!r} required or optional."
+        )
     limits = []
     for text in facts.get("limit", []):
         words = text.split()
@@ -95,7 +103,17 @@ def load(folder: Path, name: str) -> Site:
         raise ValueError(f"{file}: its limits do not rise with the number of nodes.")
     memory, ranks = one("memory-per-rank", float), one("ranks-per-node", int, 1)
     srun = tuple(shlex.split(" ".join(facts.get("srun", []))))
-    return Site(name, device, ranks, memory, account == "required", one("max-array", int), tuple(limits), srun, tuple(sbatch))
+    return Site(
+        name,
+        device,
+        ranks,
+        memory,
+        account == "required",
+        one("max-array", int),
+        tuple(limits),
+        srun,
+        tuple(sbatch),
+    )
 
 
 def walltime(text: str) -> timedelta:
@@ -124,4 +142,8 @@ def written(time: timedelta) -> str:
     minutes, seconds = divmod(int(time.total_seconds()), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
-    return f"{days}-{hours:02}:{minutes:02}:{seconds:02}" if days else f"{hours}:{minutes:02}:{seconds:02}"
+    return (
+        f"{days}-{hours:02}:{minutes:02}:{seconds:02}"
+        if days
+        else f"{hours}:{minutes:02}:{seconds:02}"
+    )

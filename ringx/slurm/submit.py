@@ -40,8 +40,12 @@ MATRIX = {  # job -> the options that its own command line takes for the matrix
     "bench-comm": bench_collectives.add_matrix,
 }
 WARNING = 120  # seconds before the time limit at which Slurm warns, at most
-Matrix = tuple[list[str], dict[int, dict[Any, list[str]]], list[Any]]  # command, {ranks: {size: ids of records}}, cases
-PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")  # of words in #SBATCH lines, which no shell reads
+Matrix = tuple[
+    list[str], dict[int, dict[Any, list[str]]], list[Any]
+]  # command, {ranks: {size: ids of records}}, cases
+PLAIN = re.compile(
+    r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
+)  # of words in #SBATCH lines, which no shell reads
 
 
 @dataclass(frozen=True)
@@ -71,10 +75,19 @@ class BatchJob:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--site", required=True, help="name of a file in env/, such as generic-cpu")
-    parser.add_argument("--job", default="bench", choices=list(MATRIX), help="what to run (default: bench)")
-    parser.add_argument("--nodes", default="1", metavar="N,...", help="a batch script for each (default: 1)")
+    parser.add_argument(
+        "--job", default="bench", choices=list(MATRIX), help="what to run (default: bench)"
+    )
+    parser.add_argument(
+        "--nodes", default="1", metavar="N,...", help="a batch script for each (default: 1)"
+    )
     parser.add_argument("--ranks-per-node", metavar="R", help="default: the site's")
-    parser.add_argument("--time", default="0:30:00", metavar="T", help="walltime of each array task (default: 0:30:00)")
+    parser.add_argument(
+        "--time",
+        default="0:30:00",
+        metavar="T",
+        help="walltime of each array task (default: 0:30:00)",
+    )
     parser.add_argument("--account", help="to charge")
     parser.add_argument(
         "--sbatch",
@@ -83,13 +96,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="OPT",
         help="another option of sbatch, such as --qos=debug; repeatable",
     )
-    parser.add_argument("--chain", default="1", metavar="N", help="jobs one after another, each resuming (default: 1)")
-    parser.add_argument("--serial", action="store_true", help="run one task at a time, so that none disturbs another's network")
-    parser.add_argument("--array", metavar="N", help="array tasks of each script (default: one per size)")
+    parser.add_argument(
+        "--chain",
+        default="1",
+        metavar="N",
+        help="jobs one after another, each resuming (default: 1)",
+    )
+    parser.add_argument(
+        "--serial",
+        action="store_true",
+        help="run one task at a time, so that none disturbs another's network",
+    )
+    parser.add_argument(
+        "--array", metavar="N", help="array tasks of each script (default: one per size)"
+    )
     parser.add_argument("--memory-per-rank", type=float, metavar="GIB", help="default: the site's")
-    parser.add_argument("--out", type=Path, default=Path("bench_out"), metavar="DIR", help="for the records (default: bench_out)")
-    parser.add_argument("--options", default="", metavar="TEXT", help="of --job bench-comm; see `ringx bench-comm --help`")
-    parser.add_argument("--dry-run", action="store_true", help="show the scripts, write and submit nothing")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("bench_out"),
+        metavar="DIR",
+        help="for the records (default: bench_out)",
+    )
+    parser.add_argument(
+        "--options",
+        default="",
+        metavar="TEXT",
+        help="of --job bench-comm; see `ringx bench-comm --help`",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show the scripts, write and submit nothing"
+    )
     parser.add_argument("--wait", action="store_true", help="until all jobs have ended")
     bench_attention.add_matrix(parser.add_argument_group("what to measure, and how (--job bench)"))
 
@@ -97,7 +134,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     root = Path(__file__).resolve().parents[2]
     if not (root / "script/job.sh").exists():
-        raise FileNotFoundError("script/ and env/, which the jobs need, are not beside this installation; use a checkout.")
+        raise FileNotFoundError(
+            "script/ and env/, which the jobs need, are not beside this installation; use a checkout."
+        )
     jobs, cases = prepare(args, root, sys.executable)
     scripts = {job.name: render(job) for job in jobs}
     if args.dry_run:
@@ -106,11 +145,16 @@ def main(args: argparse.Namespace) -> int:
     if args.dry_run:
         return 0
     if not shutil.which("sbatch"):
-        raise FileNotFoundError("sbatch is not to be found here: submit from a login node, or look with --dry-run.")
+        raise FileNotFoundError(
+            "sbatch is not to be found here: submit from a login node, or look with --dry-run."
+        )
     left = bench_attention.remaining(
         args.out, cases, True, bench_attention.labelled(args.label)
     )  # what is there must fit what the jobs would measure
-    print(f"{len(left)} of {len(cases)} cases are to be measured" + ("" if left else "; nothing to submit"))
+    print(
+        f"{len(left)} of {len(cases)} cases are to be measured"
+        + ("" if left else "; nothing to submit")
+    )
     if not left:
         return 0
     records.expect_room(args.out / "jobs", 2**16)
@@ -121,7 +165,11 @@ def main(args: argparse.Namespace) -> int:
         try:
             ids += submit(script, job.chain, after=ids[-1] if ids and job.serial else None)
         except RuntimeError as error:
-            done = f"; submitted before: {', '.join(ids)} (scancel {' '.join(ids)} ends them)" if ids else ""
+            done = (
+                f"; submitted before: {', '.join(ids)} (scancel {' '.join(ids)} ends them)"
+                if ids
+                else ""
+            )
             raise RuntimeError(f"{error}{done}") from None
         print(f"submitted {', '.join(ids[-job.chain :])}: {script}")
     where = shlex.quote(str(args.out))
@@ -160,12 +208,17 @@ def prepare(args: argparse.Namespace, root: Path, python: str) -> tuple[list[Bat
     faults += [f"--nodes: {wrong}"] if wrong else []
     nodes.sort()
     walltime = attempt(partial(site.walltime, args.time), timedelta(minutes=30), "--time ")
-    ranks_per_node, chain = count("ranks-per-node", where.ranks_per_node if where else 1), count("chain", 1)
+    ranks_per_node, chain = (
+        count("ranks-per-node", where.ranks_per_node if where else 1),
+        count("chain", 1),
+    )
     if args.account is not None and not PLAIN.fullmatch(args.account):
         faults.append(f"--account {args.account!r} must be a plain word")
     for option in args.sbatch:
         if not re.fullmatch(r"--[a-z][a-z-]*(=[\w.,:/@&|()%+*=\[\]-]+)?", option):
-            faults.append(f"--sbatch {option!r} must be one option of sbatch such as --partition=debug, without blanks")
+            faults.append(
+                f"--sbatch {option!r} must be one option of sbatch such as --partition=debug, without blanks"
+            )
     if any(c in str(args.out) for c in "\n\r%\\\"'"):
         faults.append(
             f"--out {str(args.out)!r}: %, quotes and \\ mean something to Slurm in the names of logs; take another folder"
@@ -175,11 +228,15 @@ def prepare(args: argparse.Namespace, root: Path, python: str) -> tuple[list[Bat
     for n in nodes if where else ():
         longest = attempt(partial(where.longest, n))
         if longest and walltime > longest:
-            faults.append(f"--time {args.time}: {where.name} gives {n} nodes at most {site.written(longest)}; see --chain")
+            faults.append(
+                f"--time {args.time}: {where.name} gives {n} nodes at most {site.written(longest)}; see --chain"
+            )
     if args.memory_per_rank is not None and not args.memory_per_rank > 0:
         faults.append(f"--memory-per-rank {args.memory_per_rank} must be a positive number of GiB")
     if args.memory_per_rank is not None and args.job != "bench":
-        faults.append("--memory-per-rank: bench-comm bounds its sizes by the memory that is free; leave it out")
+        faults.append(
+            "--memory-per-rank: bench-comm bounds its sizes by the memory that is free; leave it out"
+        )
     if args.dry_run and args.wait:
         faults.append("--wait: with --dry-run there is nothing to wait for")
     matrix = _bench if args.job == "bench" else _bench_comm
@@ -189,9 +246,13 @@ def prepare(args: argparse.Namespace, root: Path, python: str) -> tuple[list[Bat
         sizes = len(per_nodes.get(n * ranks_per_node, {"": []}))
         parts = count("array", sizes)
         if parts > sizes:
-            faults.append(f"--array {parts}: there are {sizes} sizes to measure on {n} nodes, and one is the least for a task")
+            faults.append(
+                f"--array {parts}: there are {sizes} sizes to measure on {n} nodes, and one is the least for a task"
+            )
         if where and where.max_array and parts > where.max_array:
-            faults.append(f"--nodes {n}: {parts} array tasks, {where.name} allows {where.max_array}; bundle sizes with --array")
+            faults.append(
+                f"--nodes {n}: {parts} array tasks, {where.name} allows {where.max_array}; bundle sizes with --array"
+            )
         tasks[n] = parts
     if faults:
         raise ValueError(bench_attention.all_of(list(dict.fromkeys(faults))))
@@ -199,15 +260,36 @@ def prepare(args: argparse.Namespace, root: Path, python: str) -> tuple[list[Bat
     for n in nodes:
         nproc = ["--nproc", str(n * ranks_per_node)]
         part = ["--part", f"$SLURM_ARRAY_TASK_ID/{tasks[n]}"] if tasks[n] > 1 else []
-        size = (where, n, ranks_per_node, walltime, tasks[n], chain, args.serial, args.account, tuple(args.sbatch))
-        jobs.append(BatchJob(f"ringx-{args.job}-n{n}", *size, (*command, *nproc, *part), args.out.absolute(), root, python))
+        size = (
+            where,
+            n,
+            ranks_per_node,
+            walltime,
+            tasks[n],
+            chain,
+            args.serial,
+            args.account,
+            tuple(args.sbatch),
+        )
+        jobs.append(
+            BatchJob(
+                f"ringx-{args.job}-n{n}",
+                *size,
+                (*command, *nproc, *part),
+                args.out.absolute(),
+                root,
+                python,
+            )
+        )
     return jobs, cases
 
 
 def _bench(args, where, worlds: dict[int, int], faults) -> Matrix:
     """For {number of ranks: nodes}; adds to the faults."""
     if args.options:
-        faults.append(f"--options {args.options!r} is for --job bench-comm; give bench's options as they are")
+        faults.append(
+            f"--options {args.options!r} is for --job bench-comm; give bench's options as they are"
+        )
     args.nproc, args.part = ",".join(map(str, worlds)), None
     if args.device == "auto" and where:
         args.device = where.device
@@ -219,11 +301,17 @@ def _bench(args, where, worlds: dict[int, int], faults) -> Matrix:
     for case in cases:
         if (least := least_memory(case) / 2**30) > memory:
             size = f"S={case.seqlen} on N={case.world}, H={case.heads}, D={case.head_dim}"
-            faults.append(f"{size}: {case.algorithm} needs at least {least:.3g} GiB a rank, of {memory:g}")
+            faults.append(
+                f"{size}: {case.algorithm} needs at least {least:.3g} GiB a rank, of {memory:g}"
+            )
     given: dict[int, dict[Any, list[str]]] = {}
     for case in cases:
         given.setdefault(case.world, {}).setdefault(case.size, []).append(case.id)
-    return ["bench", *_words(args, "bench"), "--out", str(args.out.absolute()), "--resume"], given, cases
+    return (
+        ["bench", *_words(args, "bench"), "--out", str(args.out.absolute()), "--resume"],
+        given,
+        cases,
+    )
 
 
 def _bench_comm(args, where, worlds: dict[int, int], faults) -> Matrix:
@@ -236,19 +324,43 @@ def _bench_comm(args, where, worlds: dict[int, int], faults) -> Matrix:
         return [], {}, []
     shared = ("device", "timeout", "label")  # of both: submit's own
     if others := [w for w in _words(args, "bench", without=shared) if w.startswith("--")]:
-        faults.append(f"{', '.join(others)}: for --job bench; say what bench-comm is to do in --options")
-    if twice := [f"--{name}" for name in shared if getattr(options, name) != parser.get_default(name)]:
-        faults.append(f"--options {args.options!r}: give {', '.join(twice)} to `ringx submit` itself")
+        faults.append(
+            f"{', '.join(others)}: for --job bench; say what bench-comm is to do in --options"
+        )
+    if twice := [
+        f"--{name}" for name in shared if getattr(options, name) != parser.get_default(name)
+    ]:
+        faults.append(
+            f"--options {args.options!r}: give {', '.join(twice)} to `ringx submit` itself"
+        )
     options.device, options.timeout, options.label = args.device, args.timeout, args.label
     if options.device == "auto" and where:
         options.device = where.device
     names, wrong = bench_collectives.examine(options)
     faults += wrong
-    faults += [f"--nodes: {n} rank cannot communicate with itself; take at least two" for n in worlds if n < 2]
+    faults += [
+        f"--nodes: {n} rank cannot communicate with itself; take at least two"
+        for n in worlds
+        if n < 2
+    ]
     how = (options.warmup, options.reps)
-    cases = [bench_collectives.Case(x, n, hosts, bench_collectives.DTYPE_NAME, *how) for n, hosts in worlds.items() for x in names]
+    cases = [
+        bench_collectives.Case(x, n, hosts, bench_collectives.DTYPE_NAME, *how)
+        for n, hosts in worlds.items()
+        for x in names
+    ]
     given = {n: {"": [c.id for c in cases if c.world == n]} for n in worlds}
-    return ["bench-comm", *_words(options, "bench-comm"), "--out", str(args.out.absolute()), "--resume"], given, cases
+    return (
+        [
+            "bench-comm",
+            *_words(options, "bench-comm"),
+            "--out",
+            str(args.out.absolute()),
+            "--resume",
+        ],
+        given,
+        cases,
+    )
 
 
 class _Quiet(argparse.ArgumentParser):
@@ -270,7 +382,11 @@ def _words(args: argparse.Namespace, job: str, without: Sequence[str] = ()) -> l
         if value is True:
             words.append(flag)
         else:
-            words += [w for one in (value if isinstance(value, list) else [value]) for w in (flag, str(one))]
+            words += [
+                w
+                for one in (value if isinstance(value, list) else [value])
+                for w in (flag, str(one))
+            ]
     return words
 
 
@@ -280,8 +396,15 @@ def least_memory(case: bench_attention.Case) -> int:
     itemsize, acc = DTYPES[case.dtype].itemsize, acc_dtype(DTYPES[case.dtype]).itemsize
     row = case.batch * case.head_dim  # elements of one head of one token
     tokens = case.seqlen // case.world
-    own = tokens * row * (4 * case.heads + 4 * case.kv_heads) * itemsize + tokens * row * case.heads * acc
-    gathered = 2 * (case.seqlen - tokens) * row * case.kv_heads * itemsize if case.algorithm == "ringx3" else 0
+    own = (
+        tokens * row * (4 * case.heads + 4 * case.kv_heads) * itemsize
+        + tokens * row * case.heads * acc
+    )
+    gathered = (
+        2 * (case.seqlen - tokens) * row * case.kv_heads * itemsize
+        if case.algorithm == "ringx3"
+        else 0
+    )
     return own + gathered
 
 
@@ -309,7 +432,11 @@ def render(job: BatchJob) -> str:
     ]
     lines, words = [], list(job.command)
     while words:  # an option and its value a line
-        value = [_shell(words.pop(1))] if len(words) > 1 and words[0].startswith("--") and not words[1].startswith("--") else []
+        value = (
+            [_shell(words.pop(1))]
+            if len(words) > 1 and words[0].startswith("--") and not words[1].startswith("--")
+            else []
+        )
         lines.append(" ".join([_shell(words.pop(0)), *value]))
     return "\n".join(
         [
@@ -319,7 +446,11 @@ def render(job: BatchJob) -> str:
             "",
             f"cd {_shell(str(job.root))} || exit 1",
             f"source script/job.sh {_shell(job.site.name)} {_shell(job.python)}",
-            *(["on_limit=leave  # the next job of the chain does the rest"] if job.chain > 1 else []),
+            *(
+                ["on_limit=leave  # the next job of the chain does the rest"]
+                if job.chain > 1
+                else []
+            ),
             'ranks "$PYTHON" -m ringx ' + " \\\n    ".join(lines),
             "job_end",
             "",
@@ -333,14 +464,21 @@ def _shell(word: str) -> str:
 
 
 def table(jobs: Sequence[BatchJob]) -> str:
-    lines = [f"{'job':24} {'nodes':>6} {'ranks':>7} {'tasks':>6} {'chain':>6} {'time':>10} {'node-hours':>11}"]
+    lines = [
+        f"{'job':24} {'nodes':>6} {'ranks':>7} {'tasks':>6} {'chain':>6} {'time':>10} {'node-hours':>11}"
+    ]
     for job in jobs:
         ranks = job.nodes * job.ranks_per_node
         lines.append(
             f"{job.name:24} {job.nodes:6} {ranks:7} {job.tasks:6} {job.chain:6} {site.written(job.time):>10} {job.node_hours:11.2f}"
         )
     total = sum(job.node_hours for job in jobs)
-    return "\n".join([*lines, f"asks for {total:.2f} node-hours at most (nodes x walltime x array tasks x chain)"])
+    return "\n".join(
+        [
+            *lines,
+            f"asks for {total:.2f} node-hours at most (nodes x walltime x array tasks x chain)",
+        ]
+    )
 
 
 # ---- Slurm
@@ -353,7 +491,12 @@ def submit(script: Path, chain: int, after: str | None = None) -> list[str]:
     for _ in range(chain):
         last = ids[-1] if ids else after
         wait_for = [f"--dependency=afterany:{last}"] if last else []
-        done = subprocess.run(["sbatch", "--parsable", *wait_for, str(script)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["sbatch", "--parsable", *wait_for, str(script)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if done.returncode:
             followed = f" (after {', '.join(ids)}, which wait in the queue)" if ids else ""
             raise RuntimeError(f"sbatch refused {script}{followed}: {done.stderr.strip()}")
@@ -367,7 +510,9 @@ def wait(ids: Sequence[str], out: Path, wanted: Sequence[str]) -> int:
     def there() -> int:
         return sum(records.path_of(out, i).exists() for i in wanted)
 
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+    with Progress(
+        console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
+    ) as progress:
         bar = progress.add_task("records", total=len(wanted))
         while _in_queue(ids):
             progress.update(bar, completed=there())
@@ -377,7 +522,9 @@ def wait(ids: Sequence[str], out: Path, wanted: Sequence[str]) -> int:
 
 
 def _in_queue(ids: Sequence[str]) -> bool:
-    done = subprocess.run(["squeue", "-h", "-o", "%A %F"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["squeue", "-h", "-o", "%A %F"], capture_output=True, text=True, check=False
+    )
     if done.returncode:  # the controller may be busy for a while
         return True
     return bool(set(done.stdout.split()) & set(ids))

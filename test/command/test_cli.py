@@ -20,7 +20,20 @@ def small(*more: str) -> list[str]:
 
 def test_verify_on_two_processes(tmp_path, capfd):
     file = tmp_path / "new" / "verify.json"
-    assert cli.main([*small("--json", str(file)), "--nproc", "1,2", "--dtypes", "fp64,bf16", "--layouts", "zigzag"]) == 0
+    assert (
+        cli.main(
+            [
+                *small("--json", str(file)),
+                "--nproc",
+                "1,2",
+                "--dtypes",
+                "fp64,bf16",
+                "--layouts",
+                "zigzag",
+            ]
+        )
+        == 0
+    )
     said = capfd.readouterr().out
     cases = json.loads(file.read_text())["cases"]
     assert len(cases) == 2 * 4 * 2 * 2 * 2 * 2  # ranks, algorithms, masks, dtypes, lengths, overlap
@@ -54,10 +67,15 @@ def test_verify_finds_faults(spoil, missed, monkeypatch, capsys):
 
 def test_errors_that_grow_with_the_ranks_are_missed():
     """bf16 errors within the limit, but more than twice the kernel's own, are misses too."""
-    result = {"errors": dict.fromkeys(verify.NAMES, 0.005), "single": dict.fromkeys(verify.NAMES, 0.002)}
+    result = {
+        "errors": dict.fromkeys(verify.NAMES, 0.005),
+        "single": dict.fromkeys(verify.NAMES, 0.002),
+    }
     assert verify.missed(result["errors"], result["single"], "bf16") == list(verify.NAMES)
     assert not verify.missed(dict.fromkeys(verify.NAMES, 0.0039), result["single"], "bf16")
-    assert verify.missed({n: float("nan") for n in verify.NAMES}, result["single"], "bf16") == list(verify.NAMES)
+    assert verify.missed({n: float("nan") for n in verify.NAMES}, result["single"], "bf16") == list(
+        verify.NAMES
+    )
 
 
 @pytest.mark.parametrize(
@@ -68,7 +86,10 @@ def test_errors_that_grow_with_the_ranks_are_missed():
         (["verify", "--nproc", "two"], "'two' is no comma-separated list of integers"),
         (["verify", "--heads", "4", "--kv-heads", "3"], "--heads 4 is no multiple of --kv-heads 3"),
         (["verify", "--seqlens", "3", "--nproc", "4"], "--seqlens 3 is shorter than --nproc 4"),
-        (["verify", "--kernel", "flush2", "--nproc", "1"], "kernel='flush2' is unknown. Did you mean 'flash2'"),
+        (
+            ["verify", "--kernel", "flush2", "--nproc", "1"],
+            "kernel='flush2' is unknown. Did you mean 'flash2'",
+        ),
         (["verify", "--kernel", "flash2", "--nproc", "1"], "kernel='flash2' cannot do this"),
         (["bench", "--out", "x", "--masks", "causel"], "Did you mean 'causal'"),
         (["plot", "/no/such/folder"], "/no/such/folder"),
@@ -101,9 +122,14 @@ def test_info_says_why_not(capsys):
 
 
 def test_as_a_module_and_version():
-    done = subprocess.run([sys.executable, "-m", "ringx", "--version"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "ringx", "--version"], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "0.1.0"
-    assert subprocess.run([sys.executable, "-m", "ringx"], capture_output=True, check=False).returncode == 2
+    assert (
+        subprocess.run([sys.executable, "-m", "ringx"], capture_output=True, check=False).returncode
+        == 2
+    )
 
 
 def test_demo(tmp_path, capsys, monkeypatch):
@@ -116,7 +142,9 @@ def test_demo(tmp_path, capsys, monkeypatch):
         if "apps.gpt.train" in words:
             into.mkdir()
             loss = 4.0 + 2.0**-40 * int(words[words.index("--cp") + 1])
-            (into / "metrics.jsonl").write_text("".join(json.dumps({"loss": x}) + "\n" for x in (5.5, loss)))
+            (into / "metrics.jsonl").write_text(
+                "".join(json.dumps({"loss": x}) + "\n" for x in (5.5, loss))
+            )
         elif "verify" in words:
             into.write_text("{}")
         return subprocess.CompletedProcess(words, status.get(words[3], 0))
@@ -127,7 +155,10 @@ def test_demo(tmp_path, capsys, monkeypatch):
     names = [next(word for word in words if word != "ringx") for words in asked]
     assert names == ["verify", "bench", "plot", "apps.gpt.train", "apps.gpt.train"]
     assert "The loss fell from 5.500 to 4.000; on 1, 2 ranks it differs by at most 9.1e-13." in said
-    assert all(str(out / name) in said for name in ("verify.json", "gpt_cp1/metrics.jsonl", "gpt_cp2/metrics.jsonl"))
+    assert all(
+        str(out / name) in said
+        for name in ("verify.json", "gpt_cp1/metrics.jsonl", "gpt_cp2/metrics.jsonl")
+    )
     status["bench"], asked[:] = 3, []
     assert cli.main(["demo", "--ranks", "1,2", "--out", str(out)]) == 3
     assert len(asked) == 2 and "that step failed with exit status 3" in capsys.readouterr().err

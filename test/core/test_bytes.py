@@ -29,7 +29,9 @@ class C10dBytes(SeesInside):
 
     def _count(self, name: str, args) -> None:
         n = self.world
-        size = lambda x: sum(t.numel() * t.element_size() for t in (x if isinstance(x, (list, tuple)) else [x]))  # noqa: E731
+        size = lambda x: sum(
+            t.numel() * t.element_size() for t in (x if isinstance(x, (list, tuple)) else [x])
+        )  # noqa: E731
         if name in ("broadcast_", "reduce_"):
             self.sent[name.strip("_")] += size(args[0]) * (n - 1) / n
         elif name == "allreduce_":
@@ -49,7 +51,16 @@ def measure(rank, world, p, algorithm, layout, causal, overlap=True):
     q, k, v = (x[:, where].clone().requires_grad_() for x in p[:3])
     with ringx.comm.traffic() as t:
         with C10dBytes(world) as forward:
-            out = ringx.attention(q, k, v, algorithm=algorithm, causal=causal, layout=layout, overlap=overlap, check=False)
+            out = ringx.attention(
+                q,
+                k,
+                v,
+                algorithm=algorithm,
+                causal=causal,
+                layout=layout,
+                overlap=overlap,
+                check=False,
+            )
         with C10dBytes(world) as backward:
             out.backward(p.dout[:, where])
     for ours, theirs in ((t.forward, forward.sent), (t.backward, backward.sent)):
@@ -69,9 +80,14 @@ def test_counted_equals_closed_form(algorithm, world, dtype):
         return [measure(rank, world, p, algorithm, layout, causal) for layout, causal in cases]
 
     for (layout, causal), *got in zip(cases, *run(world, on_rank), strict=True):
-        want = ringx.algorithms()[algorithm].bytes(B, seqlen, H, HKV, D, world, dtype.itemsize, causal, layout=layout)
+        want = ringx.algorithms()[algorithm].bytes(
+            B, seqlen, H, HKV, D, world, dtype.itemsize, causal, layout=layout
+        )
         for i in (0, 1):
-            assert sum(g[i] for g in got) / world == pytest.approx(want[i], rel=1e-12), (layout, causal)
+            assert sum(g[i] for g in got) / world == pytest.approx(want[i], rel=1e-12), (
+                layout,
+                causal,
+            )
 
 
 def test_closed_forms_equal_the_published_table():
@@ -88,7 +104,9 @@ def test_closed_forms_equal_the_published_table():
 def test_overlap_sends_the_same_bytes():
     p = problem(32, B=B, H=H, Hkv=HKV, D=D)
     for algorithm in ringx.algorithms():
-        on, off = (run(4, measure, 4, p, algorithm, "zigzag", True, overlap) for overlap in (True, False))
+        on, off = (
+            run(4, measure, 4, p, algorithm, "zigzag", True, overlap) for overlap in (True, False)
+        )
         assert on == off
 
 
@@ -117,7 +135,12 @@ def test_traffic_of_one_rank_and_outside_counts_nothing():
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"S": 12}, "S=12 does not give 8 equal"), ({"N": 0}, "N=0"), ({"itemsize": 2.0}, "itemsize"), ({"layout": "zig"}, "zigzag")],
+    [
+        ({"S": 12}, "S=12 does not give 8 equal"),
+        ({"N": 0}, "N=0"),
+        ({"itemsize": 2.0}, "itemsize"),
+        ({"layout": "zig"}, "zigzag"),
+    ],
 )
 def test_closed_form_refuses(change, message):
     sizes = dict(B=1, S=64, H=4, Hkv=4, D=8, N=8, itemsize=2, causal=True) | change

@@ -113,7 +113,9 @@ def test_check_can_be_turned_off():
     def on_rank(rank):
         with ringx.comm.traffic() as t:
             ringx.attention(**good(), check=False)
-        with pytest.raises(ValueError, match="unknown"):  # local mistakes are still found, where they are made
+        with pytest.raises(
+            ValueError, match="unknown"
+        ):  # local mistakes are still found, where they are made
             ringx.attention(**good(), check=False, algorithm="ring")
         return dict(t.forward)
 
@@ -135,7 +137,9 @@ def test_group_that_this_rank_is_not_in():
             ringx.attention(**good(), group=group)
 
     run(WORLD, on_rank)
-    with pytest.raises(TypeError, match=r"group='cp' must be a torch.distributed.ProcessGroup or None"):
+    with pytest.raises(
+        TypeError, match=r"group='cp' must be a torch.distributed.ProcessGroup or None"
+    ):
         ringx.attention(**good(), group="cp")
 
 
@@ -149,7 +153,11 @@ def test_unknown_arguments_are_not_swallowed():
     ("call", "kind", "message"),
     [
         (lambda: ringx.shard([1]), TypeError, "x must be a torch.Tensor, not list"),
-        (lambda: ringx.shard(torch.ones(2, 4), dim=2), ValueError, r"dim=2 is not a dimension of x, whose shape is \(2, 4\)"),
+        (
+            lambda: ringx.shard(torch.ones(2, 4), dim=2),
+            ValueError,
+            r"dim=2 is not a dimension of x, whose shape is \(2, 4\)",
+        ),
         (lambda: ringx.shard(torch.ones(2, 4), dim=1.0), TypeError, "dim=1.0"),
         (lambda: ringx.shard(torch.ones(2, 4), layout="zag"), ValueError, "layout='zag'"),
         (
@@ -157,7 +165,11 @@ def test_unknown_arguments_are_not_swallowed():
             ValueError,
             "gives rank 0 5 tokens, but its tensor has 4",
         ),
-        (lambda: ringx.positions(8, layout=ringx.Sharding(9, 1)), ValueError, "Sharding of 9 tokens, but the sequence has 8"),
+        (
+            lambda: ringx.positions(8, layout=ringx.Sharding(9, 1)),
+            ValueError,
+            "Sharding of 9 tokens, but the sequence has 8",
+        ),
         (lambda: ringx.positions(0), ValueError, "seqlen=0"),
         (lambda: ringx.positions("8"), TypeError, "seqlen='8'"),
     ],
@@ -182,4 +194,6 @@ def test_a_peer_that_fails_is_named_with_algorithm_and_step():
     assert isinstance(results[0], LookupError)
     for rank in (1, 2):
         assert isinstance(results[rank], RuntimeError)
-        assert f"ringx4 forward: broadcast from rank 0 failed on rank {rank} of 3" in str(results[rank])
+        assert f"ringx4 forward: broadcast from rank 0 failed on rank {rank} of 3" in str(
+            results[rank]
+        )

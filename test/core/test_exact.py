@@ -17,7 +17,8 @@ ALGORITHMS = tuple(ringx.algorithms())
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("world", "seqlen", "kv_heads", "head_dim"), [(2, 251, 1, 64), (3, 192, 4, 40), (4, 256, 2, 128), (8, 257, 2, 64)]
+    ("world", "seqlen", "kv_heads", "head_dim"),
+    [(2, 251, 1, 64), (3, 192, 4, 40), (4, 256, 2, 128), (8, 257, 2, 64)],
 )
 def test_low_precision(world, seqlen, kv_heads, head_dim, dtype, causal, poison):
     """Within the dtype's limit, and at most twice the error of one kernel call on the whole sequence."""
@@ -26,16 +27,31 @@ def test_low_precision(world, seqlen, kv_heads, head_dim, dtype, causal, poison)
     band = (None, 0 if causal else None)
     out, lse = cpu.fwd(*p[:3], band=band, scale=head_dim**-0.5)
     single = errors(
-        dict(zip(NAMES, (out, lse, *cpu.bwd(p.dout, *p[:3], out, lse, band=band, scale=head_dim**-0.5)), strict=True)), want
+        dict(
+            zip(
+                NAMES,
+                (out, lse, *cpu.bwd(p.dout, *p[:3], out, lse, band=band, scale=head_dim**-0.5)),
+                strict=True,
+            )
+        ),
+        want,
     )
 
     def all_algorithms(rank):
-        return {a: outputs(rank, p, algorithm=a, causal=causal, layout=ringx.Sharding(seqlen, world)) for a in ALGORITHMS}
+        return {
+            a: outputs(rank, p, algorithm=a, causal=causal, layout=ringx.Sharding(seqlen, world))
+            for a in ALGORITHMS
+        }
 
     for algorithm, got in run(world, all_algorithms)[0].items():
         for name, error in errors(got, want).items():
             assert error < LIMIT[dtype], (algorithm, name, error)
-            assert error < max(2 * single[name], 16 * torch.finfo(torch.float32).eps), (algorithm, name, error, single[name])
+            assert error < max(2 * single[name], 16 * torch.finfo(torch.float32).eps), (
+                algorithm,
+                name,
+                error,
+                single[name],
+            )
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -45,7 +61,12 @@ def test_eight_ranks_few_tokens(algorithm, poison):
     problems = {seqlen: problem(seqlen, D=8) for seqlen in (8, 15)}
 
     def on_rank(rank):
-        return [outputs(rank, problems[s], algorithm=algorithm, causal=c, layout=ringx.Sharding(s, 8, l)) for s, c, l in cases]
+        return [
+            outputs(
+                rank, problems[s], algorithm=algorithm, causal=c, layout=ringx.Sharding(s, 8, l)
+            )
+            for s, c, l in cases
+        ]
 
     for (seqlen, causal, layout), got in zip(cases, run(8, on_rank)[0], strict=True):
         want = full_attention(problems[seqlen], causal=causal)
@@ -57,7 +78,9 @@ def test_eight_ranks_few_tokens(algorithm, poison):
 def test_lse_is_differentiable(algorithm, causal, poison):
     p = problem(37)
     want = full_attention(p, causal=causal, with_dlse=True)
-    got = run(3, lambda rank: outputs(rank, p, with_dlse=True, algorithm=algorithm, causal=causal))[0]
+    got = run(3, lambda rank: outputs(rank, p, with_dlse=True, algorithm=algorithm, causal=causal))[
+        0
+    ]
     assert max(errors(got, want).values()) < 1e-10
 
 
@@ -109,7 +132,9 @@ def test_subgroup_whose_ranks_are_not_first(algorithm, poison):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_bitwise_the_same_again(algorithm):
     p = problem(64, dtype=torch.bfloat16)
-    runs = [run(4, lambda rank: outputs(rank, p, algorithm=algorithm, causal=True)) for _ in range(2)]
+    runs = [
+        run(4, lambda rank: outputs(rank, p, algorithm=algorithm, causal=True)) for _ in range(2)
+    ]
     for a, b in zip(*runs, strict=True):
         assert all(torch.equal(a[n], b[n]) for n in NAMES)
 
@@ -129,7 +154,13 @@ def test_scale_batch_and_strides(poison):
     def on_rank(rank):
         where = ringx.positions(32)
         q, k, v = (
-            x[:, where].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2).detach().requires_grad_() for x in p[:3]
+            x[:, where]
+            .permute(0, 2, 3, 1)
+            .contiguous()
+            .permute(0, 3, 1, 2)
+            .detach()
+            .requires_grad_()
+            for x in p[:3]
         )  # the last dimension is not the fastest
         out = ringx.attention(q, k, v, causal=True, scale=0.7, algorithm="ringx4")
         out.backward(p.dout[:, where].expand_as(out))

@@ -35,7 +35,9 @@ def test_4_kernels_that_read_a_bare_pointer_get_what_they_expect(algorithm, monk
 
     def bare(dout, q, k, v, out, lse, *rest, **options):
         b, h, s = lse.shape
-        return original(dout, q, k, v, out, lse.as_strided((b, h, s), (h * s, s, 1)), *rest, **options)
+        return original(
+            dout, q, k, v, out, lse.as_strided((b, h, s), (h * s, s, 1)), *rest, **options
+        )
 
     monkeypatch.setattr(cpu, "_bwd", bare)
     p = problem(48)
@@ -49,7 +51,8 @@ def test_7_gradients_have_their_inputs_dtype(algorithm, dtype):
     p = problem(16, dtype=dtype)
     got = run(2, lambda rank: outputs(rank, p, algorithm=algorithm))[0]
     assert {n: x.dtype for n, x in got.items()} == {
-        n: dtype if n != "lse" else (torch.float64 if dtype == torch.float64 else torch.float32) for n in got
+        n: dtype if n != "lse" else (torch.float64 if dtype == torch.float64 else torch.float32)
+        for n in got
     }
 
 
@@ -58,7 +61,10 @@ def test_7_errors_do_not_grow_with_ranks():
     p = problem(256, dtype=torch.bfloat16, D=32)
     want = full_attention(p)
     for algorithm in ALGORITHMS:
-        one, eight = (errors(run(n, lambda rank: outputs(rank, p, algorithm=algorithm))[0], want) for n in (1, 8))  # noqa: B023
+        one, eight = (
+            errors(run(n, lambda rank: outputs(rank, p, algorithm=algorithm))[0], want)
+            for n in (1, 8)
+        )  # noqa: B023
         for name in ("out", "dq", "dk", "dv"):
             assert eight[name] < 1.5 * one[name], (algorithm, name, eight, one)
 
@@ -70,12 +76,18 @@ def test_13_what_a_reduce_leaves_elsewhere_is_not_used(algorithm, monkeypatch):
 
     def wait(self):
         was_flying, result = self._work is not None, original(self)
-        if was_flying and self._step.startswith("reduce to") and not self._step.endswith(f" {dist.get_rank()}"):
+        if (
+            was_flying
+            and self._step.startswith("reduce to")
+            and not self._step.endswith(f" {dist.get_rank()}")
+        ):
             result.fill_(torch.nan)
         return result
 
     monkeypatch.setattr(ringx.comm.Pending, "wait", wait)
     p = problem(33)
     for overlap in (True, False):
-        got = run(3, lambda rank: outputs(rank, p, algorithm=algorithm, causal=True, overlap=overlap))[0]  # noqa: B023
+        got = run(
+            3, lambda rank: outputs(rank, p, algorithm=algorithm, causal=True, overlap=overlap)
+        )[0]  # noqa: B023
         assert max(errors(got, full_attention(p, causal=True)).values()) < 1e-10

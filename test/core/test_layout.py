@@ -8,7 +8,11 @@ import torch
 
 from ringx.layout import LAYOUTS, Sharding, Tile, TokenRange, clip, pack, rows_upto, tiles
 
-CASES = [(name, s, n) for name, s, n in itertools.product(LAYOUTS, (1, 2, 7, 16, 23, 48), (1, 2, 3, 4, 6, 8)) if s >= n]
+CASES = [
+    (name, s, n)
+    for name, s, n in itertools.product(LAYOUTS, (1, 2, 7, 16, 23, 48), (1, 2, 3, 4, 6, 8))
+    if s >= n
+]
 
 
 @pytest.mark.parametrize(("name", "seqlen", "world"), CASES)
@@ -73,12 +77,25 @@ def test_tiles_are_the_mask(name, by_keys):
                 if cu:
                     doc = torch.bucketize(i, torch.tensor(cu[1:]), right=True)
                     want &= doc[None] == doc[:, None]
-                sets = [[r] for r in range(world)] + [list(range(world))] + [list(range(0, world, 2))]
+                sets = (
+                    [[r] for r in range(world)] + [list(range(world))] + [list(range(0, world, 2))]
+                )
                 for some_q, some_k in itertools.product(sets, sets):
                     q_runs, k_runs = (sorted_runs(sharding, some) for some in (some_q, some_k))
                     q_pos, k_pos = (positions(runs) for runs in (q_runs, k_runs))
-                    got = dense(tiles(q_runs, k_runs, window=window, cu_seqlens=cu, by_keys=by_keys), len(q_pos), len(k_pos))
-                    assert torch.equal(got, want[q_pos][:, k_pos].int()), (seqlen, world, window, cu, some_q, some_k)
+                    got = dense(
+                        tiles(q_runs, k_runs, window=window, cu_seqlens=cu, by_keys=by_keys),
+                        len(q_pos),
+                        len(k_pos),
+                    )
+                    assert torch.equal(got, want[q_pos][:, k_pos].int()), (
+                        seqlen,
+                        world,
+                        window,
+                        cu,
+                        some_q,
+                        some_k,
+                    )
                     checked += 1
     assert checked > 3000
 
@@ -100,7 +117,11 @@ def test_causal_work_is_few_kernel_calls(seqlen):
         sharding = Sharding(seqlen, 4, name)
         mine = sharding.runs(rank)
         assert len(tiles(mine, mine, window=window)) == 1
-        others = pack(sorted((r for o in range(4) if o != rank for r in sharding.runs(o)), key=lambda r: r.start))
+        others = pack(
+            sorted(
+                (r for o in range(4) if o != rank for r in sharding.runs(o)), key=lambda r: r.start
+            )
+        )
         for by_keys in (False, True):
             assert len(tiles(mine, others, window=window, by_keys=by_keys)) <= len(mine)
 
@@ -111,13 +132,19 @@ def test_balanced_layouts_give_equal_work():
         for name in LAYOUTS:
             sharding = Sharding(seqlen, world, name)
             everything[name] = [
-                sum(t.area for o in range(world) for t in tiles(sharding.runs(r), sharding.runs(o), window=(None, 0)))
+                sum(
+                    t.area
+                    for o in range(world)
+                    for t in tiles(sharding.runs(r), sharding.runs(o), window=(None, 0))
+                )
                 for r in range(world)
             ]
         total = seqlen * (seqlen + 1) // 2
         assert all(sum(work) == total for work in everything.values())
         assert set(everything["zigzag"]) == {total // world}
-        assert max(everything["striped"]) - min(everything["striped"]) == (world - 1) * seqlen // world
+        assert (
+            max(everything["striped"]) - min(everything["striped"]) == (world - 1) * seqlen // world
+        )
         assert max(everything["contiguous"]) > 1.7 * total / world
 
 

@@ -54,7 +54,9 @@ def remote_blocks(rank, world, p, algorithm, overlap):
     kv_block = 2 * k.numel() * k.element_size()
     q_block = q.numel() * q.element_size() if algorithm in ("ringx1", "ringx2") else kv_block
     with RemoteBytes() as forward:
-        out = ringx.attention(q, k, v, algorithm=algorithm, causal=True, overlap=overlap, check=False)
+        out = ringx.attention(
+            q, k, v, algorithm=algorithm, causal=True, overlap=overlap, check=False
+        )
     assert forward.ends(), "a remote block outlives the call"
     with RemoteBytes() as backward:
         out.backward(p.dout[:, where])
@@ -81,7 +83,9 @@ def test_all_memory(algorithm):
     def step(rank, p):
         where = ringx.positions(p.q.shape[1])
         q, k, v = (x[:, where].clone().requires_grad_() for x in p[:3])
-        call = lambda: ringx.attention(q, k, v, algorithm=algorithm, causal=True, check=False).backward(p.dout[:, where])  # noqa: E731
+        call = lambda: ringx.attention(
+            q, k, v, algorithm=algorithm, causal=True, check=False
+        ).backward(p.dout[:, where])  # noqa: E731
         return peak_bytes(call, torch.device("cpu"))[0] / (2 * k.numel() * k.element_size())
 
     peaks = {world: max(run(world, step, problem(BLOCK * world))) for world in (4, 8)}

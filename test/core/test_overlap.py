@@ -53,9 +53,18 @@ def order(log, rank, moves):
     """For each owner but the last: is the next owner's broadcast posted before this owner's block is computed?"""
     which = 1 if moves == "q" else 2
     at = {("post", e[2]): i for i, e in enumerate(log) if e[:2] == ("post", "broadcast")}
-    computed = {e[which][0]: i for i, e in enumerate(log) if e[0] == "compute" and e[1:] != ((rank,), (rank,))}
+    computed = {
+        e[which][0]: i
+        for i, e in enumerate(log)
+        if e[0] == "compute" and e[1:] != ((rank,), (rank,))
+    }
     assert sorted(o for _, o in at) == list(range(WORLD))
-    return [at["post", o + 1] < computed[o] for o in range(WORLD - 1) if o != rank], at["post", 0], computed, log
+    return (
+        [at["post", o + 1] < computed[o] for o in range(WORLD - 1) if o != rank],
+        at["post", 0],
+        computed,
+        log,
+    )
 
 
 @pytest.mark.parametrize("algorithm", ["ringx1", "ringx2", "ringx4"])
@@ -77,7 +86,9 @@ def test_reduces_fly_while_the_next_block_is_computed(algorithm, events):
 
     def wait(self):
         if self._work is not None and "reduce to" in self._step:
-            waits.append((dist.get_rank(), int(self._step.split()[-1]), len(events[dist.get_rank()])))
+            waits.append(
+                (dist.get_rank(), int(self._step.split()[-1]), len(events[dist.get_rank()]))
+            )
         return original(self)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -99,7 +110,9 @@ def test_all_gather(overlap, events):
         others = tuple(r for r in range(WORLD) if r != rank)
         for log in (forward, backward):
             kinds = [e[1] if e[0] == "post" else e[2] for e in log]
-            assert kinds[:3] == ["all_gather", (rank,), others], "own block first, then one call for all the others"
+            assert kinds[:3] == ["all_gather", (rank,), others], (
+                "own block first, then one call for all the others"
+            )
 
 
 def test_all_gather_waits_first_without_overlap(monkeypatch):
@@ -121,7 +134,9 @@ def test_all_gather_waits_first_without_overlap(monkeypatch):
 
     def forward(rank, overlap):
         log[rank].clear()
-        ringx.attention(*(torch.ones(1, ROWS, 1, 4) for _ in range(3)), overlap=overlap, check=False)
+        ringx.attention(
+            *(torch.ones(1, ROWS, 1, 4) for _ in range(3)), overlap=overlap, check=False
+        )
         return list(log[rank])
 
     assert run(WORLD, forward, True) == [["compute", "wait", "compute"]] * WORLD

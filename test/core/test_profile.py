@@ -26,11 +26,20 @@ def profiled(world):
 def test_ranges():
     for found in launch.run(profiled, 2):
         for algorithm, (forward, backward) in EXPECTED.items():
-            want = {f"{algorithm} {d}{what}" for d in ("forward", "backward") for what in ("", ": attend")}
+            want = {
+                f"{algorithm} {d}{what}"
+                for d in ("forward", "backward")
+                for what in ("", ": attend")
+            }
             want |= {f"{algorithm} forward: {do} {forward}" for do in ("post", "wait for")}
             want |= {f"{algorithm} backward: {do} {backward}" for do in ("post", "wait for")}
             assert want <= found[algorithm], sorted(want - found[algorithm])
-            assert not any(name.startswith(other) for name in found[algorithm] for other in EXPECTED if other != algorithm)
+            assert not any(
+                name.startswith(other)
+                for name in found[algorithm]
+                for other in EXPECTED
+                if other != algorithm
+            )
 
 
 def test_the_agreement_has_a_range_too():

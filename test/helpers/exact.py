@@ -34,7 +34,8 @@ def outputs(rank: int, p: Problem, with_dlse=False, **options) -> dict[str, torc
     q, k, v = (x[:, where].clone().requires_grad_() for x in p[:3])
     out, lse = ringx.attention(q, k, v, return_lse=True, **options)
     torch.autograd.backward(
-        (out, lse) if with_dlse else out, (p.dout[:, where], p.dlse[:, :, where]) if with_dlse else p.dout[:, where]
+        (out, lse) if with_dlse else out,
+        (p.dout[:, where], p.dlse[:, :, where]) if with_dlse else p.dout[:, where],
     )
     got = zip(NAMES, (out.detach(), lse.detach(), q.grad, k.grad, v.grad), strict=True)
     return {name: gather(x, where, 2 if name == "lse" else 1, world) for name, x in got}
@@ -53,9 +54,19 @@ def check(rank: int, algorithm: str) -> int:
         want = full_attention(p, causal=causal)
         for layout, overlap in itertools.product(LAYOUTS, (True, False)):
             sharding = ringx.Sharding(seqlen, world, layout)
-            got = outputs(rank, p, algorithm=algorithm, causal=causal, layout=sharding, overlap=overlap)
+            got = outputs(
+                rank, p, algorithm=algorithm, causal=causal, layout=sharding, overlap=overlap
+            )
             for name, error in errors(got, want).items():
-                assert error < LIMIT[torch.float64], (algorithm, seqlen, causal, layout, overlap, name, error)
+                assert error < LIMIT[torch.float64], (
+                    algorithm,
+                    seqlen,
+                    causal,
+                    layout,
+                    overlap,
+                    name,
+                    error,
+                )
             cases += 1
     return cases
 
@@ -69,6 +80,8 @@ def main(algorithm: str) -> None:
     world = ringx.launch.init()
     cases = check(world.rank, algorithm)
     if world.rank == 0:
-        print(f"{algorithm}: {cases} cases on {world.world_size} ranks equal full attention in fp64")
+        print(
+            f"{algorithm}: {cases} cases on {world.world_size} ranks equal full attention in fp64"
+        )
     ringx.launch.shutdown()
     sys.exit(0)

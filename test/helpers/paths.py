@@ -6,5 +6,7 @@ TEST = Path(__file__).resolve().parents[1]
 ROOT = TEST.parent
 RESULTS = ROOT / "results"
 SCRIPT = ROOT / "script"
-PROGRAMS = TEST / "programs"  # what tests start as ranks, and modules whose functions other processes import
+PROGRAMS = (
+    TEST / "programs"
+)  # what tests start as ranks, and modules whose functions other processes import
 SHARED = ROOT.parent / "shared"  # real data; tests that need it skip where it is absent

@@ -32,12 +32,16 @@ def attempt(world: int, call: Callable[..., Any], *args: Any, timeout: float = 3
         store = dist.HashStore()
         results: list[Any] = [None] * world
         group_timeout = timedelta(seconds=timeout)
-        connected = threading.Barrier(world)  # a rank that has little to do must not be gone before the others have reached it
+        connected = threading.Barrier(
+            world
+        )  # a rank that has little to do must not be gone before the others have reached it
 
         def main(rank: int) -> None:
             try:
                 torch.set_num_threads(1)
-                dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=group_timeout)
+                dist.init_process_group(
+                    "gloo", store=store, rank=rank, world_size=world, timeout=group_timeout
+                )
                 try:
                     connected.wait(timeout)
                     results[rank] = call(rank, *args)
@@ -60,7 +64,9 @@ def attempt(world: int, call: Callable[..., Any], *args: Any, timeout: float = 3
 
 def _forget_meshes() -> None:
     """DTensor's caches hold meshes: their gloo groups would keep threads that wake up often and slow down every later test."""
-    for module in [m for name, m in sys.modules.items() if name.startswith("torch.distributed.tensor")]:
+    for module in [
+        m for name, m in sys.modules.items() if name.startswith("torch.distributed.tensor")
+    ]:
         for function in list(vars(module).values()):
             if isinstance(function, functools._lru_cache_wrapper):
                 function.cache_clear()

@@ -12,7 +12,9 @@ from helpers.paths import ROOT, TEST
 
 from ringx.launch.environ import hosts_of
 
-OUR_OWN = re.compile(r"SLURM_|PMI|OMPI_|MASTER_|GLOO_|RANK$|WORLD_SIZE$|LOCAL_|CL_")  # variables that the tests' own shell may have
+OUR_OWN = re.compile(
+    r"SLURM_|PMI|OMPI_|MASTER_|GLOO_|RANK$|WORLD_SIZE$|LOCAL_|CL_"
+)  # variables that the tests' own shell may have
 
 
 class Cluster:
@@ -22,7 +24,13 @@ class Cluster:
         self.folder = folder
         self.env = {k: v for k, v in os.environ.items() if not OUR_OWN.match(k)}
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        self.env |= {"CL_DIR": str(folder / "cluster"), "CL_NODES": "8", "CL_CPUS": "4", "OMP_NUM_THREADS": "1", "PATH": path}
+        self.env |= {
+            "CL_DIR": str(folder / "cluster"),
+            "CL_NODES": "8",
+            "CL_CPUS": "4",
+            "OMP_NUM_THREADS": "1",
+            "PATH": path,
+        }
         self.env |= {"PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "PYTHONUNBUFFERED": "1"}
 
     def __call__(self, *words: object, check: bool = True, timeout: float = 120, **env: str) -> str:
@@ -32,14 +40,20 @@ class Cluster:
             said, _ = done.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             done.kill()
-            raise AssertionError(f"{words} took longer than {timeout} s: {done.communicate()[0]}") from None
+            raise AssertionError(
+                f"{words} took longer than {timeout} s: {done.communicate()[0]}"
+            ) from None
         assert not check or done.returncode == 0, f"{words}: status {done.returncode}\n{said}"
         self.status = done.returncode
         return said
 
     def popen(self, *words: object, **env: str) -> subprocess.Popen:
         command = [str(TEST / "slurm/cluster"), *map(str, words)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+        pipes = {
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.STDOUT,
+            "stdin": subprocess.DEVNULL,
+        }
         return subprocess.Popen(command, env=self.env | env, cwd=self.folder, text=True, **pipes)
 
     def ringx(self, *words: object, **how) -> str:
@@ -61,7 +75,11 @@ class Cluster:
             states = re.findall(r"JobState=(\w+)", self("exec", "scontrol", "show", "job", job))
             return states and set(states) <= ended
 
-        wait_for(all_ended, timeout, lambda: self("status") + self("exec", "scontrol", "show", "job", job))
+        wait_for(
+            all_ended,
+            timeout,
+            lambda: self("status") + self("exec", "scontrol", "show", "job", job),
+        )
         return self.job(job)
 
     def nodes_of(self, job: str) -> list[int]:
@@ -82,8 +100,14 @@ def why_not() -> str | None:
     if os.geteuid() != 0:
         return "needs root, to make network namespaces"
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-    if missing := [t for t in ("slurmctld", "sbatch", "munged", "ip", "tc", "unshare") if not shutil.which(t, path=path)]:
+    if missing := [
+        t
+        for t in ("slurmctld", "sbatch", "munged", "ip", "tc", "unshare")
+        if not shutil.which(t, path=path)
+    ]:
         return f"{missing[0]} is missing: apt-get install --no-install-recommends slurm-wlm munge iproute2"
-    if subprocess.run(["unshare", "--net", "--pid", "--fork", "true"], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["unshare", "--net", "--pid", "--fork", "true"], capture_output=True, check=False
+    ).returncode:
         return "this machine does not let root make namespaces"
     return None

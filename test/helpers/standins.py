@@ -30,7 +30,9 @@ def _forward(q, k, v, scale, causal, square=False):
 
 def _backward(dout, q, k, v, out, lse, scale, causal, deterministic, square=False):
     assert dout.shape == out.shape == q.shape and dout.dtype == out.dtype == q.dtype
-    assert lse.shape == (q.shape[0], q.shape[2], q.shape[1]) and lse.is_contiguous(), "lse is read as a bare pointer"
+    assert lse.shape == (q.shape[0], q.shape[2], q.shape[1]) and lse.is_contiguous(), (
+        "lse is read as a bare pointer"
+    )
     assert lse.dtype == (torch.float64 if q.dtype == torch.float64 else torch.float32)
     assert not (square and causal) or q.shape[1] == k.shape[1]
     seen["deterministic"] = deterministic
@@ -52,7 +54,9 @@ def _off(dropout_p=0.0, window=(-1, -1), softcap=0.0, other=()):
 def _modules(name: str, **functions) -> dict[str, ModuleType]:
     """The module `name` and the packages that it lies in."""
     parts = name.split(".")
-    modules = {".".join(parts[: i + 1]): ModuleType(".".join(parts[: i + 1])) for i in range(len(parts))}
+    modules = {
+        ".".join(parts[: i + 1]): ModuleType(".".join(parts[: i + 1])) for i in range(len(parts))
+    }
     vars(modules[name]).update(functions)
     return modules
 
@@ -63,7 +67,9 @@ def _modules(name: str, **functions) -> dict[str, ModuleType]:
 def flash_attn_2_5():
     """flash-attn 2.5.9.post1: no softcap, windows as a pair, 8 results."""
 
-    def _flash_attn_forward(q, k, v, dropout_p, softmax_scale, causal, window_size, alibi_slopes, return_softmax):
+    def _flash_attn_forward(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, alibi_slopes, return_softmax
+    ):
         _off(dropout_p, window_size, other=(alibi_slopes,))
         out, lse = _forward(q, k, v, softmax_scale, causal)
         return out, q, k, v, out, lse, None, None
@@ -73,7 +79,12 @@ def flash_attn_2_5():
         deterministic, rng_state=None,
     ):  # fmt: skip
         _off(dropout_p, window_size, other=(alibi_slopes, rng_state))
-        _write(_backward(dout, q, k, v, out, softmax_lse, softmax_scale, causal, deterministic), dq, dk, dv)
+        _write(
+            _backward(dout, q, k, v, out, softmax_lse, softmax_scale, causal, deterministic),
+            dq,
+            dk,
+            dv,
+        )
         return dq, dk, dv, None
 
     return _modules("flash_attn.flash_attn_interface", **locals())
@@ -82,7 +93,18 @@ def flash_attn_2_5():
 def flash_attn_2_6():
     """flash-attn 2.6.3: softcap."""
 
-    def _flash_attn_forward(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_softmax):
+    def _flash_attn_forward(
+        q,
+        k,
+        v,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        return_softmax,
+    ):
         _off(dropout_p, window_size, softcap, (alibi_slopes,))
         out, lse = _forward(q, k, v, softmax_scale, causal)
         return out, q, k, v, out, lse, None, None
@@ -92,7 +114,12 @@ def flash_attn_2_6():
         deterministic, rng_state=None,
     ):  # fmt: skip
         _off(dropout_p, window_size, softcap, (alibi_slopes, rng_state))
-        _write(_backward(dout, q, k, v, out, softmax_lse, softmax_scale, causal, deterministic), dq, dk, dv)
+        _write(
+            _backward(dout, q, k, v, out, softmax_lse, softmax_scale, causal, deterministic),
+            dq,
+            dk,
+            dv,
+        )
         return dq, dk, dv, None
 
     return _modules("flash_attn.flash_attn_interface", **locals())
@@ -111,14 +138,18 @@ def _flash_attn_2_8_forward(
     return out, lse, q.new_empty(0), q.new_empty(2)
 
 
-@torch.library.custom_op("standin_flash_attn::_flash_attn_backward", mutates_args=("dq", "dk", "dv"))
+@torch.library.custom_op(
+    "standin_flash_attn::_flash_attn_backward", mutates_args=("dq", "dk", "dv")
+)
 def _flash_attn_2_8_backward(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, softmax_lse: torch.Tensor,
     dq: Opt, dk: Opt, dv: Opt, dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int,
     window_size_right: int, softcap: float, alibi_slopes: Opt, deterministic: bool, rng_state: Opt = None,
 ) -> torch.Tensor:  # fmt: skip
     _off(dropout_p, (window_size_left, window_size_right), softcap, (alibi_slopes, rng_state))
-    _write(_backward(dout, q, k, v, out, softmax_lse, softmax_scale, causal, deterministic), dq, dk, dv)
+    _write(
+        _backward(dout, q, k, v, out, softmax_lse, softmax_scale, causal, deterministic), dq, dk, dv
+    )
     return softmax_lse.new_empty(0)
 
 
@@ -152,8 +183,18 @@ def flash_attn_3_b1():
         dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, sequed_q, sequed_k, max_seqlen_q, max_seqlen_k, dq, dk,
         dv, softmax_scale, causal, window_size=(-1, -1), softcap=0.0, deterministic=False, sm_margin=0,
     ):  # fmt: skip
-        _off(0.0, window_size, softcap, (cu_seqlens_q, cu_seqlens_k, sequed_q, sequed_k, max_seqlen_q, max_seqlen_k))
-        _write(_backward(dout, q, k, v, out, softmax_lse, softmax_scale, causal, deterministic), dq, dk, dv)
+        _off(
+            0.0,
+            window_size,
+            softcap,
+            (cu_seqlens_q, cu_seqlens_k, sequed_q, sequed_k, max_seqlen_q, max_seqlen_k),
+        )
+        _write(
+            _backward(dout, q, k, v, out, softmax_lse, softmax_scale, causal, deterministic),
+            dq,
+            dk,
+            dv,
+        )
         return dq, dk, dv, None
 
     return _modules("flash_attn_interface", **locals())
@@ -177,7 +218,9 @@ def _flash_attn_3_forward(
     return (*_forward(q, k, v, softmax_scale, causal), q.new_empty(0), q.new_empty(0))
 
 
-@torch.library.custom_op("standin_flash_attn_3::_flash_attn_backward", mutates_args=("dq", "dk", "dv"))
+@torch.library.custom_op(
+    "standin_flash_attn_3::_flash_attn_backward", mutates_args=("dq", "dk", "dv")
+)
 def _flash_attn_3_backward(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, softmax_lse: torch.Tensor,
     cu_seqlens_q: Opt = None, cu_seqlens_k: Opt = None, sequed_q: Opt = None, sequed_k: Opt = None, max_seqlen_q: Int = None,
@@ -186,13 +229,22 @@ def _flash_attn_3_backward(
     window_size_right: int = -1, softcap: float = 0.0, deterministic: bool = False, sm_margin: int = 0,
 ) -> torch.Tensor:  # fmt: skip
     _off(0.0, (window_size_left, window_size_right), softcap)
-    _write(_backward(dout, q, k, v, out, softmax_lse, softmax_scale, is_causal, deterministic), dq, dk, dv)
+    _write(
+        _backward(dout, q, k, v, out, softmax_lse, softmax_scale, is_causal, deterministic),
+        dq,
+        dk,
+        dv,
+    )
     return softmax_lse.new_empty(0)
 
 
 def flash_attn_3():
     """FlashAttention-3 as of flash-attention commit 01afd16: custom operators, `is_causal` in the backward."""
-    return _modules("flash_attn_interface", _flash_attn_forward=_flash_attn_3_forward, _flash_attn_backward=_flash_attn_3_backward)
+    return _modules(
+        "flash_attn_interface",
+        _flash_attn_forward=_flash_attn_3_forward,
+        _flash_attn_backward=_flash_attn_3_backward,
+    )
 
 
 # ---- flash-attn-4 (flash_attn/cute/interface.py)
@@ -247,7 +299,14 @@ def aiter_old():
         alibi_slopes, deterministic, rng_state=None,
     ):  # fmt: skip
         _off(dropout_p, (window_size_left, window_size_right), other=(alibi_slopes, rng_state))
-        _write(_backward(dout, q, k, v, out, softmax_lse, softmax_scale, causal, deterministic, square=True), dq, dk, dv)
+        _write(
+            _backward(
+                dout, q, k, v, out, softmax_lse, softmax_scale, causal, deterministic, square=True
+            ),
+            dq,
+            dk,
+            dv,
+        )
 
     return _modules("aiter.ops.mha", **locals())
 
@@ -266,7 +325,11 @@ def aiter():
         q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, bias, alibi_slopes, return_lse,
         return_softmax, how_v3_bf16_cvt=1, cu_seqlens_q=None, cu_seqlens_kv=None,
     ):  # fmt: skip
-        _off(dropout_p, (window_size_left, window_size_right), other=(bias, alibi_slopes, cu_seqlens_q, cu_seqlens_kv))
+        _off(
+            dropout_p,
+            (window_size_left, window_size_right),
+            other=(bias, alibi_slopes, cu_seqlens_q, cu_seqlens_kv),
+        )
         assert return_lse and not return_softmax
         return (*_forward(q, k, v, softmax_scale, causal, square=True), None, None)
 
@@ -280,8 +343,19 @@ def _aiter_backward(
     dout, q, k, v, out, softmax_lse, dq, dk, dv, dbias, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
     bias, alibi_slopes, deterministic, rng_state=None, is_v3_atomic_fp32=True, how_v3_bf16_cvt=1,
 ):  # fmt: skip
-    _off(dropout_p, (window_size_left, window_size_right), other=(dbias, bias, alibi_slopes, rng_state))
-    _write(_backward(dout, q, k, v, out, softmax_lse, softmax_scale, causal, deterministic, square=True), dq, dk, dv)
+    _off(
+        dropout_p,
+        (window_size_left, window_size_right),
+        other=(dbias, bias, alibi_slopes, rng_state),
+    )
+    _write(
+        _backward(
+            dout, q, k, v, out, softmax_lse, softmax_scale, causal, deterministic, square=True
+        ),
+        dq,
+        dk,
+        dv,
+    )
     return softmax_lse.clone()
 
 
@@ -334,35 +408,93 @@ def _bshd(*xs):
 def _flash(q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
     _off(dropout_p)
     out, lse = _forward(*_bshd(q, k, v), scale, is_causal, square=True)
-    return out.transpose(1, 2), lse, None, None, q.shape[2], k.shape[2], torch.zeros(2), torch.zeros(()), torch.zeros(0)
+    return (
+        out.transpose(1, 2),
+        lse,
+        None,
+        None,
+        q.shape[2],
+        k.shape[2],
+        torch.zeros(2),
+        torch.zeros(()),
+        torch.zeros(0),
+    )
 
 
 def _flash_backward(
-    dout, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, philox_seed, philox_offset, *, scale=None
+    dout,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    cum_q,
+    cum_k,
+    max_q,
+    max_k,
+    dropout_p,
+    is_causal,
+    philox_seed,
+    philox_offset,
+    *,
+    scale=None,
 ):
     _off(dropout_p, other=(cum_q, cum_k))
     assert (max_q, max_k) == (q.shape[2], k.shape[2])
-    told = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    told = (
+        torch.are_deterministic_algorithms_enabled()
+        and not torch.is_deterministic_algorithms_warn_only_enabled()
+    )
     grads = _backward(*_bshd(dout, q, k, v, out), lse, scale, is_causal, told, square=True)
     return tuple(g.transpose(1, 2) for g in grads)
 
 
-def _efficient(q, k, v, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, *, scale=None):
+def _efficient(
+    q, k, v, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, *, scale=None
+):
     assert attn_bias is None and compute_log_sumexp and q.shape[1] == k.shape[1], "no grouped heads"
-    out, lse = reference.fwd(*_bshd(q, k, v), band=(None, 0 if is_causal else None), scale=scale)  # top-left
+    out, lse = reference.fwd(
+        *_bshd(q, k, v), band=(None, 0 if is_causal else None), scale=scale
+    )  # top-left
     lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf)
     return out.transpose(1, 2), lse, torch.zeros(()), torch.zeros(())
 
 
 def _efficient_backward(
-    dout, q, k, v, attn_bias, out, lse, philox_seed, philox_offset, dropout_p, grad_input_mask, is_causal=False, *, scale=None
+    dout,
+    q,
+    k,
+    v,
+    attn_bias,
+    out,
+    lse,
+    philox_seed,
+    philox_offset,
+    dropout_p,
+    grad_input_mask,
+    is_causal=False,
+    *,
+    scale=None,
 ):
-    assert attn_bias is None and list(grad_input_mask) == [True, True, True, False] and q.shape[1] == k.shape[1]
+    assert (
+        attn_bias is None
+        and list(grad_input_mask) == [True, True, True, False]
+        and q.shape[1] == k.shape[1]
+    )
     dout, q, k, v, out = _bshd(dout, q, k, v, out)
-    assert dout.is_contiguous() and out.is_contiguous(), "read with the strides of contiguous tensors"
+    assert dout.is_contiguous() and out.is_contiguous(), (
+        "read with the strides of contiguous tensors"
+    )
     m = q.shape[1]
-    assert lse.shape[-1] == -(-m // 32) * 32 and lse.is_contiguous() and bool((lse[..., m:] == torch.inf).all())
-    told = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert (
+        lse.shape[-1] == -(-m // 32) * 32
+        and lse.is_contiguous()
+        and bool((lse[..., m:] == torch.inf).all())
+    )
+    told = (
+        torch.are_deterministic_algorithms_enabled()
+        and not torch.is_deterministic_algorithms_warn_only_enabled()
+    )
     seen["deterministic"] = told
     band = (None, 0 if is_causal else None)
     grads = reference.bwd(dout, q, k, v, out, lse[..., :m], band=band, scale=scale)
@@ -370,18 +502,59 @@ def _efficient_backward(
 
 
 def _cudnn(lse_dims: int):
-    def forward(q, k, v, bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
+    def forward(
+        q,
+        k,
+        v,
+        bias,
+        compute_log_sumexp,
+        dropout_p=0.0,
+        is_causal=False,
+        return_debug_mask=False,
+        *,
+        scale=None,
+    ):
         assert bias is None and compute_log_sumexp and k.shape[2] > 1
         out, lse = _forward(*_bshd(q, k, v), scale, is_causal, square=True)
         lse = lse.unsqueeze(-1) if lse_dims == 4 else lse
-        return out.transpose(1, 2), lse, None, None, q.shape[2], k.shape[2], torch.zeros(()), torch.zeros(()), None
+        return (
+            out.transpose(1, 2),
+            lse,
+            None,
+            None,
+            q.shape[2],
+            k.shape[2],
+            torch.zeros(()),
+            torch.zeros(()),
+            None,
+        )
 
     def backward(
-        dout, q, k, v, out, lse, philox_seed, philox_offset, bias, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, *, scale=None
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        philox_seed,
+        philox_offset,
+        bias,
+        cum_q,
+        cum_k,
+        max_q,
+        max_k,
+        dropout_p,
+        is_causal,
+        *,
+        scale=None,
     ):
         _off(dropout_p, other=(bias, cum_q, cum_k))
-        assert (max_q, max_k) == (q.shape[2], k.shape[2]) and k.shape[2] > 1 and lse.dim() == lse_dims
-        assert dout.stride() == out.stride() == q.stride(), "plans are remembered by q, k and v alone"
+        assert (
+            (max_q, max_k) == (q.shape[2], k.shape[2]) and k.shape[2] > 1 and lse.dim() == lse_dims
+        )
+        assert dout.stride() == out.stride() == q.stride(), (
+            "plans are remembered by q, k and v alone"
+        )
         lse = lse.reshape(lse.shape[:3])
         grads = _backward(*_bshd(dout, q, k, v, out), lse, scale, is_causal, False, square=True)
         return tuple(g.transpose(1, 2) for g in grads)

@@ -43,7 +43,9 @@ def test_cut_leaves_exactly_the_band_in_pieces_the_kernel_can_do(kind):
                 if kind != "any" and piece.hi is not None:
                     assert piece.lo is None
                     assert piece.hi == {"top-left": 0, "bottom-right": pn - pm, "square": 0}[kind]
-                    assert {"top-left": pn <= pm, "bottom-right": pn >= pm, "square": pn == pm}[kind]
+                    assert {"top-left": pn <= pm, "bottom-right": pn >= pm, "square": pn == pm}[
+                        kind
+                    ]
             assert torch.equal(count[q0:, k0:], visible(m, n, None, hi).int()), (m, n, hi)
             assert count.sum() == tile.area
 
@@ -64,7 +66,11 @@ def flow(name, q, k, v, dout, tiles_, scale, deterministic=False):
     for t in pieces:
         out, lse = kernel.fwd(q[:, t.q], k[:, t.k], v[:, t.k], band=(t.lo, t.hi), scale=scale)
         assert out.shape == q[:, t.q].shape and out.dtype == q.dtype
-        assert lse.shape == (q.shape[0], q.shape[2], t.q.stop - t.q.start) and lse.dtype == acc_dtype(q.dtype)
+        assert lse.shape == (
+            q.shape[0],
+            q.shape[2],
+            t.q.stop - t.q.start,
+        ) and lse.dtype == acc_dtype(q.dtype)
         acc.add(out, lse, t.q)
     out, lse = acc.out.to(q.dtype), acc.lse
     grads = [torch.zeros(x.shape, dtype=acc_dtype(x.dtype)) for x in (q, k, v)]
@@ -83,10 +89,17 @@ def masked(q, k, v, dout, seen, scale):
     """The same in fp64 by autograd, of the pairs that `seen` [Sq, Sk] leaves; every row must see a key."""
     q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
     head = torch.arange(q.shape[2]) // (q.shape[2] // k.shape[2])
-    scores = (torch.einsum("bqhd,bkhd->bhqk", q, k[:, :, head]) * scale).masked_fill(~seen, -torch.inf)
-    out, lse = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v[:, :, head]), scores.logsumexp(-1)
+    scores = (torch.einsum("bqhd,bkhd->bhqk", q, k[:, :, head]) * scale).masked_fill(
+        ~seen, -torch.inf
+    )
+    out, lse = (
+        torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v[:, :, head]),
+        scores.logsumexp(-1),
+    )
     grads = torch.autograd.grad(out, (q, k, v), dout.double())
-    return dict(zip(("out", "lse", "dq", "dk", "dv"), (out.detach(), lse.detach(), *grads), strict=True))
+    return dict(
+        zip(("out", "lse", "dq", "dk", "dv"), (out.detach(), lse.detach(), *grads), strict=True)
+    )
 
 
 def one_rank(causal, S=53, world=3, rank=1, layout="zigzag"):
@@ -103,7 +116,10 @@ def one_rank(causal, S=53, world=3, rank=1, layout="zigzag"):
 
 def inputs(m, n, *, H=4, Hkv=2, D=16, dtype=torch.float64, B=2):
     g = torch.Generator().manual_seed(m + n)
-    return [torch.randn(B, s, h, D, generator=g, dtype=torch.float64).to(dtype) for s, h in ((m, H), (n, Hkv), (n, Hkv), (m, H))]
+    return [
+        torch.randn(B, s, h, D, generator=g, dtype=torch.float64).to(dtype)
+        for s, h in ((m, H), (n, Hkv), (n, Hkv), (m, H))
+    ]
 
 
 def assert_close(got, want, bound):
@@ -113,7 +129,9 @@ def assert_close(got, want, bound):
 
 @pytest.mark.parametrize("name", ["reference", "cpu"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 5e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 5e-6), (torch.bfloat16, 1e-2)]
+)
 @pytest.mark.parametrize("D", [40, 64, 128])
 def test_a_single_call_equals_the_definition(name, heads, dtype, bound, D):
     q, k, v, dout = inputs(37, 37, H=heads[0], Hkv=heads[1], D=D, dtype=dtype)
@@ -142,7 +160,9 @@ def test_pieces_of_a_rank_add_up(causal, layout):
     pieces, seen = one_rank(causal, layout=layout)
     q, k, v, dout = inputs(*seen.shape)
     for name in ("reference", "cpu"):
-        assert_close(flow(name, q, k, v, dout, pieces, 0.25), masked(q, k, v, dout, seen, 0.25), 1e-12)
+        assert_close(
+            flow(name, q, k, v, dout, pieces, 0.25), masked(q, k, v, dout, seen, 0.25), 1e-12
+        )
 
 
 def test_reference_is_the_oracle_of_the_other_tests():
@@ -174,9 +194,15 @@ OPERATORS = ["sdpa_flash", "sdpa_efficient", "sdpa_cudnn:3", "sdpa_cudnn:4"]
 def test_calls_of_a_stand_in(what, causal):
     pieces, seen = one_rank(causal)
     with stand_in(what) as name:
-        for D, dtype, bound in ((16, torch.float64, 1e-12), (20, torch.float64, 1e-12), (16, torch.bfloat16, 2e-2)):
+        for D, dtype, bound in (
+            (16, torch.float64, 1e-12),
+            (20, torch.float64, 1e-12),
+            (16, torch.bfloat16, 2e-2),
+        ):
             q, k, v, dout = inputs(*seen.shape, D=D, dtype=dtype)
-            assert_close(flow(name, q, k, v, dout, pieces, 0.25), masked(q, k, v, dout, seen, 0.25), bound)
+            assert_close(
+                flow(name, q, k, v, dout, pieces, 0.25), masked(q, k, v, dout, seen, 0.25), bound
+            )
 
 
 @pytest.mark.parametrize("what", [*standins.PACKAGES, "sdpa_flash", "sdpa_efficient"])
@@ -200,7 +226,9 @@ def test_determinism_is_asked_for_and_the_switch_put_back(what):
 def test_cudnn_does_a_single_key_by_the_definition():
     q, k, v, dout = inputs(5, 4)
     with standins.aten_operators():  # which refuses a single key
-        got = flow("sdpa_cudnn", q, k, v, dout, [Tile(slice(0, 5), slice(j, j + 1)) for j in range(4)], 1.0)
+        got = flow(
+            "sdpa_cudnn", q, k, v, dout, [Tile(slice(0, 5), slice(j, j + 1)) for j in range(4)], 1.0
+        )
     assert_close(got, masked(q, k, v, dout, torch.ones(5, 4, dtype=torch.bool), 1.0), 1e-12)
 
 
@@ -226,13 +254,20 @@ def test_an_algorithm_through_a_stand_in(monkeypatch):
 def test_shapes_that_pytorch_itself_expects_of_its_cuda_operators(name, monkeypatch):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    monkeypatch.setattr(torch.Tensor, "contiguous", lambda x: x)  # it asks for the device, which a CPU build does not know
+    monkeypatch.setattr(
+        torch.Tensor, "contiguous", lambda x: x
+    )  # it asks for the device, which a CPU build does not know
     load("sdpa_cudnn")._lse_dims.cache_clear()
     with FakeTensorMode():
-        q, k, dout = (torch.empty(2, s, h, 64, device="cuda", dtype=torch.bfloat16) for s, h in ((33, 4), (33, 2), (33, 4)))
+        q, k, dout = (
+            torch.empty(2, s, h, 64, device="cuda", dtype=torch.bfloat16)
+            for s, h in ((33, 4), (33, 2), (33, 4))
+        )
         out, lse = load(name).fwd(q, k, k, band=(None, 0), scale=0.1)
         assert out.shape == q.shape and lse.shape == (2, 4, 33) and lse.dtype == torch.float32
-        grads = load(name).bwd(dout, q, k, k, out, lse, band=(None, 0), scale=0.1, deterministic=False)
+        grads = load(name).bwd(
+            dout, q, k, k, out, lse, band=(None, 0), scale=0.1, deterministic=False
+        )
         assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
         assert all(g.device.type == "cuda" and g.dtype == torch.bfloat16 for g in grads)
     load("sdpa_cudnn")._lse_dims.cache_clear()
@@ -255,7 +290,12 @@ def test_flex_forward_on_cpu(band):
 
 
 def test_flex_blocks_cover_the_band():
-    for m, n, band in ((1, 1, (0, 0)), (300, 140, (-130, 5)), (129, 513, (None, 200)), (257, 129, (-3, None))):
+    for m, n, band in (
+        (1, 1, (0, 0)),
+        (300, 140, (-130, 5)),
+        (129, 513, (None, 200)),
+        (257, 129, (-3, None)),
+    ):
         blocks = flex._mask(m, n, band, CPU).to_dense()[0, 0].bool()
         for i, j in itertools.product(range(blocks.shape[0]), range(blocks.shape[1])):
             there = visible(m, n, *band)[i * 128 : (i + 1) * 128, j * 128 : (j + 1) * 128]
@@ -269,16 +309,24 @@ def test_flex_backward_algebra(monkeypatch):
         assert enable_gqa
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
-        seen = block_mask.mask_mod(0, 0, i, j) if block_mask else torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
+        seen = (
+            block_mask.mask_mod(0, 0, i, j)
+            if block_mask
+            else torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
+        )
         scores = (q @ k.mT * scale).masked_fill(~seen, -torch.inf)
         blind = ~seen.any(-1)
-        return scores.softmax(-1).masked_fill(blind[:, None], 0.0) @ v, scores.logsumexp(-1).masked_fill(blind, -torch.inf)
+        return scores.softmax(-1).masked_fill(blind[:, None], 0.0) @ v, scores.logsumexp(
+            -1
+        ).masked_fill(blind, -torch.inf)
 
     monkeypatch.setattr(flex, "_flex", lambda device: (attend, {}))
     for causal in (True, False):
         pieces, seen = one_rank(causal)
         q, k, v, dout = inputs(*seen.shape)
-        assert_close(flow("flex", q, k, v, dout, pieces, 0.25), masked(q, k, v, dout, seen, 0.25), 1e-12)
+        assert_close(
+            flow("flex", q, k, v, dout, pieces, 0.25), masked(q, k, v, dout, seen, 0.25), 1e-12
+        )
 
 
 def test_flex_refuses_to_train_on_cpu():
@@ -288,7 +336,13 @@ def test_flex_refuses_to_train_on_cpu():
     with pytest.raises(NotImplementedError, match=r"flex.*inference"):
         ringx.attention(q, q, q, kernel="flex")
     with torch.no_grad():
-        assert relative(ringx.attention(q, q, q, causal=True, kernel="flex"), ringx.attention(q, q, q, causal=True)) < 1e-5
+        assert (
+            relative(
+                ringx.attention(q, q, q, causal=True, kernel="flex"),
+                ringx.attention(q, q, q, causal=True),
+            )
+            < 1e-5
+        )
 
 
 # ---- what is refused, and what is chosen
@@ -360,7 +414,9 @@ def test_reasons_on_rocm(machine, name, changes, reason):
     assert reason in kernels.unsupported_reason(name, need(**changes))
 
 
-@pytest.mark.parametrize(("name", "found"), [("flash2", (9, 0)), ("flash3", (9, 0)), ("flash4", (9, 0)), ("aiter", None)])
+@pytest.mark.parametrize(
+    ("name", "found"), [("flash2", (9, 0)), ("flash3", (9, 0)), ("flash4", (9, 0)), ("aiter", None)]
+)
 def test_a_package_that_is_not_installed(machine, monkeypatch, name, found):
     machine(found, hip=None if found else "6.4")
     monkeypatch.setattr(gpu, "_import", lambda module: "is not installed (no module x)")
@@ -371,16 +427,23 @@ def test_a_package_version_that_we_do_not_know_is_refused(machine, monkeypatch):
     machine((9, 0))
     odd = standins._modules("flash_attn.flash_attn_interface")["flash_attn.flash_attn_interface"]
     monkeypatch.setattr(gpu, "_import", lambda module: odd)
-    assert "has no flash_attn.flash_attn_interface._flash_attn_forward" in kernels.unsupported_reason("flash2", need())
+    assert (
+        "has no flash_attn.flash_attn_interface._flash_attn_forward"
+        in kernels.unsupported_reason("flash2", need())
+    )
     odd._flash_attn_forward = lambda q, k, v, softmax_scale, is_causal: None
-    assert "no argument causal, window_size|window_size_left" in kernels.unsupported_reason("flash2", need())
+    assert "no argument causal, window_size|window_size_left" in kernels.unsupported_reason(
+        "flash2", need()
+    )
     with pytest.raises(NotImplementedError, match="no argument causal"):
         x = torch.zeros(1, 8, 1, 8)
         load("flash2").fwd(x, x, x, band=(None, None), scale=1.0)
 
 
 def test_auto_on_cpu_takes_the_cpu_kernel():
-    for grad, dtype in itertools.product((True, False), (torch.float64, torch.float32, torch.bfloat16)):
+    for grad, dtype in itertools.product(
+        (True, False), (torch.float64, torch.float32, torch.bfloat16)
+    ):
         assert kernels.choose("auto", KernelRequest(CPU, dtype, 40, grad=grad)) == "cpu"
 
 
@@ -403,7 +466,9 @@ def test_auto_takes_the_first_of_the_table_that_can(machine, monkeypatch):
 
 
 def test_a_named_kernel_that_cannot_raises_with_its_reason():
-    with pytest.raises(NotImplementedError, match=r"kernel='flash2' cannot do this: it runs on GPUs.*ringx info"):
+    with pytest.raises(
+        NotImplementedError, match=r"kernel='flash2' cannot do this: it runs on GPUs.*ringx info"
+    ):
         kernels.choose("flash2", KernelRequest(CPU, torch.float32, 64))
 
 
@@ -443,11 +508,24 @@ def test_gpu_check_runs_on_cpu(check, tmp_path, capsys):
     out = tmp_path / "check.json"
     assert check.main(["--device", "cpu", "--quick", "--worlds", "2", "--out", str(out)]) == 0
     found = json.loads(out.read_text())
-    assert {"schema", "device", "torch", "driver", "cuda", "hip", "commit", "kernels", "algorithms", "timings"} <= set(found)
+    assert {
+        "schema",
+        "device",
+        "torch",
+        "driver",
+        "cuda",
+        "hip",
+        "commit",
+        "kernels",
+        "algorithms",
+        "timings",
+    } <= set(found)
     assert found["misses"] == [] and set(found["kernels"]) == set(KERNELS)
     assert {a["algorithm"] for a in found["algorithms"]["cases"]} == set(ringx.algorithms())
     ways = {"none", "selective", "full"}
-    assert {(c["app"], c["checkpointing"]) for c in found["training"]["cases"]} == {(a, w) for a in ("gpt", "vit") for w in ways}
+    assert {(c["app"], c["checkpointing"]) for c in found["training"]["cases"]} == {
+        (a, w) for a in ("gpt", "vit") for w in ways
+    }
     assert max(len(line) for line in capsys.readouterr().out.splitlines()) <= 100
 
 

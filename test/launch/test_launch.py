@@ -24,7 +24,17 @@ import ringx
 from ringx import launch
 from ringx.launch import environ
 
-LAUNCHERS = ("SLURM", "PMI", "OMPI_", "MPI_", "MV2_", "TORCHELASTIC", "MASTER_", "GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS")
+LAUNCHERS = (
+    "SLURM",
+    "PMI",
+    "OMPI_",
+    "MPI_",
+    "MV2_",
+    "TORCHELASTIC",
+    "MASTER_",
+    "GLOO_SOCKET_IFNAME",
+    "OMP_NUM_THREADS",
+)
 SRUN = {
     "SLURM_JOB_ID": "71", "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "7", "SLURM_LOCALID": "1",
     "SLURM_NODEID": "1", "SLURM_STEP_NODELIST": "n[08-09]", "SLURM_STEP_TASKS_PER_NODE": "4,3",
@@ -60,7 +70,23 @@ def test_host_list(text, hosts):
     assert environ.hosts_of(text) == hosts
 
 
-@pytest.mark.parametrize("text", ["", ",", "a,", "a,,b", "n[1-3", "n1-3]", "n[]", "n[3-1]", "n[a-b]", "n[1-2-3]", "n[1,]", "a b"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        ",",
+        "a,",
+        "a,,b",
+        "n[1-3",
+        "n1-3]",
+        "n[]",
+        "n[3-1]",
+        "n[a-b]",
+        "n[1-2-3]",
+        "n[1,]",
+        "a b",
+    ],
+)
 def test_malformed_host_list(text):
     with pytest.raises(ValueError, match=r"host list|rising range"):
         environ.hosts_of(text)
@@ -80,24 +106,51 @@ def facts(env):
         ({}, ("plain", 0, 1, 0, 1, "")),
         (TORCHRUN, ("torchrun", 5, 8, 1, 4, "n1")),
         (TORCHRUN | SRUN, ("torchrun", 5, 8, 1, 4, "n1")),  # torchrun inside srun
-        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, ("torchrun", 1, 2, 1, 2, "localhost")),
-        (SRUN | {"RANK": "5", "WORLD_SIZE": "7"}, ("torchrun", 5, 7, 1, 3, "n08")),  # a wrapper script that sets only these
+        (
+            {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+            ("torchrun", 1, 2, 1, 2, "localhost"),
+        ),
+        (
+            SRUN | {"RANK": "5", "WORLD_SIZE": "7"},
+            ("torchrun", 5, 7, 1, 3, "n08"),
+        ),  # a wrapper script that sets only these
         (SRUN, ("srun", 5, 7, 1, 3, "n08")),
         (SRUN | {"WORLD_SIZE": "7"}, ("srun", 5, 7, 1, 3, "n08")),
         (SRUN | {"MASTER_ADDR": "n08-ib0"}, ("srun", 5, 7, 1, 3, "n08-ib0")),
-        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "7", "SLURM_STEP_NODELIST": "n4"}, ("srun", 5, 7, 1, 7, "127.0.0.1")),
-        (SRUN | {"SLURM_NTASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, ("srun", 5, 8, 1, 4, "n08")),
-        (SRUN | {"SLURM_NTASKS": "99", "SLURM_STEP_NUM_TASKS": "7"}, ("srun", 5, 7, 1, 3, "n08")),  # a step of a larger job
+        (
+            SRUN | {"SLURM_STEP_TASKS_PER_NODE": "7", "SLURM_STEP_NODELIST": "n4"},
+            ("srun", 5, 7, 1, 7, "127.0.0.1"),
+        ),
+        (
+            SRUN | {"SLURM_NTASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"},
+            ("srun", 5, 8, 1, 4, "n08"),
+        ),
+        (
+            SRUN | {"SLURM_NTASKS": "99", "SLURM_STEP_NUM_TASKS": "7"},
+            ("srun", 5, 7, 1, 3, "n08"),
+        ),  # a step of a larger job
         (SRUN | {"PMI_RANK": "5", "PMI_SIZE": "7"}, ("srun", 5, 7, 1, 3, "n08")),  # srun --mpi=pmi2
         (SRUN | {"PMIX_RANK": "5"}, ("srun", 5, 7, 1, 3, "n08")),
-        ({k: v for k, v in SRUN.items() if k != "SLURM_STEP_ID"}, ("plain", 0, 1, 0, 1, "")),  # a batch script
-        (SRUN | {"SLURM_STEP_ID": str(2**32 - 6)}, ("plain", 0, 1, 0, 1, "")),  # salloc's interactive step
+        (
+            {k: v for k, v in SRUN.items() if k != "SLURM_STEP_ID"},
+            ("plain", 0, 1, 0, 1, ""),
+        ),  # a batch script
+        (
+            SRUN | {"SLURM_STEP_ID": str(2**32 - 6)},
+            ("plain", 0, 1, 0, 1, ""),
+        ),  # salloc's interactive step
         (OPENMPI, ("mpirun", 1, 2, 1, 2, "127.0.0.1")),
-        (OPENMPI | SRUN, ("mpirun", 1, 2, 1, 2, "127.0.0.1")),  # mpirun started this rank through srun
+        (
+            OPENMPI | SRUN,
+            ("mpirun", 1, 2, 1, 2, "127.0.0.1"),
+        ),  # mpirun started this rank through srun
         (HYDRA, ("mpirun", 1, 4, 1, 4, "127.0.0.1")),
         (HYDRA | {"MASTER_ADDR": "h", "MASTER_PORT": "5"}, ("mpirun", 1, 4, 1, 4, "h")),
         (SEVERAL, ("mpirun", 1, 4, 1, 2, "")),  # for mpi4py to fill in
-        ({"PMI_RANK": "1", "PMI_SIZE": "4", "PMI_LOCAL_RANK": "0", "PMI_LOCAL_SIZE": "4"}, ("mpirun", 1, 4, 0, 4, "127.0.0.1")),
+        (
+            {"PMI_RANK": "1", "PMI_SIZE": "4", "PMI_LOCAL_RANK": "0", "PMI_LOCAL_SIZE": "4"},
+            ("mpirun", 1, 4, 0, 4, "127.0.0.1"),
+        ),
         ({"PMI_RANK": "1", "PMI_SIZE": "4"}, ("mpirun", 1, 4, -1, 0, "")),
         ({"PMIX_RANK": "1"}, ("mpirun", 1, 0, -1, 0, "")),
     ],
@@ -115,15 +168,24 @@ def test_variables(env, want):
         (TORCHRUN | {"LOCAL_RANK": "4"}, "local rank 4 of 4"),
         (TORCHRUN | {"LOCAL_WORLD_SIZE": "16"}, "16 ranks on this host of 8"),
         (TORCHRUN | {"MASTER_PORT": "70000"}, "MASTER_PORT='70000' must be an integer, 1 to 65535"),
-        *[({k: v for k, v in TORCHRUN.items() if k != gone}, f"{gone} is not set") for gone in TORCHRUN],
+        *[
+            ({k: v for k, v in TORCHRUN.items() if k != gone}, f"{gone} is not set")
+            for gone in TORCHRUN
+        ],
         (SRUN | {"SLURM_PROCID": "7"}, "SLURM_PROCID='7'"),
         (SRUN | {"SLURM_LOCALID": "3"}, "local rank 3 of 3"),
         (SRUN | {"SLURM_STEP_NODELIST": "n[1-"}, r"SLURM_STEP_NODELIST='n\[1-' is not a host list"),
-        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "4(x"}, r"SLURM_STEP_TASKS_PER_NODE='4\(x' is not of the form"),
+        (
+            SRUN | {"SLURM_STEP_TASKS_PER_NODE": "4(x"},
+            r"SLURM_STEP_TASKS_PER_NODE='4\(x' is not of the form",
+        ),
         (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "4"}, "has 4 tasks, but the step has 7"),
         ({k: v for k, v in SRUN.items() if k != "SLURM_NODEID"}, "SLURM_NODEID is not set"),
         ({k: v for k, v in SRUN.items() if k != "SLURM_NTASKS"}, "SLURM_NTASKS is not set"),
-        ({k: v for k, v in SRUN.items() if k != "SLURM_STEP_NODELIST"}, "SLURM_STEP_NODELIST is not set"),
+        (
+            {k: v for k, v in SRUN.items() if k != "SLURM_STEP_NODELIST"},
+            "SLURM_STEP_NODELIST is not set",
+        ),
         (OPENMPI | {"OMPI_COMM_WORLD_SIZE": "x"}, "OMPI_COMM_WORLD_SIZE='x'"),
         (HYDRA | {"PMI_RANK": "4"}, "rank 4 of 4"),
     ],
@@ -134,11 +196,18 @@ def test_missing_or_contradicting_variables(env, words):
 
 
 def test_ports_tell_jobs_and_steps_apart():
-    jobs = [SRUN | {"SLURM_JOB_ID": str(j), "SLURM_STEP_ID": str(s)} for j in range(4711, 4751) for s in range(100)]
+    jobs = [
+        SRUN | {"SLURM_JOB_ID": str(j), "SLURM_STEP_ID": str(s)}
+        for j in range(4711, 4751)
+        for s in range(100)
+    ]
     ports = [environ.read(env).port for env in jobs]
     assert len(set(ports)) == len(ports)
     assert all(15000 <= p < 32768 for p in ports)
-    assert environ.read(OPENMPI).port != environ.read(OPENMPI | {"PMIX_NAMESPACE": "prterun-h-13@1"}).port
+    assert (
+        environ.read(OPENMPI).port
+        != environ.read(OPENMPI | {"PMIX_NAMESPACE": "prterun-h-13@1"}).port
+    )
     assert environ.read(SRUN | {"MASTER_PORT": "1234"}).port == 1234
 
 
@@ -184,10 +253,15 @@ def test_run_gives_results_by_rank(nproc, capfd):
     results = launch.run(ranks_do.who, nproc, "hello")
     n = nproc or 1
     launcher = "plain" if n == 1 else "ringx"
-    got = [(w.rank, w.world, w.local_rank, w.local_world, w.launcher, w.backend, threads) for w, threads, *_ in results]
+    got = [
+        (w.rank, w.world, w.local_rank, w.local_world, w.launcher, w.backend, threads)
+        for w, threads, *_ in results
+    ]
     assert got == [(r, n, r, n, launcher, "gloo", 1) for r in range(n)]
     assert [x.tolist() for *_, x in results] == [list(range(r + 1)) for r in range(n)]
-    assert sorted(re.findall(r"hello from rank \d\n", capfd.readouterr().out)) == [f"hello from rank {r}\n" for r in range(n)]
+    assert sorted(re.findall(r"hello from rank \d\n", capfd.readouterr().out)) == [
+        f"hello from rank {r}\n" for r in range(n)
+    ]
     assert not launch.launched()
     assert launch.run(ranks_do.threads, nproc, threads=2) == [2] * n
 
@@ -202,7 +276,9 @@ def failure(call, *args, nproc=3, timeout=30):
 
 def test_the_rank_that_raised_is_named_and_the_others_end():
     message, seconds = failure(ranks_do.fail, 1)
-    assert message.startswith("rank 1 of 3 raised KeyError: 'rank 1 has no such thing'\n\nTraceback")
+    assert message.startswith(
+        "rank 1 of 3 raised KeyError: 'rank 1 has no such thing'\n\nTraceback"
+    )
     assert "in fail" in message
     assert seconds < 10
     message, seconds = failure(ranks_do.refuse, 2)
@@ -219,7 +295,9 @@ def test_the_rank_that_raised_is_named_and_the_others_end():
 def test_a_rank_killed_in_a_collective(direction):
     message, seconds = failure(ranks_do.die_in, 1, direction, "kill")
     assert message.startswith("rank 1 of 3 was ended by SIGKILL. Rank ")
-    assert re.search(rf"ringx4 {direction}: broadcast from rank [01] failed on rank", message)  # two are on their way at once
+    assert re.search(
+        rf"ringx4 {direction}: broadcast from rank [01] failed on rank", message
+    )  # two are on their way at once
     assert seconds < 10
 
 
@@ -236,13 +314,21 @@ def test_a_rank_that_never_comes(direction):
 
 
 def clean_env(**extra):
-    env = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS) and k not in ("RANK", "WORLD_SIZE")}
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(LAUNCHERS) and k not in ("RANK", "WORLD_SIZE")
+    }
     return env | {"PYTHONPATH": str(Path(ringx.__file__).parents[1])} | extra
 
 
 def start(*command, **env):
     return subprocess.Popen(
-        [str(word) for word in command], env=clean_env(**env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [str(word) for word in command],
+        env=clean_env(**env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -254,7 +340,10 @@ def finish(process, status=0):
 
 def reports(output):
     """What attend.py printed on each rank, however the lines of several ranks were mixed."""
-    return sorted(words.split() for words in re.findall(r"ok (\w+ \d+/\d+ \d+/\d+ \S+ \d+ \S+ threads \d+)", output))
+    return sorted(
+        words.split()
+        for words in re.findall(r"ok (\w+ \d+/\d+ \d+/\d+ \S+ \d+ \S+ threads \d+)", output)
+    )
 
 
 def test_torchrun():
@@ -266,13 +355,27 @@ def test_torchrun():
 
 def need_mpiexec():
     mpiexec = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    if not mpiexec or "HYDRA" not in subprocess.run([mpiexec, "--version"], capture_output=True, text=True).stdout:
+    if (
+        not mpiexec
+        or "HYDRA"
+        not in subprocess.run([mpiexec, "--version"], capture_output=True, text=True).stdout
+    ):
         pytest.skip("needs MPICH's mpiexec: pip install mpich mpi4py")
     return mpiexec
 
 
 def test_mpiexec_on_one_host_needs_no_mpi4py():
-    output = finish(start(need_mpiexec(), "-n", 2, sys.executable, PROGRAMS / "attend.py", "--no-mpi4py", "--leave"))
+    output = finish(
+        start(
+            need_mpiexec(),
+            "-n",
+            2,
+            sys.executable,
+            PROGRAMS / "attend.py",
+            "--no-mpi4py",
+            "--leave",
+        )
+    )
     first, second = reports(output)
     assert first == ["mpirun", "0/2", "0/2", "127.0.0.1", first[4], "gloo", "threads", "1"]
     assert second == ["mpirun", "1/2", "1/2", "127.0.0.1", first[4], "gloo", "threads", "1"]
@@ -282,9 +385,23 @@ def test_mpiexec_on_two_hosts_exchanges_the_address_through_mpi4py():
     mpiexec = need_mpiexec()
     if not importlib.util.find_spec("mpi4py"):
         pytest.skip("needs mpi4py: pip install mpi4py")
-    two = (mpiexec, "-launcher", "fork", "-hosts", "one,two", "-n", 2, sys.executable, PROGRAMS / "attend.py")  # both are this host
+    two = (
+        mpiexec,
+        "-launcher",
+        "fork",
+        "-hosts",
+        "one,two",
+        "-n",
+        2,
+        sys.executable,
+        PROGRAMS / "attend.py",
+    )  # both are this host
     first, second = reports(finish(start(*two)))
-    assert (first[:3], second[:3], first[3:5]) == (["mpirun", "0/2", "0/1"], ["mpirun", "1/2", "0/1"], second[3:5])
+    assert (first[:3], second[:3], first[3:5]) == (
+        ["mpirun", "0/2", "0/1"],
+        ["mpirun", "1/2", "0/1"],
+        second[3:5],
+    )
 
 
 def test_without_mpi4py_several_hosts_need_an_address(monkeypatch):
@@ -304,11 +421,15 @@ def step(rank, world, job=0, **extra):
 
 
 def test_the_variables_of_srun_and_an_error_that_ends_all_ranks():
-    ranks = [start(sys.executable, PROGRAMS / "attend.py", "--raise", **step(r, 2)) for r in range(2)]
+    ranks = [
+        start(sys.executable, PROGRAMS / "attend.py", "--raise", **step(r, 2)) for r in range(2)
+    ]
     ranks[0].wait(timeout=60)
     began = time.monotonic()
     outputs = [finish(process, status=1) for process in ranks]
-    assert time.monotonic() - began < 15  # the group's timeout is 30 s: the peer learnt of it at once
+    assert (
+        time.monotonic() - began < 15
+    )  # the group's timeout is 30 s: the peer learnt of it at once
     for r, output in enumerate(outputs):
         assert reports(output)[0][:4] == ["srun", f"{r}/2", f"{r}/2", "127.0.0.1"]
     assert "A peer has most likely died" in outputs[0]
@@ -318,10 +439,16 @@ def test_the_variables_of_srun_and_an_error_that_ends_all_ranks():
 def test_absent_ranks_and_a_wrong_host_are_named_within_the_timeout():
     absent = [start(sys.executable, PROGRAMS / "meet.py", **step(r, 4, job=1)) for r in (0, 2)]
     port = environ.read(step(0, 4, job=1)).port
-    nowhere = start(sys.executable, PROGRAMS / "meet.py", **step(1, 2, job=2, MASTER_ADDR="no-such-host.invalid"))
+    nowhere = start(
+        sys.executable,
+        PROGRAMS / "meet.py",
+        **step(1, 2, job=2, MASTER_ADDR="no-such-host.invalid"),
+    )
     for process in absent:
         said = finish(process)
-        assert f"not all of 4 ranks came to 127.0.0.1:{port} within 3 s. Missing: rank 1, 3." in said
+        assert (
+            f"not all of 4 ranks came to 127.0.0.1:{port} within 3 s. Missing: rank 1, 3." in said
+        )
     said = finish(nowhere).splitlines()
     (line,) = (text for text in said if "could not meet" in text)
     assert "rank 1 of 2 (srun) could not meet the others at no-such-host.invalid:" in line
@@ -334,7 +461,9 @@ def gone(pid):
     return True
 
 
-linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+linux = pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(), reason="looks for processes in /proc"
+)
 
 
 def await_ranks(path, n=2):
@@ -378,14 +507,19 @@ def test_an_interrupt_ends_all_ranks_at_once(tmp_path):
 
 
 def world_of(world, local_world, device, launcher="srun"):
-    return launch.World(0, world, 0, local_world, torch.device(device), "cpu:gloo,cuda:nccl", launcher, "n1", 1)
+    return launch.World(
+        0, world, 0, local_world, torch.device(device), "cpu:gloo,cuda:nccl", launcher, "n1", 1
+    )
 
 
 def test_one_visible_gpu_per_rank_is_said():
     everyone = [(f"n{r // 2 + 1}", "cuda:0", 1, str(r % 2)) for r in range(4)]
     says = launch.described(world_of(4, 2, "cuda"), everyone)[1:]
     assert says[0] == "each rank sees one GPU, the one it computes on"
-    assert says[1:] == ["  n1  0: cuda:0 of 0, 1: cuda:0 of 1", "  n2  2: cuda:0 of 0, 3: cuda:0 of 1"]
+    assert says[1:] == [
+        "  n1  0: cuda:0 of 0, 1: cuda:0 of 1",
+        "  n2  2: cuda:0 of 0, 3: cuda:0 of 1",
+    ]
 
 
 def test_all_gpus_visible_is_said():
@@ -400,7 +534,10 @@ def test_all_gpus_visible_is_said():
 def test_thousands_of_hosts_are_not_all_listed():
     everyone = [(f"n{r}", "cpu", 0, None) for r in range(4096)]
     lines = launch.described(world_of(4096, 1, "cpu"), everyone)
-    assert lines[-1] == f"  and {4096 - launch.ANNOUNCED} hosts more" and len(lines) == launch.ANNOUNCED + 2
+    assert (
+        lines[-1] == f"  and {4096 - launch.ANNOUNCED} hosts more"
+        and len(lines) == launch.ANNOUNCED + 2
+    )
 
 
 @pytest.mark.parametrize(("visible", "local_rank", "want"), [(1, 3, 0), (4, 3, 3)])

@@ -22,7 +22,9 @@ def place(rank: int, shape: Shape) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("sizes, replicate", [((2, 2, 2), 1), ((2, 1, 4), 2), ((3, 2, 1), 1), ((1, 2, 3), 3)])
+@pytest.mark.parametrize(
+    "sizes, replicate", [((2, 2, 2), 1), ((2, 1, 4), 2), ((3, 2, 1), 1), ((1, 2, 3), 3)]
+)
 def test_groups_are_those_counted_by_hand(sizes, replicate, order):
     shape = Shape(*sizes, replicate=replicate, order=order)
     places = [place(r, shape) for r in range(shape.world_size)]
@@ -32,8 +34,16 @@ def test_groups_are_those_counted_by_hand(sizes, replicate, order):
         ranks = dist.get_process_group_ranks
         shards = mesh.shard_mesh["fsdp"] if replicate > 1 else mesh.shard_mesh
         tp = mesh.device_mesh["tp"].get_group()
-        assert shards.get_local_rank() == dist.get_rank(shards.get_group())  # else FSDP2 would gather in another order
-        return (mesh.cp_rank, mesh.tp_rank, mesh.dp_rank), ranks(mesh.cp), ranks(tp), ranks(mesh.data), ranks(shards.get_group())
+        assert shards.get_local_rank() == dist.get_rank(
+            shards.get_group()
+        )  # else FSDP2 would gather in another order
+        return (
+            (mesh.cp_rank, mesh.tp_rank, mesh.dp_rank),
+            ranks(mesh.cp),
+            ranks(tp),
+            ranks(mesh.data),
+            ranks(shards.get_group()),
+        )
 
     per = shape.dp // replicate
     for r, (at, cp, tp, data, shards) in enumerate(run(shape.world_size, rank)):
@@ -43,8 +53,14 @@ def test_groups_are_those_counted_by_hand(sizes, replicate, order):
         def like(*axes, me=me):
             return [i for i, p in enumerate(places) if all(p[a] == me[a] for a in axes)]
 
-        assert sorted(cp) == like("tp", "dp") and sorted(tp) == like("cp", "dp") and sorted(data) == like("tp")
-        assert sorted(shards) == [i for i in like("tp") if places[i]["dp"] // per == me["dp"] // per]
+        assert (
+            sorted(cp) == like("tp", "dp")
+            and sorted(tp) == like("cp", "dp")
+            and sorted(data) == like("tp")
+        )
+        assert sorted(shards) == [
+            i for i in like("tp") if places[i]["dp"] // per == me["dp"] // per
+        ]
 
 
 def test_cp_is_counted_along_its_group():

@@ -62,7 +62,11 @@ def test_a_rank_that_does_not_come_is_named_as_in_any_other_collective():
             stopping.Watch().barrier_or_stop(me)
 
     error = ranks.attempt(2, rank_main, timeout=1)[0]
-    assert isinstance(error, PeerError) and "the meeting of all ranks" in str(error) and "failed on rank 0 of 2" in str(error)
+    assert (
+        isinstance(error, PeerError)
+        and "the meeting of all ranks" in str(error)
+        and "failed on rank 0 of 2" in str(error)
+    )
 
 
 def test_signals_are_left_alone_outside():
@@ -75,8 +79,16 @@ def test_signals_are_left_alone_outside():
         "with Watch() as w:\n    print(w.stop_signal)\n    with w.at_once(False): print('goes on')\n"
         "    try:\n        with w.at_once(True): print('waits')\n    except KeyboardInterrupt: print('does not wait')\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.stdout.split("\n")[:-1] == ["SIGUSR1", "still here", "SIGUSR1", "goes on", "does not wait"], done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.stdout.split("\n")[:-1] == [
+        "SIGUSR1",
+        "still here",
+        "SIGUSR1",
+        "goes on",
+        "does not wait",
+    ], done.stderr
 
 
 @pytest.mark.parametrize(("nproc", "number"), list(zip(["1", "2"], stopping.SIGNALS, strict=True)))
@@ -96,7 +108,9 @@ def test_bench_keeps_what_it_has_and_says_to_come_again(tmp_path, number, nproc)
         "--out",
         str(tmp_path),
     ]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     end = time.monotonic() + 60
     while not list(tmp_path.glob("*.json")):
         assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
@@ -104,19 +118,41 @@ def test_bench_keeps_what_it_has_and_says_to_come_again(tmp_path, number, nproc)
     process.send_signal(number)
     said, _ = process.communicate(timeout=30)
     assert process.returncode == stopping.AGAIN, said
-    assert f"interrupted by {signal.Signals(number).name}: 1 of 2 cases" in said and "Traceback" not in said
+    assert (
+        f"interrupted by {signal.Signals(number).name}: 1 of 2 cases" in said
+        and "Traceback" not in said
+    )
     (r,) = records.read_all(tmp_path)[0]
     assert r["case"]["seqlen"] == 64
 
 
 def test_without_any_progress_it_does_not_ask_to_come_again(tmp_path):
     """Else a job whose limit is too short for one size would start itself again forever."""
-    command = [sys.executable, "-m", "ringx", *BENCH, "--nproc", "1", "--seqlens", "8192", "--reps", "200", "--out", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "ringx",
+        *BENCH,
+        "--nproc",
+        "1",
+        "--seqlens",
+        "8192",
+        "--reps",
+        "200",
+        "--out",
+        str(tmp_path),
+    ]
     ignoring = ["bash", "-c", 'trap "" USR1; exec "$@"', "_", *command]
-    process = subprocess.Popen(ignoring, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        ignoring, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     time.sleep(0.5)  # for bash to do so
     while process.poll() is None:
         os.kill(process.pid, signal.SIGUSR1)  # ignored until it listens, as in a batch job
         time.sleep(0.2)
     said = process.communicate()[0]
-    assert process.returncode == 1 and "not one size was finished" in said and not list(tmp_path.glob("*.json")), said
+    assert (
+        process.returncode == 1
+        and "not one size was finished" in said
+        and not list(tmp_path.glob("*.json"))
+    ), said

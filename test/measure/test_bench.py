@@ -27,7 +27,9 @@ SMALL = ["--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--reps", "2", "
 def options(out, *argv):
     parser = argparse.ArgumentParser()
     bench_attention.add_arguments(parser)
-    return parser.parse_args(["--out", str(out), "--nproc", "2", "--seqlens", "64", "--device", "cpu", *SMALL, *argv])
+    return parser.parse_args(
+        ["--out", str(out), "--nproc", "2", "--seqlens", "64", "--device", "cpu", *SMALL, *argv]
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +38,12 @@ def on_threads(monkeypatch):
 
     def run(fn, nproc, *args, threads=1, **_):
         def rank_main(rank):
-            return fn(launch.World(rank, nproc, rank, nproc, torch.device("cpu"), "gloo", "threads", "", 0), *args)
+            return fn(
+                launch.World(
+                    rank, nproc, rank, nproc, torch.device("cpu"), "gloo", "threads", "", 0
+                ),
+                *args,
+            )
 
         return [rank_main(0)] if nproc == 1 else ranks.run(nproc, rank_main)
 
@@ -54,7 +61,9 @@ def record(tmp_path):
 
 
 def test_the_slowest_rank_of_each_repetition_counts():
-    got = bench_attention.slowest([[(1.0, 3.0), (2.0, 9.0), (1.0, 4.0)], [(2.0, 4.0), (1.0, 5.0), (3.0, 5.0)]])
+    got = bench_attention.slowest(
+        [[(1.0, 3.0), (2.0, 9.0), (1.0, 4.0)], [(2.0, 4.0), (1.0, 5.0), (3.0, 5.0)]]
+    )
     assert got["forward"]["raw"] == [2.0, 2.0, 3.0]
     assert got["total"]["raw"] == [4.0, 9.0, 5.0]
     assert got["backward"]["raw"] == [2.0, 7.0, 2.0]
@@ -69,7 +78,9 @@ def test_median_and_quartiles():
 
 
 def case(**changes):
-    made = bench_attention.Case("ringx3", "zigzag", "causal", "bf16", 2, 48, 3, 4, 2, 8, "auto", True, 1, None, True, 1, 7)
+    made = bench_attention.Case(
+        "ringx3", "zigzag", "causal", "bf16", 2, 48, 3, 4, 2, 8, "auto", True, 1, None, True, 1, 7
+    )
     return replace(made, **changes)
 
 
@@ -79,7 +90,9 @@ def test_flops_are_those_of_the_pairs_that_the_ranks_compute(layout, mask):
     sharding = Sharding(48, 4, layout)
     window = (None, 0 if mask == "causal" else None)
     both = itertools.product(range(4), repeat=2)
-    pairs = sum(t.area for i, j in both for t in tiles(sharding.runs(i), sharding.runs(j), window=window))
+    pairs = sum(
+        t.area for i, j in both for t in tiles(sharding.runs(i), sharding.runs(j), window=window)
+    )
     flops = case(mask=mask, layout=layout).flops()
     matmul = 2 * 3 * 4 * 8 * pairs  # batch 3, 4 heads of size 8: one product of that many pairs
     assert flops == {"forward": 2 * matmul, "backward": 5 * matmul, "total": 7 * matmul}
@@ -95,9 +108,15 @@ def test_derived_numbers():
     assert got["efficiency_percent"]["forward"] == pytest.approx(100 * 1.0 * 2 / (4 * 0.5))
     assert got["efficiency_percent"]["total"] == pytest.approx(100 * 4.0 * 2 / (4 * 2.5))
     assert got["tokens_per_second"] == pytest.approx(3 * 48 / 2.5)
-    assert got["tflops_per_rank"]["total"] == pytest.approx(case().flops()["total"] / 4 / 2.5 / 1e12)
+    assert got["tflops_per_rank"]["total"] == pytest.approx(
+        case().flops()["total"] / 4 / 2.5 / 1e12
+    )
     alone = bench_attention.derived(case(), seconds(1.0, 2.0), 2, None)
-    assert alone["baseline"] is None and alone["efficiency_percent"] is None and "--no-baseline" in alone["baseline_missing"]
+    assert (
+        alone["baseline"] is None
+        and alone["efficiency_percent"] is None
+        and "--no-baseline" in alone["baseline_missing"]
+    )
 
 
 def test_peak_memory_of_known_tensors():
@@ -144,7 +163,9 @@ def test_records_of_schema_1_are_read(record, tmp_path):
     path = records.path_of(tmp_path, record["id"])
     path.write_text(json.dumps(old))
     new = records.read(path)
-    assert new["seconds"] == record["seconds"] and new["labels"] == {} and new["launch"]["job"] is None
+    assert (
+        new["seconds"] == record["seconds"] and new["labels"] == {} and new["launch"]["job"] is None
+    )
 
 
 def edits():
@@ -154,8 +175,14 @@ def edits():
     yield "case.reps=True has the wrong type", lambda r: r["case"].update(reps=True)
     yield "does not hold 2 repetitions", lambda r: r["seconds"]["total"]["raw"].pop()
     yield "is not the summary", lambda r: r["seconds"]["total"].update(median=1.0)
-    yield "other than positive numbers", lambda r: r["seconds"]["forward"]["raw"].__setitem__(0, -1.0)
-    yield "other than positive numbers", lambda r: r["baseline"]["seconds"]["forward"]["raw"].__setitem__(0, float("nan"))
+    yield (
+        "other than positive numbers",
+        lambda r: r["seconds"]["forward"]["raw"].__setitem__(0, -1.0),
+    )
+    yield (
+        "other than positive numbers",
+        lambda r: r["baseline"]["seconds"]["forward"]["raw"].__setitem__(0, float("nan")),
+    )
     yield "baseline.seconds.total does not hold", lambda r: r["baseline"]["seconds"].pop("total")
     yield "tflops_per_rank.total=None", lambda r: r["tflops_per_rank"].pop("total")
     yield "efficiency_percent.total='90'", lambda r: r["efficiency_percent"].update(total="90")
@@ -182,7 +209,9 @@ def test_read_all_names_every_broken_file(record, tmp_path):
     (tmp_path / "other-name.json").write_text(good.read_text())
     found, broken = records.read_all(tmp_path)
     assert found == [record]
-    assert len(broken) == 3 and all(any(n in b for b in broken) for n in ("half.json", "list.json", "other-name.json"))
+    assert len(broken) == 3 and all(
+        any(n in b for b in broken) for n in ("half.json", "list.json", "other-name.json")
+    )
     with pytest.raises(FileNotFoundError, match="no directory"):
         records.read_all(tmp_path / "absent")
 
@@ -205,18 +234,36 @@ def test_every_case_gives_a_valid_record(tmp_path, capsys):
     )
     assert bench_attention.main(options(tmp_path, *argv, "--reps", "1")) == 0
     found, broken = records.read_all(tmp_path)
-    assert not broken and len(found) == 4 * 2 * 2 * 2 * 2 * 2  # algorithms, N, masks, layouts, Hkv, overlap
+    assert (
+        not broken and len(found) == 4 * 2 * 2 * 2 * 2 * 2
+    )  # algorithms, N, masks, layouts, Hkv, overlap
     for r in found:
-        assert r["kernel"] == "cpu" and r["machine"]["device"] == "cpu" and r["launch"]["launcher"] == "threads"
+        assert (
+            r["kernel"] == "cpu"
+            and r["machine"]["device"] == "cpu"
+            and r["launch"]["launcher"] == "threads"
+        )
         closed = ALGORITHMS[r["case"]["algorithm"]].bytes(
-            1, 64, 4, r["case"]["kv_heads"], 16, r["case"]["world"], 4, r["case"]["mask"] == "causal", r["case"]["layout"]
+            1,
+            64,
+            4,
+            r["case"]["kv_heads"],
+            16,
+            r["case"]["world"],
+            4,
+            r["case"]["mask"] == "causal",
+            r["case"]["layout"],
         )
         for direction, form in zip(("forward", "backward"), closed, strict=True):
             assert r["bytes"][direction]["closed_form"] == form
             assert r["bytes"][direction]["counted"] == pytest.approx(form)
         local = 64 // r["case"]["world"] * 16 * 4
-        assert r["memory"]["peak_bytes"] >= local * (2 * 4 + 2 * r["case"]["kv_heads"])  # out, dq, dk, dv at least
-        again = bench_attention.derived(bench_attention.Case(**r["case"]), r["seconds"], r["workers"], r["baseline"])
+        assert r["memory"]["peak_bytes"] >= local * (
+            2 * 4 + 2 * r["case"]["kv_heads"]
+        )  # out, dq, dk, dv at least
+        again = bench_attention.derived(
+            bench_attention.Case(**r["case"]), r["seconds"], r["workers"], r["baseline"]
+        )
         assert again["efficiency_percent"] == r["efficiency_percent"]
     printed = capsys.readouterr().out
     assert max(map(len, bench_attention.table(found).splitlines())) <= 100
@@ -234,7 +281,9 @@ def test_weak_scaling_and_no_baseline(tmp_path):
 
 def test_where_the_baseline_does_not_fit_the_algorithms_are_measured_still(tmp_path, monkeypatch):
     def full(self):
-        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
+        raise RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."
+        )
 
     monkeypatch.setattr(bench_attention.Baseline, "_once", full)
     assert bench_attention.main(options(tmp_path, "--algorithms", "ringx3")) == 0
@@ -252,11 +301,15 @@ def test_resume_measures_only_what_is_missing_or_broken(tmp_path, capsys, monkey
     paths[1].write_text(paths[1].read_text()[:100])
     assert bench_attention.main(options(tmp_path, "--resume")) == 0
     assert f"{paths[1].name}.broken): {paths[1]}" in capsys.readouterr().err
-    assert len(paths[1].with_name(f"{paths[1].name}.broken").read_text()) == 100  # nothing is thrown away
+    assert (
+        len(paths[1].with_name(f"{paths[1].name}.broken").read_text()) == 100
+    )  # nothing is thrown away
     assert len(list(tmp_path.glob("*.json"))) == 4
     assert paths[0].stat().st_mtime_ns == before[0] and records.read(paths[1])
     monkeypatch.setattr(bench_attention, "measure_size", None)
-    assert bench_attention.main(options(tmp_path, "--resume")) == 0  # everything is there: nothing is called
+    assert (
+        bench_attention.main(options(tmp_path, "--resume")) == 0
+    )  # everything is there: nothing is called
     with pytest.raises(ValueError, match=r"4 faults(.|\n)*measured with reps=2, now 3"):
         bench_attention.main(options(tmp_path, "--resume", "--reps", "3"))
 
@@ -282,10 +335,29 @@ def test_an_interruption_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
 
 
 def test_ctrl_c_on_real_processes(tmp_path):
-    command = [sys.executable, "-m", "ringx", "bench", "--out", str(tmp_path), "--nproc", "2", "--device", "cpu", *SMALL]
+    command = [
+        sys.executable,
+        "-m",
+        "ringx",
+        "bench",
+        "--out",
+        str(tmp_path),
+        "--nproc",
+        "2",
+        "--device",
+        "cpu",
+        *SMALL,
+    ]
     command += ["--algorithms", "ringx3", "--seqlens", "64,4096", "--reps", "50"]
     root = ROOT
-    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     end = time.monotonic() + 60
     while not list(tmp_path.glob("*.json")):
         assert process.poll() is None and time.monotonic() < end, process.communicate()
@@ -295,7 +367,10 @@ def test_ctrl_c_on_real_processes(tmp_path):
     assert process.returncode == 130, err
     assert "interrupted: 1 of 2 cases" in out and "Traceback" not in err
     (r,) = records.read_all(tmp_path)[0]
-    assert r["launch"]["launcher"] == "ringx" and r["case"]["reps"] == len(r["seconds"]["total"]["raw"]) == 50
+    assert (
+        r["launch"]["launcher"] == "ringx"
+        and r["case"]["reps"] == len(r["seconds"]["total"]["raw"]) == 50
+    )
 
 
 # ---- refusals
@@ -317,8 +392,20 @@ def test_all_unknown_names_at_once(tmp_path):
         "0",
     )
     with pytest.raises(ValueError) as e:
-        bench_attention.main(options(tmp_path / "new", *argv, "--nproc", "two", "--overlap", "maybe"))
-    for word in ("8 faults", "ringx5", "zigzg", "casual", "int8", "flash9", "--reps 0", "two", "maybe"):
+        bench_attention.main(
+            options(tmp_path / "new", *argv, "--nproc", "two", "--overlap", "maybe")
+        )
+    for word in (
+        "8 faults",
+        "ringx5",
+        "zigzg",
+        "casual",
+        "int8",
+        "flash9",
+        "--reps 0",
+        "two",
+        "maybe",
+    ):
         assert word in str(e.value)
     assert not (tmp_path / "new").exists()
 
@@ -326,9 +413,26 @@ def test_all_unknown_names_at_once(tmp_path):
 def test_all_impossible_cases_at_once(tmp_path):
     with pytest.raises(ValueError) as e:
         bench_attention.main(
-            options(tmp_path, "--nproc", "2,3", "--seqlens", "64,2", "--kv-heads", "2,3", "--layouts", "zigzag", "--kernel", "cpu")
+            options(
+                tmp_path,
+                "--nproc",
+                "2,3",
+                "--seqlens",
+                "64,2",
+                "--kv-heads",
+                "2,3",
+                "--layouts",
+                "zigzag",
+                "--kernel",
+                "cpu",
+            )
         )
-    for word in ("S=64 on N=3", "S=2 on N=2", "S=2 on N=3", "--heads 4 is no multiple of --kv-heads 3"):
+    for word in (
+        "S=64 on N=3",
+        "S=2 on N=2",
+        "S=2 on N=3",
+        "--heads 4 is no multiple of --kv-heads 3",
+    ):
         assert word in str(e.value)
     with pytest.raises(ValueError, match=r"fp?\w*32, head size 16.*flash2"):
         bench_attention.main(options(tmp_path, "--kernel", "flash2"))

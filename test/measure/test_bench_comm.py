@@ -30,7 +30,12 @@ def on_threads(monkeypatch):
 
     def run(fn, nproc, *args, **_):
         def rank_main(rank):
-            return fn(launch.World(rank, nproc, rank, nproc, torch.device("cpu"), "gloo", "threads", "", 0), *args)
+            return fn(
+                launch.World(
+                    rank, nproc, rank, nproc, torch.device("cpu"), "gloo", "threads", "", 0
+                ),
+                *args,
+            )
 
         return ranks.run(nproc, rank_main)
 
@@ -50,7 +55,9 @@ def test_each_collective_against_its_definition(name, world):
     chunks = [x.chunk(world) for x in inputs]
 
     def rank_main(rank):
-        call, expected = bench_collectives.COLLECTIVES[name].prepare(rank, world, n, torch.device("cpu"), True)
+        call, expected = bench_collectives.COLLECTIVES[name].prepare(
+            rank, world, n, torch.device("cpu"), True
+        )
         return call().clone(), expected()
 
     for rank, (got, want) in enumerate(ranks.run(world, rank_main)):
@@ -94,7 +101,9 @@ def test_bandwidths_are_those_of_nccl_tests():
 
 def test_sizes():
     assert bench_collectives.sizes_of(1024, 2**20, 4, 8) == [4**k for k in range(5, 11)]
-    assert bench_collectives.sizes_of(1000, 1000, 2, 3) == [996]  # whole elements on each of three ranks
+    assert bench_collectives.sizes_of(1000, 1000, 2, 3) == [
+        996
+    ]  # whole elements on each of three ranks
     assert bench_collectives.sizes_of(1024, 4096, 4, 2, also=[2080, 1024]) == [1024, 2080, 4096]
     assert (
         bench_collectives.in_bytes("16M") == 2**24
@@ -110,13 +119,24 @@ def test_records_table_and_machine_file(on_threads, tmp_path, capsys):
     assert bench_collectives.main(options(tmp_path, "--label", "net=x")) == 0
     said = capsys.readouterr().out
     found = machine.collected(tmp_path)
-    assert {r["case"]["collective"] for r in found} == set(bench_collectives.COLLECTIVES) and len(found) == 7
+    assert {r["case"]["collective"] for r in found} == set(bench_collectives.COLLECTIVES) and len(
+        found
+    ) == 7
     for r in found:
-        assert [s["bytes"] for s in r["sizes"]] == [1024, 4096] and r["ended"] is None and r["labels"] == {"net": "x"}
+        assert (
+            [s["bytes"] for s in r["sizes"]] == [1024, 4096]
+            and r["ended"] is None
+            and r["labels"] == {"net": "x"}
+        )
         for s in r["sizes"]:
             assert s["wrong"] == 0 and s["algbw"] == pytest.approx(s["bytes"] / s["mean"])
-            assert s["busbw"] == pytest.approx(s["algbw"] * bench_collectives.COLLECTIVES[r["case"]["collective"]].bus(2))
-        assert r["wire_missing"] == "all ranks are on one host" and r["sizes"][0]["wire_factor"] is None
+            assert s["busbw"] == pytest.approx(
+                s["algbw"] * bench_collectives.COLLECTIVES[r["case"]["collective"]].bus(2)
+            )
+        assert (
+            r["wire_missing"] == "all ranks are on one host"
+            and r["sizes"][0]["wire_factor"] is None
+        )
     assert said.count("all_to_all") == 2 and max(map(len, said.splitlines()[:15])) <= 100
     fits = machine.load(tmp_path / "machine.json")
     assert len(fits) == 7 and machine.find(fits, "ring", 2)["labels"] == {"net": "x"}
@@ -125,22 +145,45 @@ def test_records_table_and_machine_file(on_threads, tmp_path, capsys):
 def test_resume_measures_only_what_is_missing(on_threads, tmp_path):
     assert bench_collectives.main(options(tmp_path, "--collectives", "ring")) == 0
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("collective*")}
-    with pytest.raises(ValueError, match=r"already holds 1 of these 2 cases \(collective_ring_fp32_n2_hosts1, "):
+    with pytest.raises(
+        ValueError, match=r"already holds 1 of these 2 cases \(collective_ring_fp32_n2_hosts1, "
+    ):
         bench_collectives.main(options(tmp_path, "--collectives", "ring,broadcast"))
-    assert bench_collectives.main(options(tmp_path, "--collectives", "ring,broadcast", "--resume")) == 0
+    assert (
+        bench_collectives.main(options(tmp_path, "--collectives", "ring,broadcast", "--resume"))
+        == 0
+    )
     with pytest.raises(ValueError, match=r"was measured with labels \{\}, now \{'net': 'x'\}"):
-        bench_collectives.main(options(tmp_path, "--collectives", "ring", "--resume", "--label", "net=x"))
-    assert len(machine.collected(tmp_path)) == 2 and all(p.stat().st_mtime_ns == t for p, t in before.items())
+        bench_collectives.main(
+            options(tmp_path, "--collectives", "ring", "--resume", "--label", "net=x")
+        )
+    assert len(machine.collected(tmp_path)) == 2 and all(
+        p.stat().st_mtime_ns == t for p, t in before.items()
+    )
 
 
 def test_time_and_memory_bound_the_sizes(on_threads, tmp_path, monkeypatch):
-    assert bench_collectives.main(options(tmp_path / "t", "--collectives", "ring", "--max-bytes", "1G", "--seconds", "0.5")) == 0
+    assert (
+        bench_collectives.main(
+            options(
+                tmp_path / "t", "--collectives", "ring", "--max-bytes", "1G", "--seconds", "0.5"
+            )
+        )
+        == 0
+    )
     (r,) = machine.collected(tmp_path / "t")
     assert "are left of --seconds" in r["ended"] and r["sizes"][-1]["bytes"] < 2**30
     monkeypatch.setattr(bench_collectives, "_free_memory", lambda: 2**17)
-    assert bench_collectives.main(options(tmp_path / "m", "--collectives", "ring", "--max-bytes", "1G")) == 0
+    assert (
+        bench_collectives.main(
+            options(tmp_path / "m", "--collectives", "ring", "--max-bytes", "1G")
+        )
+        == 0
+    )
     (r,) = machine.collected(tmp_path / "m")
-    assert "GiB that are free" in r["ended"] and r["sizes"][-1]["bytes"] == 4096  # 4 x 16 KiB x 2 ranks is more than half
+    assert (
+        "GiB that are free" in r["ended"] and r["sizes"][-1]["bytes"] == 4096
+    )  # 4 x 16 KiB x 2 ranks is more than half
 
 
 def test_told_to_stop_it_keeps_what_is_complete(on_threads, tmp_path, monkeypatch, capsys):
@@ -157,16 +200,34 @@ def test_told_to_stop_it_keeps_what_is_complete(on_threads, tmp_path, monkeypatc
     assert "interrupted by SIGUSR1" in capsys.readouterr().out
 
 
-def test_told_before_anything_is_complete_it_does_not_ask_to_come_again(on_threads, tmp_path, monkeypatch):
+def test_told_before_anything_is_complete_it_does_not_ask_to_come_again(
+    on_threads, tmp_path, monkeypatch
+):
     monkeypatch.setattr(stopping, "_received", "SIGUSR1")
     assert bench_collectives.main(options(tmp_path)) == 1
 
 
 def test_mistakes_are_named_at_once(capsys, tmp_path):
-    argv = ["bench-comm", "--out", str(tmp_path / "new"), "--collectives", "brodcast", "--min-bytes", "4X", "--also", "3,x"]
+    argv = [
+        "bench-comm",
+        "--out",
+        str(tmp_path / "new"),
+        "--collectives",
+        "brodcast",
+        "--min-bytes",
+        "4X",
+        "--also",
+        "3,x",
+    ]
     assert cli.main([*argv, "--factor", "1", "--nproc", "1", "--seconds", "0", "--label", "a"]) == 2
     said = capsys.readouterr().err
-    for word in ("Did you mean 'broadcast'", "'4X' is no size", "--also: 'x' is no size", "--factor 1", "--nproc 1: it takes two"):
+    for word in (
+        "Did you mean 'broadcast'",
+        "'4X' is no size",
+        "--also: 'x' is no size",
+        "--factor 1",
+        "--nproc 1: it takes two",
+    ):
         assert word in said
     for word in ("--seconds 0", "--label 'a'"):
         assert word in said
@@ -196,14 +257,20 @@ def test_a_broken_record_is_refused(tmp_path, says, edit):
 def test_the_fit_finds_alpha_and_beta():
     points = [(2**k, 3e-5 + 2e-9 * 2**k) for k in range(10, 28, 2)]
     got = machine.fit(points)
-    assert got["alpha_s"] == pytest.approx(3e-5) and got["beta_s_per_byte"] == pytest.approx(2e-9) and got["relative_error"] < 1e-9
+    assert (
+        got["alpha_s"] == pytest.approx(3e-5)
+        and got["beta_s_per_byte"] == pytest.approx(2e-9)
+        and got["relative_error"] < 1e-9
+    )
 
 
 def test_the_fit_is_never_negative():
     """Points of which plain least squares would make a negative latency or a negative time per byte."""
     steep = machine.fit([(10, 1.0), (100, 20.0), (1000, 300.0)])
     flat = machine.fit([(10, 3.0), (100, 2.0), (1000, 1.0)])
-    assert 0 <= steep["alpha_s"] < 1e-9 and steep["beta_s_per_byte"] == pytest.approx((0.1 * 0.2 * 0.3) ** (1 / 3))
+    assert 0 <= steep["alpha_s"] < 1e-9 and steep["beta_s_per_byte"] == pytest.approx(
+        (0.1 * 0.2 * 0.3) ** (1 / 3)
+    )
     assert flat["alpha_s"] == pytest.approx(6 ** (1 / 3)) and 0 <= flat["beta_s_per_byte"] < 1e-9
     assert machine.fit([(10, 1.0)]) is None
 
@@ -219,12 +286,19 @@ def test_the_fit_is_the_best_one():
 
     least = off(best["alpha_s"], best["beta_s_per_byte"])
     steps = [1 + 0.02 * i for i in range(-20, 21)]
-    assert all(off(best["alpha_s"] * x, best["beta_s_per_byte"] * y) >= least - 1e-12 for x in steps for y in steps)
+    assert all(
+        off(best["alpha_s"] * x, best["beta_s_per_byte"] * y) >= least - 1e-12
+        for x in steps
+        for y in steps
+    )
 
 
 def test_the_machine_file_answers(tmp_path):
     kinds = itertools.product(("broadcast", "reduce"), (2, 4), "ab")
-    made = [invented.collective(name, n, beta=1e-8 * n, labels={"link": link}) for name, n, link in kinds]
+    made = [
+        invented.collective(name, n, beta=1e-8 * n, labels={"link": link})
+        for name, n, link in kinds
+    ]
     machine.write(tmp_path, made)
     fits = machine.load(tmp_path / "machine.json")
     assert len(fits) == 8
@@ -241,12 +315,21 @@ def test_the_machine_file_answers(tmp_path):
 def test_wire_bytes_grow_linearly_between_sizes():
     """As gloo's reduce does: 1.5 times the optimum up to 4 MiB, 2.5 bytes for every further byte."""
     mib = 2**20
-    fit = {"collective": "reduce", "world": 2, "sent_per_byte": 0.5, "wire_factors": [[mib, 1.5], [4 * mib, 1.5], [16 * mib, 2.25]]}
+    fit = {
+        "collective": "reduce",
+        "world": 2,
+        "sent_per_byte": 0.5,
+        "wire_factors": [[mib, 1.5], [4 * mib, 1.5], [16 * mib, 2.25]],
+    }
 
     def of(size, messages=1):
         return machine.wire_bytes(fit, 0.5 * size * messages, messages) / (0.5 * messages)
 
-    assert of(100) == pytest.approx(150) and of(3 * mib) == pytest.approx(4.5 * mib) and of(3 * mib, 7) == pytest.approx(4.5 * mib)
+    assert (
+        of(100) == pytest.approx(150)
+        and of(3 * mib) == pytest.approx(4.5 * mib)
+        and of(3 * mib, 7) == pytest.approx(4.5 * mib)
+    )
     assert of(8 * mib) == pytest.approx(6 * mib + 4 * 2.5 * mib)
     assert of(32 * mib) == pytest.approx(36 * mib + 16 * 2.5 * mib)
     with pytest.raises(LookupError, match="no bytes on the wire"):
@@ -255,13 +338,38 @@ def test_wire_bytes_grow_linearly_between_sizes():
 
 def test_messages_of_attention_are_counted(tmp_path):
     """As the algorithms' docstrings have them; N = 2: the mean over ranks of the collectives that a rank takes part in."""
-    argv = ["bench", "--nproc", "2", "--seqlens", "64", "--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--masks", "full"]
-    assert cli.main([*argv, "--dtypes", "fp32", "--reps", "1", "--no-baseline", "--out", str(tmp_path)]) == 0
+    argv = [
+        "bench",
+        "--nproc",
+        "2",
+        "--seqlens",
+        "64",
+        "--heads",
+        "4",
+        "--kv-heads",
+        "2",
+        "--head-dim",
+        "16",
+        "--masks",
+        "full",
+    ]
+    assert (
+        cli.main(
+            [*argv, "--dtypes", "fp32", "--reps", "1", "--no-baseline", "--out", str(tmp_path)]
+        )
+        == 0
+    )
     for r in records.read_all(tmp_path)[0]:
         forward, backward = (r["bytes"][d]["messages"] for d in ("forward", "backward"))
         assert (forward, backward) == {
-            "ringx1": ({"broadcast": 2, "all_reduce": 2, "reduce": 2}, {"broadcast": 2, "reduce": 2}),
-            "ringx2": ({"broadcast": 2, "all_reduce": 2, "reduce": 2}, {"broadcast": 2, "reduce": 2}),
+            "ringx1": (
+                {"broadcast": 2, "all_reduce": 2, "reduce": 2},
+                {"broadcast": 2, "reduce": 2},
+            ),
+            "ringx2": (
+                {"broadcast": 2, "all_reduce": 2, "reduce": 2},
+                {"broadcast": 2, "reduce": 2},
+            ),
             "ringx3": ({"all_gather": 1}, {"all_gather": 1, "all_to_all": 1}),
             "ringx4": ({"broadcast": 2}, {"broadcast": 2, "reduce": 2}),
         }[r["case"]["algorithm"]]

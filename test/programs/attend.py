@@ -16,7 +16,9 @@ if __name__ == "__main__":
     assert ringx.launch.init() is world
     torch.manual_seed(0)
     whole = [torch.randn(1, 12, 2, 8, dtype=torch.float64) for _ in range(3)]
-    out = ringx.attention(*(ringx.shard(x, layout="contiguous") for x in whole), causal=True, layout="contiguous")
+    out = ringx.attention(
+        *(ringx.shard(x, layout="contiguous") for x in whole), causal=True, layout="contiguous"
+    )
     q, k, v = (x.transpose(1, 2) for x in whole)
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
     error = float((ringx.unshard(out, layout="contiguous") - want).abs().max())
@@ -27,7 +29,9 @@ if __name__ == "__main__":
         assert ringx.launch.init() == world
         assert ringx.launch.run(lambda w: w.rank, None) == [world.rank]
     here = f"{world.local_rank}/{world.local_world} {world.address} {world.port} {world.backend}"
-    sys.stdout.write(f"ok {world.launcher} {world.rank}/{world.world_size} {here} threads {torch.get_num_threads()}\n")
+    sys.stdout.write(
+        f"ok {world.launcher} {world.rank}/{world.world_size} {here} threads {torch.get_num_threads()}\n"
+    )
     sys.stdout.flush()
     if "--with-mpi" in sys.argv:
         from mpi4py import MPI

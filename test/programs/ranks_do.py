@@ -12,7 +12,9 @@ import ringx
 
 def who(world, word):
     """Rank, thread count and arguments; what is printed passes through."""
-    sys.stdout.write(f"{word} from rank {world.rank}\n")  # in one piece, also where PYTHONUNBUFFERED is set
+    sys.stdout.write(
+        f"{word} from rank {world.rank}\n"
+    )  # in one piece, also where PYTHONUNBUFFERED is set
     return world, torch.get_num_threads(), word, torch.arange(world.rank + 1)
 
 
@@ -45,7 +47,10 @@ def die_in(world, culprit, direction, how):
     if world.rank == culprit:
         from ringx import comm
 
-        stop = {"kill": lambda: os.kill(os.getpid(), signal.SIGKILL), "sleep": lambda: time.sleep(600)}[how]
+        stop = {
+            "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+            "sleep": lambda: time.sleep(600),
+        }[how]
         calls = comm.broadcast
 
         def broadcast(x, src, group):

@@ -19,13 +19,20 @@ TRAIN = TrainConfig(seqlen=48, global_batch=4, steps=20, dtype="float32", lr=5e-
 
 
 def begin(shape: Shape, engine: str, model=None, **train):
-    config = Config("test", replace(MODEL, **(model or {})), replace(TRAIN, **train), MeshConfig(dp_engine=engine))
+    config = Config(
+        "test",
+        replace(MODEL, **(model or {})),
+        replace(TRAIN, **train),
+        MeshConfig(dp_engine=engine),
+    )
     mesh = Mesh.make(shape)
     attend = Attend(config, mesh)
     return config, mesh, attend, build(config, mesh, attend)
 
 
-def train(world, shape: Shape, engine: str, model=None, first=0, steps=20, load=None, save=None, **changed):
+def train(
+    world, shape: Shape, engine: str, model=None, first=0, steps=20, load=None, save=None, **changed
+):
     """[(loss, gradient norm, loss after the step) of each step], {name: value} of what a checkpoint would hold."""
     config, mesh, attend, e = begin(shape, engine, model, **changed)
     c, peers = config.train, world if world.world_size > 1 else None
@@ -39,9 +46,15 @@ def train(world, shape: Shape, engine: str, model=None, first=0, steps=20, load=
     rows = range(mesh.dp_rank * total // shape.dp, (mesh.dp_rank + 1) * total // shape.dp)
     records = []
     for step in range(first, steps):
-        made = torch.randint(0, MODEL.vocab, (total, c.seqlen + 1), generator=torch.Generator().manual_seed(step % 2))[rows]
+        made = torch.randint(
+            0, MODEL.vocab, (total, c.seqlen + 1), generator=torch.Generator().manual_seed(step % 2)
+        )[rows]
         pieces = [
-            [ringx.shard(x, group=mesh.cp, layout=attend.layout) for x in (part[:, :-1], part[:, 1:])] for part in made.split(micro)
+            [
+                ringx.shard(x, group=mesh.cp, layout=attend.layout)
+                for x in (part[:, :-1], part[:, 1:])
+            ]
+            for part in made.split(micro)
         ]
         loss, after = torch.zeros(2)
         for i, (tokens, labels) in enumerate(pieces):
@@ -67,10 +80,14 @@ def held(state) -> dict[str, torch.Tensor]:
         values |= {f"{name} {key}": value for key, value in moments.items()}
     for i, group in enumerate(state["optimizer"]["param_groups"]):
         values |= {
-            f"group {i} {key}": torch.tensor(group[key], dtype=torch.float64) for key in ("lr", "betas", "eps", "weight_decay")
+            f"group {i} {key}": torch.tensor(group[key], dtype=torch.float64)
+            for key in ("lr", "betas", "eps", "weight_decay")
         }
         values |= {f"group {i} of {name}": torch.tensor(0) for name in group["params"]}
-    return {name: (v.full_tensor() if isinstance(v, DTensor) else v.detach()).cpu().clone() for name, v in values.items()}
+    return {
+        name: (v.full_tensor() if isinstance(v, DTensor) else v.detach()).cpu().clone()
+        for name, v in values.items()
+    }
 
 
 def newborn(world, engine: str, dtype: str):
@@ -78,7 +95,9 @@ def newborn(world, engine: str, dtype: str):
     config, mesh, _, e = begin(Shape(cp=world.world_size), engine, dtype=dtype)
     before = held(e.state())
     right = all(
-        torch.equal(before[name], first_weight(name, before[name].shape, config.model, config.train.seed))
+        torch.equal(
+            before[name], first_weight(name, before[name].shape, config.model, config.train.seed)
+        )
         and float(before[f"{name} step"]) == 0
         and not before[f"{name} exp_avg"].any()
         for name, _ in e.module.named_parameters()

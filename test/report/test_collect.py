@@ -24,7 +24,12 @@ def folders(tmp_path):
     """Two jobs' folders: attention at two rates of the link, collectives, one copy, and three files that are no records."""
     a, b = tmp_path / "a/200", tmp_path / "b"
     for world in (1, 2, 4):
-        put(a, invented.attention(world=world, wire=1.5 if world > 1 else None, labels={"link": "200"}))
+        put(
+            a,
+            invented.attention(
+                world=world, wire=1.5 if world > 1 else None, labels={"link": "200"}
+            ),
+        )
         put(b, invented.attention("ringx4", world=world, baseline=False, kv_heads=8))
     put(a, invented.collective(world=2, labels={"link": "200"}))
     put(a, invented.collective(world=4, factor=None))
@@ -49,19 +54,30 @@ def test_one_table_of_all_records(folders, capsys):
         assert [r["id"] for r in csv.DictReader(f)] == [r["id"] for r in rows]
     one = next(r for r in rows if r["algorithm"] == "ringx3" and r["world"] == 2)
     record = invented.attention(world=2, wire=1.5)
-    assert one["total_s"] == record["seconds"]["total"]["median"] and one["label_link"] == "200" and one["labels"] == "link=200"
-    assert one["total_raw_s"] == "1 1.2 0.9" and one["forward_bytes"] == record["bytes"]["forward"]["counted"]
+    assert (
+        one["total_s"] == record["seconds"]["total"]["median"]
+        and one["label_link"] == "200"
+        and one["labels"] == "link=200"
+    )
+    assert (
+        one["total_raw_s"] == "1 1.2 0.9"
+        and one["forward_bytes"] == record["bytes"]["forward"]["counted"]
+    )
     assert one["source"] == one["id"] + ".json" and one["torch"] == record["versions"]["torch"]
     assert one["wire_bytes"] == pytest.approx(one["wire_expected_bytes"])  # factor 1.5 of both
     sent = one["forward_bytes"] + one["backward_bytes"]
     assert one["unhidden_s"] == pytest.approx(
         4 * 1e-4 + sent / 0.5 * 1e-8, rel=1e-6
     )  # 2 messages each way; half of S is sent at N = 2
-    assert all(r["wire_expected_bytes"] is None for r in rows if r is not one)  # other labels, or none measured
+    assert all(
+        r["wire_expected_bytes"] is None for r in rows if r is not one
+    )  # other labels, or none measured
     assert len(collect.read_table(out / "collectives.csv")) == 12
     assert {f["world"] for f in machine.load(out / "machine.json")} == {2, 4}
     where = json.loads((out / "environment.json").read_text())
-    assert [x["records"] for x in where["versions"]] == [8] and "/a/b" not in json.dumps(where["command"])
+    assert [x["records"] for x in where["versions"]] == [8] and "/a/b" not in json.dumps(
+        where["command"]
+    )
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv"])
@@ -73,15 +89,25 @@ def test_a_table_draws_what_its_records_draw(folders, tmp_path, kind, capsys):
     tables = [str(tmp_path / f"t/{name}.{kind}") for name in ("attention", "collectives")]
     assert cli.main(["plot", *tables, "--out", str(tmp_path / "from_table")]) == 0
     drawn = {p.name: p.read_text() for p in (tmp_path / "from_records").glob("*.csv")}
-    assert {"strong_scaling.csv", "bytes.csv", "wire.csv", "collectives_labels.csv"} & drawn.keys() >= {"bytes.csv", "wire.csv"}
-    assert len([name for name in drawn if name.startswith("collectives")]) == 2  # with a label and without
+    assert {
+        "strong_scaling.csv",
+        "bytes.csv",
+        "wire.csv",
+        "collectives_labels.csv",
+    } & drawn.keys() >= {"bytes.csv", "wire.csv"}
+    assert (
+        len([name for name in drawn if name.startswith("collectives")]) == 2
+    )  # with a label and without
     again = {p.name: p.read_text() for p in (tmp_path / "from_table").glob("*.csv")}
     assert again.keys() == drawn.keys()
     for name, text in drawn.items():
         ours, theirs = (list(csv.DictReader(t.splitlines())) for t in (text, again[name]))
         for x, y in zip(ours, theirs, strict=True):
             for key in x:
-                assert x[key] == y[key] or float(x[key]) == pytest.approx(float(y[key])), (name, key)
+                assert x[key] == y[key] or float(x[key]) == pytest.approx(float(y[key])), (
+                    name,
+                    key,
+                )
 
 
 def test_nothing_to_collect(tmp_path, capsys):
@@ -102,7 +128,9 @@ def test_committed_results_are_valid_records_or_tables():
     """Whatever is committed under results/ can be read by this version."""
     results = RESULTS
     seen = 0
-    for folder in sorted(p for p in results.iterdir() if p.is_dir() and p.name[:4] not in ("gpt_", "vit_", "note")):
+    for folder in sorted(
+        p for p in results.iterdir() if p.is_dir() and p.name[:4] not in ("gpt_", "vit_", "note")
+    ):
         tables = list(folder.glob("*.parquet"))
         found, broken, _ = collect.gather([folder])
         assert not broken

@@ -10,8 +10,12 @@ import subprocess
 import pytest
 from helpers.paths import RESULTS
 
-nbformat = pytest.importorskip("nbformat", reason="needs nbformat, nbclient and ipykernel: pip install -e '.[dev]'")
-nbclient = pytest.importorskip("nbclient", reason="needs nbformat, nbclient and ipykernel: pip install -e '.[dev]'")
+nbformat = pytest.importorskip(
+    "nbformat", reason="needs nbformat, nbclient and ipykernel: pip install -e '.[dev]'"
+)
+nbclient = pytest.importorskip(
+    "nbclient", reason="needs nbformat, nbclient and ipykernel: pip install -e '.[dev]'"
+)
 NOTEBOOKS = sorted((RESULTS / "notebooks").glob("*.ipynb"))
 
 
@@ -19,7 +23,9 @@ NOTEBOOKS = sorted((RESULTS / "notebooks").glob("*.ipynb"))
 def committed(tmp_path_factory):
     """A copy of results/ with committed files only, outside the checkout."""
     to = tmp_path_factory.mktemp("results") / "results"
-    listed = subprocess.run(["git", "ls-files", "-z", "."], cwd=RESULTS, capture_output=True, text=True, check=False)
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "."], cwd=RESULTS, capture_output=True, text=True, check=False
+    )
     if listed.returncode:
         pytest.skip("needs a git checkout, to know what is committed")
     for name in filter(None, listed.stdout.split("\0")):
@@ -29,15 +35,26 @@ def committed(tmp_path_factory):
 
 
 def test_the_four_notebooks():
-    assert {n.stem for n in NOTEBOOKS} == {"attention_scaling", "bytes_and_time", "collectives", "time_by_algorithm"}
+    assert {n.stem for n in NOTEBOOKS} == {
+        "attention_scaling",
+        "bytes_and_time",
+        "collectives",
+        "time_by_algorithm",
+    }
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda n: n.stem)
 def test_a_notebook_runs_on_committed_data(committed, notebook):
     made = nbformat.read(notebook, as_version=4)
-    nbclient.NotebookClient(made, timeout=120, resources={"metadata": {"path": str(committed / "notebooks")}}).execute()
+    nbclient.NotebookClient(
+        made, timeout=120, resources={"metadata": {"path": str(committed / "notebooks")}}
+    ).execute()
     outputs = [o for cell in made.cells if cell.cell_type == "code" for o in cell.outputs]
-    assert sum("image/png" in o.get("data", {}) for o in outputs) + sum("text/html" in o.get("data", {}) for o in outputs) >= 3
+    assert (
+        sum("image/png" in o.get("data", {}) for o in outputs)
+        + sum("text/html" in o.get("data", {}) for o in outputs)
+        >= 3
+    )
     assert not [o for o in outputs if o.output_type == "stream" and o.name == "stderr"]
 
 

@@ -53,7 +53,9 @@ def many(tmp_path_factory):
 def test_all_figures_are_drawn(many):
     _, folder, said = many
     assert "broken.json" in said
-    assert {p.name for p in folder.iterdir()} == {f"{name}.{ending}" for name in FIGURES for ending in ("png", "svg", "csv")}
+    assert {p.name for p in folder.iterdir()} == {
+        f"{name}.{ending}" for name in FIGURES for ending in ("png", "svg", "csv")
+    }
     for name in FIGURES:
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert "</svg>" in (folder / f"{name}.svg").read_text()
@@ -85,13 +87,17 @@ def test_ideal_and_choice_of_ranks(many):
     _, folder, _ = many
     ideal = {(x["world"], float(x["total_ideal_s"])) for x in rows(folder / "strong_scaling.csv")}
     assert ideal == {("1", 2.0), ("2", 1.0), ("4", 0.5)}  # 1 second on two workers
-    assert {x["world"] for x in rows(folder / "time_by_algorithm.csv")} == {"2"}  # 4 ranks share two cores
+    assert {x["world"] for x in rows(folder / "time_by_algorithm.csv")} == {
+        "2"
+    }  # 4 ranks share two cores
 
 
 def test_counted_bytes_lie_on_the_closed_form(many):
     points = {"counted": {}, "closed form": {}}
     for x in rows(many[1] / "bytes.csv"):
-        where = tuple(x[k] for k in ("algorithm", "layout", "overlap", "mask", "world", "direction"))
+        where = tuple(
+            x[k] for k in ("algorithm", "layout", "overlap", "mask", "world", "direction")
+        )
         points[x["kind"]][where] = float(x["bytes_per_rank"])
     assert points["counted"] and points["counted"].items() <= points["closed form"].items()
     assert {where[4] for where in points["closed form"]} == {"1", "2", "4", "8", "16"}
@@ -119,9 +125,17 @@ def test_figures_that_lack_data_say_what_they_need(tmp_path, capsys):
 def test_one_colour_an_algorithm(many):
     shown = [collect.attention(r) for r in many[0]]
     looks = [figures._look(r, k, shown) for k, r in enumerate(shown)]
-    by_algorithm = {(r["algorithm"], look["color"], look["marker"]) for r, look in zip(shown, looks, strict=True)}
+    by_algorithm = {
+        (r["algorithm"], look["color"], look["marker"])
+        for r, look in zip(shown, looks, strict=True)
+    }
     assert len(by_algorithm) == len(ALGORITHMS) == len({c for _, c, _ in by_algorithm})
-    assert len({look["ls"] for r, look in zip(shown, looks, strict=True) if r["algorithm"] == "ringx4"}) == 2  # overlap on, off
+    assert (
+        len(
+            {look["ls"] for r, look in zip(shown, looks, strict=True) if r["algorithm"] == "ringx4"}
+        )
+        == 2
+    )  # overlap on, off
 
 
 def test_nothing_to_draw(tmp_path):
@@ -141,15 +155,36 @@ def test_without_matplotlib_the_remedy_is_named(tmp_path, monkeypatch):
 def test_records_that_were_measured(tmp_path, monkeypatch):
     def on_threads(fn, nproc, *args, **_):
         def rank_main(rank):
-            return fn(launch.World(rank, nproc, rank, nproc, torch.device("cpu"), "gloo", "threads", "", 0), *args)
+            return fn(
+                launch.World(
+                    rank, nproc, rank, nproc, torch.device("cpu"), "gloo", "threads", "", 0
+                ),
+                *args,
+            )
 
         return [rank_main(0)] if nproc == 1 else ranks.run(nproc, rank_main)
 
     monkeypatch.setattr(launch, "run", on_threads)
     parser = argparse.ArgumentParser()
     bench_attention.add_arguments(parser)
-    sizes = ["--seqlens", "32,64", "--heads", "2", "--kv-heads", "2", "--head-dim", "8", "--reps", "2"]
-    assert bench_attention.main(parser.parse_args(["--nproc", "1,2", "--device", "cpu", *sizes, "--out", str(tmp_path)])) == 0
+    sizes = [
+        "--seqlens",
+        "32,64",
+        "--heads",
+        "2",
+        "--kv-heads",
+        "2",
+        "--head-dim",
+        "8",
+        "--reps",
+        "2",
+    ]
+    assert (
+        bench_attention.main(
+            parser.parse_args(["--nproc", "1,2", "--device", "cpu", *sizes, "--out", str(tmp_path)])
+        )
+        == 0
+    )
     assert run(tmp_path) == 0
     assert {p.stem for p in tmp_path.glob("*.png")} == FIGURES
     counted = [x for x in rows(tmp_path / "bytes.csv") if x["kind"] == "counted"]

@@ -27,7 +27,9 @@ def healthy(cluster):
         up = (cluster.folder / "cluster" / f"n{i}.pid").exists()
         cluster(*(("link", i, "up") if up else ("boot", i)))
     cluster("wait", 10, check=False)
-    for i in re.findall(r"^n(\d) (?!idle)", cluster("exec", "sinfo", "-h", "-N", "-o", "%n %T"), re.MULTILINE):
+    for i in re.findall(
+        r"^n(\d) (?!idle)", cluster("exec", "sinfo", "-h", "-N", "-o", "%n %T"), re.MULTILINE
+    ):
         cluster("crash", i)  # a node that was cut off takes up to a minute to find back
         cluster("boot", i)
     cluster("wait", 60)

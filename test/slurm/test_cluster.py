@@ -11,7 +11,14 @@ pytestmark = pytest.mark.slurm
 
 
 def test_eight_nodes_with_addresses_of_their_own(cluster):
-    said = cluster("exec", "srun", "-N8", "bash", "-c", "echo $(hostname) $(ip -4 -o addr show eth0 | awk '{print $4}')")
+    said = cluster(
+        "exec",
+        "srun",
+        "-N8",
+        "bash",
+        "-c",
+        "echo $(hostname) $(ip -4 -o addr show eth0 | awk '{print $4}')",
+    )
     assert sorted(said.split("\n")[:-1]) == [f"n{i} 10.77.0.{10 + i}/24" for i in range(1, 9)]
 
 

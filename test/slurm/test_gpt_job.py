@@ -40,14 +40,18 @@ def steps(out):
 def test_a_warning_and_a_crash_lose_nothing(healthy, job):
     folder, words = job
     whole, unbroken = submit(healthy, folder, words, "unbroken")
-    assert healthy.await_job(whole)["JobState"] == "COMPLETED", unbroken.with_suffix(".log").read_text()
+    assert healthy.await_job(whole)["JobState"] == "COMPLETED", unbroken.with_suffix(
+        ".log"
+    ).read_text()
     want = [r["loss"] for r in read_metrics(unbroken)]
 
     warned, out = submit(healthy, folder, words, "warned")
     crashed, lost = submit(healthy, folder, words, "crashed", "--exclusive")
     log = lambda: out.with_suffix(".log").read_text() + lost.with_suffix(".log").read_text()  # noqa: E731
     wait_for(lambda: steps(out) > 5, 90, log)
-    healthy("exec", "scancel", "--batch", "--signal=USR1", warned)  # what --signal=B:USR1@120 has Slurm do
+    healthy(
+        "exec", "scancel", "--batch", "--signal=USR1", warned
+    )  # what --signal=B:USR1@120 has Slurm do
     wait_for(lambda: steps(lost) > 20, 90, log)
     healthy("crash", healthy.nodes_of(crashed)[1])  # it is restarted on other nodes
     for name, run in ((warned, out), (crashed, lost)):
@@ -56,6 +60,9 @@ def test_a_warning_and_a_crash_lose_nothing(healthy, job):
         assert [r["loss"] for r in read_metrics(run)] == want
     _, second = read_sessions(out)
     assert 0 < second["start_step"] < 150
-    assert f"stopped by SIGUSR1 after {second['start_step']} steps, all saved" in out.with_suffix(".log").read_text()
+    assert (
+        f"stopped by SIGUSR1 after {second['start_step']} steps, all saved"
+        in out.with_suffix(".log").read_text()
+    )
     _, second = read_sessions(lost)
     assert second["start_step"] >= 10 and second["start_step"] % 10 == 0

@@ -57,7 +57,9 @@ def test_submit_collect_plot(cluster, limited, tmp_path):
         cluster, out, "--nodes", "1,2", "--seqlens", "64,128", *SMALL, "--reps", "2", "--algorithms", "ringx3,ringx4",
         "--label", label, "--label", "net=veth", "--chain", "2", "--wait",
     )  # fmt: skip
-    assert len(ids) == 4 and "asks for 6.00 node-hours" in said and "8 of 8 records are there" in said
+    assert (
+        len(ids) == 4 and "asks for 6.00 node-hours" in said and "8 of 8 records are there" in said
+    )
     assert not list(tmp_path.rglob("oops")) and not (ROOT / "oops").exists()
     got = found(out)
     assert {r["labels"]["note"] for r in got} == {label.removeprefix("note=")}
@@ -66,14 +68,25 @@ def test_submit_collect_plot(cluster, limited, tmp_path):
         (1, 64): (1, 0, "generic-cpu", 0), (1, 128): (1, 1, "generic-cpu", 0),
         (2, 64): (2, 0, "generic-cpu", 0), (2, 128): (2, 1, "generic-cpu", 0),
     }  # fmt: skip
-    assert {j["id"] for j in jobs.values()} <= {int(ids[0]), int(ids[2])}  # the followers found everything there
-    assert all(r["wire"]["interface"] == "eth0" and r["wire"]["hosts"] == 2 for r in got if r["case"]["world"] == 2)
+    assert {j["id"] for j in jobs.values()} <= {
+        int(ids[0]),
+        int(ids[2]),
+    }  # the followers found everything there
+    assert all(
+        r["wire"]["interface"] == "eth0" and r["wire"]["hosts"] == 2
+        for r in got
+        if r["case"]["world"] == 2
+    )
     logs = list((out / "jobs").glob("*.out"))
     assert len(logs) == 8 and all("Traceback" not in log.read_text() for log in logs)
     table = tmp_path / "table"
     cluster.ringx("collect", out, "--out", table)
     rows = collect.read_table(table / "attention.parquet")
-    assert len(rows) == 8 and {r["label_net"] for r in rows} == {"veth"} and {r["site"] for r in rows} == {"generic-cpu"}
+    assert (
+        len(rows) == 8
+        and {r["label_net"] for r in rows} == {"veth"}
+        and {r["site"] for r in rows} == {"generic-cpu"}
+    )
     said = cluster.ringx("plot", table / "attention.parquet")
     for figure in ("strong_scaling", "weak_scaling", "bytes", "wire"):
         assert (table / f"{figure}.png").exists(), said
@@ -101,7 +114,9 @@ def test_a_warning_ends_the_job_between_cases_and_it_requeues_itself(healthy, tm
     before = stamps(out)
     assert 1 <= len(before) < 3, logs(out)
     assert healthy.await_job(job)["JobState"] == "COMPLETED", logs(out)
-    assert stamps(out).items() >= before.items() and len(stamps(out)) == 3  # nothing twice, nothing lost
+    assert (
+        stamps(out).items() >= before.items() and len(stamps(out)) == 3
+    )  # nothing twice, nothing lost
     restarts = {r["case"]["seqlen"]: r["launch"]["job"]["restart"] for r in found(out)}
     assert restarts[64] == 0 and restarts[4096] == 1
     assert "interrupted by SIGUSR1: " in logs(out) and "back into the queue" in logs(out)
@@ -115,7 +130,19 @@ def test_a_crashed_node_and_a_pulled_cable(healthy, tmp_path):
     jobs, outs = {}, {}
     for what in ("crash", "cable"):
         outs[what] = tmp_path / what
-        words = ("--nodes", "2", "--algorithms", "ringx4", "--seqlens", "64,2048", *SMALL, "--reps", "200", "--timeout", "8")
+        words = (
+            "--nodes",
+            "2",
+            "--algorithms",
+            "ringx4",
+            "--seqlens",
+            "64,2048",
+            *SMALL,
+            "--reps",
+            "200",
+            "--timeout",
+            "8",
+        )
         words += ("--sbatch=--exclusive",)
         jobs[what] = submit(healthy, outs[what], *words)[0][0]
     # each array is two tasks of two nodes: wait until each job has measured its small case, then take the nodes of the large one
@@ -123,7 +150,9 @@ def test_a_crashed_node_and_a_pulled_cable(healthy, tmp_path):
         begun(healthy, outs[what])
         large = outs[what] / "jobs" / f"ringx-bench-n2_{jobs[what]}_1.out"
         wait_for(
-            lambda large=large: large.exists() and "2 ranks on 2 hosts" in large.read_text(), 90, lambda what=what: logs(outs[what])
+            lambda large=large: large.exists() and "2 ranks on 2 hosts" in large.read_text(),
+            90,
+            lambda what=what: logs(outs[what]),
         )
     before = {what: stamps(outs[what]) for what in jobs}
     nodes = {what: healthy.nodes_of(f"{jobs[what]}_1") for what in jobs}
@@ -133,7 +162,9 @@ def test_a_crashed_node_and_a_pulled_cable(healthy, tmp_path):
     cut = nodes["cable"][0]
     ranks = f"{sys.executable} -m ringx bench"  # srun and the batch script are Slurm's to end
     wait_for(
-        lambda: ranks not in re.sub(r"srun .*", "", healthy("node", cut, "ps", "-eo", "args")), 60, lambda: logs(outs["cable"])
+        lambda: ranks not in re.sub(r"srun .*", "", healthy("node", cut, "ps", "-eo", "args")),
+        60,
+        lambda: logs(outs["cable"]),
     )
     for what in jobs:
         ended = healthy.await_job(f"{jobs[what]}_1")
@@ -148,12 +179,28 @@ def test_results_that_cannot_be_written_fail_before_the_first_case(cluster):
     """Rank 0's node has a folder that is read-only, then one that is full; the other rank's is fine."""
     out = cluster.folder / "here"
     out.mkdir()
-    for options, reason in (("ro", "Read-only file system"), ("size=16k", "No space left on device")):
+    for options, reason in (
+        ("ro", "Read-only file system"),
+        ("size=16k", "No space left on device"),
+    ):
         cluster("node", 1, "mount", "-t", "tmpfs", "-o", options, "tmpfs", out)
         try:
-            bench = (sys.executable, "-m", "ringx", "bench", "--seqlens", "64", *SMALL, "--out", out)
+            bench = (
+                sys.executable,
+                "-m",
+                "ringx",
+                "bench",
+                "--seqlens",
+                "64",
+                *SMALL,
+                "--out",
+                out,
+            )
             said = cluster("exec", "srun", "-N2", "-n2", *bench, check=False)
-            assert cluster.status and said.count(f"{out} cannot take the results (65536 bytes): {reason}") == 2, said
+            assert (
+                cluster.status
+                and said.count(f"{out} cannot take the results (65536 bytes): {reason}") == 2
+            ), said
             assert "Traceback" not in said and not list(out.iterdir())
             assert cluster("node", 1, "ls", "-A", out) == ""
         finally:
@@ -167,15 +214,26 @@ def test_batch_scripts_by_hand(cluster, tmp_path):
     jobs = []
     for folder, words in (
         (ROOT, ("test.sbatch", "ringx1")),
-        (ROOT / "script", ("gpt.sbatch", "--preset", "tiny", "--steps", "2", "--seqlen", "64", "--dtype", "fp32")),
+        (
+            ROOT / "script",
+            ("gpt.sbatch", "--preset", "tiny", "--steps", "2", "--seqlen", "64", "--dtype", "fp32"),
+        ),
     ):
         script = os.path.relpath(ROOT / "script" / words[0], folder)
         command = f"cd {folder} && sbatch --parsable -N2 --ntasks-per-node=1 -o {log}_%x {script} {' '.join(words[1:])}"
         jobs.append(cluster("exec", "bash", "-c", command, **env).strip())
     for job in jobs:
-        assert cluster.await_job(job)["JobState"] == "COMPLETED", [p.read_text() for p in tmp_path.glob("log_*")]
-    assert "ringx1: 24 cases on 2 ranks equal full attention in fp64" in (tmp_path / "log_ringx-test").read_text()
-    assert read_sessions(tmp_path / "gpt")[0]["launch"]["world"] == 2 and len(read_metrics(tmp_path / "gpt")) == 2
+        assert cluster.await_job(job)["JobState"] == "COMPLETED", [
+            p.read_text() for p in tmp_path.glob("log_*")
+        ]
+    assert (
+        "ringx1: 24 cases on 2 ranks equal full attention in fp64"
+        in (tmp_path / "log_ringx-test").read_text()
+    )
+    assert (
+        read_sessions(tmp_path / "gpt")[0]["launch"]["world"] == 2
+        and len(read_metrics(tmp_path / "gpt")) == 2
+    )
 
 
 def test_an_environment_is_staged_to_every_node(cluster, tmp_path):
@@ -192,9 +250,15 @@ def test_an_environment_is_staged_to_every_node(cluster, tmp_path):
     )
     job = cluster.sbatch(script)
     assert cluster.await_job(job, 60)["JobState"] == "COMPLETED", log.read_text()
-    said = [line.split() for line in log.read_text().splitlines() if "ringx-env" in line and not line.startswith("stage_env")]
+    said = [
+        line.split()
+        for line in log.read_text().splitlines()
+        if "ringx-env" in line and not line.startswith("stage_env")
+    ]
     assert len(said) == 4 and {words[1] for words in said} == {f"{local}/ringx-env-{job}"}
-    assert len({words[0] for words in said}) == 2 and {words[2] for words in said} == {"0"}  # the archive is gone
+    assert len({words[0] for words in said}) == 2 and {words[2] for words in said} == {
+        "0"
+    }  # the archive is gone
     assert "on 2 nodes" in log.read_text()
 
 
@@ -203,16 +267,31 @@ def test_wire_bytes_are_the_closed_form_times_the_collectives_factors(cluster, t
     """Of every algorithm, within 5 %: what interfaces counted, against sizes times factors that bench-comm measured."""
     program = ROOT / "test/slurm/wire.py"
     cluster(
-        "exec", "srun", f"-N{world}", "--ntasks-per-node=1", "--kill-on-bad-exit=1", sys.executable, program, tmp_path, timeout=180
+        "exec",
+        "srun",
+        f"-N{world}",
+        "--ntasks-per-node=1",
+        "--kill-on-bad-exit=1",
+        sys.executable,
+        program,
+        tmp_path,
+        timeout=180,
     )
     good, broken = records.read_all(tmp_path)
     fits = [r for r in good if r["kind"] == "collective"]
-    assert not broken and len(fits) == 5 and all(size["wrong"] == 0 for r in fits for size in r["sizes"])
+    assert (
+        not broken
+        and len(fits) == 5
+        and all(size["wrong"] == 0 for r in fits for size in r["sizes"])
+    )
     cluster.ringx("collect", tmp_path)
     rows = collect.read_table(tmp_path / "attention.parquet")
     assert {r["algorithm"] for r in rows} == {"ringx1", "ringx2", "ringx3", "ringx4"}
     for r in rows:
-        assert r["wire_bytes"] == pytest.approx(r["wire_expected_bytes"], rel=0.05), (r["algorithm"], world)
+        assert r["wire_bytes"] == pytest.approx(r["wire_expected_bytes"], rel=0.05), (
+            r["algorithm"],
+            world,
+        )
         assert r["forward_bytes"] + r["backward_bytes"] == pytest.approx(
             r["forward_bytes_closed_form"] + r["backward_bytes_closed_form"]
         )
@@ -224,5 +303,8 @@ def test_a_real_time_limit_reaches_the_ranks(cluster, limited):
     assert cluster.await_job(job, 120)["JobState"] == "COMPLETED", out.read_text()
     said = out.read_text()
     first, again = said.split("back into the queue")
-    assert len(set(re.findall(r"up (n\d) 0", first))) == 2 and len(set(re.findall(r"told (n\d)", first))) == 2
+    assert (
+        len(set(re.findall(r"up (n\d) 0", first))) == 2
+        and len(set(re.findall(r"told (n\d)", first))) == 2
+    )
     assert len(set(re.findall(r"up (n\d) 1", again))) == 2

@@ -52,7 +52,17 @@ def test_srun_pmix_with_mpi4py(cluster):
     pytest.importorskip("mpi4py", reason="needs mpi4py: pip install mpi4py")
     if missing := [name for name in ("libmpi.so.40", "libpmix.so") if not loads(name)]:
         pytest.skip(f"needs {missing[0]} of Open MPI: apt-get install libopenmpi3 libpmix-dev")
-    said = cluster("exec", "srun", "--mpi=pmix", "-N2", "-n2", PYTHON, ATTEND, "--with-mpi", MPI4PY_MPIABI="openmpi")
+    said = cluster(
+        "exec",
+        "srun",
+        "--mpi=pmix",
+        "-N2",
+        "-n2",
+        PYTHON,
+        ATTEND,
+        "--with-mpi",
+        MPI4PY_MPIABI="openmpi",
+    )
     assert reports(said)[1][:3] == ["srun", "0/1", "n1"]
     assert said.count("MPI agrees") == 2 and "Open MPI" in said
 
@@ -62,15 +72,31 @@ def test_mpiexec_in_a_job_meets_through_mpi4py(cluster):
     if not mpiexec:
         pytest.skip("needs MPICH's mpiexec: pip install mpich mpi4py")
     log = cluster.folder / "mpiexec.out"
-    job = cluster.sbatch("-N2", "--ntasks-per-node=1", "-o", log, "--wrap", f"{mpiexec} -n 2 -ppn 1 {PYTHON} {ATTEND}")
+    job = cluster.sbatch(
+        "-N2",
+        "--ntasks-per-node=1",
+        "-o",
+        log,
+        "--wrap",
+        f"{mpiexec} -n 2 -ppn 1 {PYTHON} {ATTEND}",
+    )
     cluster.await_job(job, 60)
     found = reports(log.read_text())
     assert [f[:3] for f in found.values()] == [["mpirun", "0/1", "n1"]] * 2
 
 
 def test_torchrun_on_two_nodes(cluster):
-    torchrun = (PYTHON, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d")
-    said = cluster("exec", "srun", "-N2", "--ntasks-per-node=1", *torchrun, "--rdzv_endpoint=n1:29611", ATTEND)
+    torchrun = (
+        PYTHON,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--rdzv_backend=c10d",
+    )
+    said = cluster(
+        "exec", "srun", "-N2", "--ntasks-per-node=1", *torchrun, "--rdzv_endpoint=n1:29611", ATTEND
+    )
     assert [f[:2] for f in reports(said).values()] == [["torchrun", "0/1"]] * 2
 
 
@@ -82,7 +108,11 @@ def test_setup_dist_vars_from_the_script_folder(cluster):
     found = sorted(line.split()[1:] for line in said.splitlines() if line.startswith("vars"))
     (port,) = {words.pop() for words in found}
     assert 15000 <= int(port) < 27007
-    assert found == [["0", "0", "2", "3", "n1"], ["1", "1", "2", "3", "n1"], ["2", "0", "1", "3", "n1"]]
+    assert found == [
+        ["0", "0", "2", "3", "n1"],
+        ["1", "1", "2", "3", "n1"],
+        ["2", "0", "1", "3", "n1"],
+    ]
 
 
 def test_two_jobs_on_one_node_take_different_ports(cluster):
@@ -101,4 +131,6 @@ def test_a_rank_that_never_starts_is_named_within_the_timeout(cluster):
     late = f'[ "$SLURM_PROCID" = 1 ] && exec sleep 8; exec {PYTHON} {PROGRAMS / "meet.py"}'
     said = cluster("exec", "srun", "-N3", "bash", "-c", late)
     lines = [line for line in said.splitlines() if "not all of 3 ranks came to n1:" in line]
-    assert len(lines) == 2 and all("within 3 s. Missing: rank 1." in line and float(line.split()[0]) < 6 for line in lines)
+    assert len(lines) == 2 and all(
+        "within 3 s. Missing: rank 1." in line and float(line.split()[0]) < 6 for line in lines
+    )

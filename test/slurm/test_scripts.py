@@ -31,19 +31,34 @@ SHELL = sorted(
         SCRIPT.parent / ".ci/run",
     ]
 )
-LISTS = ["login", "n[1-3,07-09]", "gpu[001-004,7]-ib,login", "r[1-2]n[01,3]", "n[8-11],m2", "node-1.site.org,x[2]", "a,b[3-4]"]
+LISTS = [
+    "login",
+    "n[1-3,07-09]",
+    "gpu[001-004,7]-ib,login",
+    "r[1-2]n[01,3]",
+    "n[8-11],m2",
+    "node-1.site.org,x[2]",
+    "a,b[3-4]",
+]
 
 
 def bash(script, cwd=None, **env):
     clean = {"PATH": "/usr/bin:/bin", **env}
-    return subprocess.run(["bash", "-c", script], env=clean, cwd=cwd, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        ["bash", "-c", script], env=clean, cwd=cwd, capture_output=True, text=True, check=False
+    )
 
 
 @pytest.mark.parametrize("file", SHELL, ids=lambda f: f.name)
 def test_is_bash(file):
-    assert subprocess.run(["bash", "-n", file], capture_output=True, text=True, check=False).stderr == ""
+    assert (
+        subprocess.run(["bash", "-n", file], capture_output=True, text=True, check=False).stderr
+        == ""
+    )
     if shutil.which("shellcheck"):
-        done = subprocess.run(["shellcheck", "-S", "error", file], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["shellcheck", "-S", "error", file], capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stdout
 
 
@@ -62,21 +77,43 @@ def test_setup_dist_vars_says_what_ringx_would(nodes):
             "SLURM_LOCALID": str(local), "SLURM_NODEID": str(node),
             "SLURM_STEP_NODELIST": nodes, "SLURM_STEP_TASKS_PER_NODE": tasks,
         }  # fmt: skip
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        names = (
+            "RANK",
+            "LOCAL_RANK",
+            "WORLD_SIZE",
+            "LOCAL_WORLD_SIZE",
+            "MASTER_ADDR",
+            "MASTER_PORT",
+        )
         say = "; ".join(f"printenv {name}" for name in names)
         done = bash(f"source {shlex.quote(str(SCRIPT / 'setup_dist_vars.sh'))}; {say}", **slurm)
         want = environ.read(slurm)
         got = dict(zip(names, done.stdout.splitlines(), strict=True))
-        assert (int(got["RANK"]), int(got["LOCAL_RANK"])) == (want.rank, want.local_rank), done.stderr
-        assert (int(got["WORLD_SIZE"]), int(got["LOCAL_WORLD_SIZE"])) == (want.world_size, want.local_world)
+        assert (int(got["RANK"]), int(got["LOCAL_RANK"])) == (want.rank, want.local_rank), (
+            done.stderr
+        )
+        assert (int(got["WORLD_SIZE"]), int(got["LOCAL_WORLD_SIZE"])) == (
+            want.world_size,
+            want.local_world,
+        )
         assert int(got["MASTER_PORT"]) == want.port and got["MASTER_ADDR"] == hosts[0]
-        assert environ.read(slurm | got).world == want.world_size  # and ringx accepts what the script has set
+        assert (
+            environ.read(slurm | got).world == want.world_size
+        )  # and ringx accepts what the script has set
 
 
 def test_setup_dist_vars_keeps_what_is_set_and_refuses_other_shells():
     source = f"source {shlex.quote(str(SCRIPT / 'setup_dist_vars.sh'))}"
-    slurm = {"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}
-    done = bash(f"{source}; echo $MASTER_ADDR $MASTER_PORT", **slurm, MASTER_ADDR="there", MASTER_PORT="9")
+    slurm = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_ID": "0",
+        "SLURM_PROCID": "0",
+        "SLURM_NTASKS": "1",
+        "SLURM_LOCALID": "0",
+    }
+    done = bash(
+        f"{source}; echo $MASTER_ADDR $MASTER_PORT", **slurm, MASTER_ADDR="there", MASTER_PORT="9"
+    )
     assert done.stdout.split() == ["there", "9"]
     done = bash(f"{source} || echo refused")
     assert done.stdout.strip() == "refused" and "this is no task of srun" in done.stderr
@@ -90,7 +127,9 @@ def slurm(tmp_path):
     """Stand-ins for srun and scontrol; srun runs the command once."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    (folder / "srun").write_text('#!/bin/bash\necho "srun $*" >>"$LOG"\nwhile [[ $1 == -* ]]; do shift; done\nexec "$@"\n')
+    (folder / "srun").write_text(
+        '#!/bin/bash\necho "srun $*" >>"$LOG"\nwhile [[ $1 == -* ]]; do shift; done\nexec "$@"\n'
+    )
     (folder / "scontrol").write_text('#!/bin/bash\necho "scontrol $*" >>"$LOG"\n')
     (folder / "sleep").write_text("#!/bin/bash\nexec /bin/sleep 0.1\n")
     (folder / "python").write_text('#!/bin/bash\nprintf "%s\\n" "$*"\nexit ${STATUS:-0}\n')
@@ -98,22 +137,49 @@ def slurm(tmp_path):
         tool.chmod(0o755)
     log = tmp_path / "log"
     log.write_text("")
-    return {"PATH": f"{folder}:/usr/bin:/bin", "LOG": str(log), "PYTHON": "python", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}
+    return {
+        "PATH": f"{folder}:/usr/bin:/bin",
+        "LOG": str(log),
+        "PYTHON": "python",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NUM_NODES": "2",
+    }
 
 
 @pytest.mark.parametrize("folder", [SCRIPT.parent, SCRIPT])
 @pytest.mark.parametrize("name", ["bench", "collectives", "test", "gpt", "vit"])
 def test_batch_scripts_call_what_there_is(slurm, name, folder):
     """With arguments, from the checkout and from script/: the command that the ranks run is one that its program takes."""
-    words = {"bench": "ringx1", "collectives": "ring", "test": "ringx3", "gpt": "--preset tiny", "vit": "--dim 8"}[name]
+    words = {
+        "bench": "ringx1",
+        "collectives": "ring",
+        "test": "ringx3",
+        "gpt": "--preset tiny",
+        "vit": "--dim 8",
+    }[name]
     task = {"SLURM_ARRAY_TASK_ID": "2"} if name == "bench" else {}
-    done = bash(f"bash {SCRIPT}/{name}.sbatch {words}", cwd="/", SLURM_SUBMIT_DIR=str(folder), **slurm, **task)
+    done = bash(
+        f"bash {SCRIPT}/{name}.sbatch {words}",
+        cwd="/",
+        SLURM_SUBMIT_DIR=str(folder),
+        **slurm,
+        **task,
+    )
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()[-1].split()
     if name == "test":
         assert said == ["test/test_ringx3.py"] and (SCRIPT.parent / said[0]).exists()
     elif name == "gpt":
-        assert said == ["-m", "apps.gpt.train", "--preset", "tiny", "--out", "gpt_7", "--resume", "gpt_7"]
+        assert said == [
+            "-m",
+            "apps.gpt.train",
+            "--preset",
+            "tiny",
+            "--out",
+            "gpt_7",
+            "--resume",
+            "gpt_7",
+        ]
     elif name == "vit":
         assert said == ["-m", "apps.vit.train", "--dim", "8", "--out", "vit_7", "--resume", "vit_7"]
     else:
@@ -123,33 +189,62 @@ def test_batch_scripts_call_what_there_is(slurm, name, folder):
         args = parser.parse_args(said[3:])
         assert args.nproc == "2" and args.resume
         if name == "bench":
-            assert {c.algorithm for c in bench_attention.plan(args, 2)} == {"ringx1"} and args.part == "2/4"
+            assert {c.algorithm for c in bench_attention.plan(args, 2)} == {
+                "ringx1"
+            } and args.part == "2/4"
             array = re.search(r"--array=0-(\d)", (SCRIPT / "bench.sbatch").read_text())
-            assert len({c.size for c in bench_attention.examine(args, 2, None)[0]}) == int(array[1]) + 1
+            assert (
+                len({c.size for c in bench_attention.examine(args, 2, None)[0]})
+                == int(array[1]) + 1
+            )
         else:
             assert bench_collectives.examine(args) == (["ring"], [])
 
 
 @pytest.mark.parametrize(
     "words, preset",
-    [("", "tiny"), ("llama3-8b-1m --cp 128", "8b-1m --cp 128"), ("160m --steps 3", "160m --steps 3"), ("--preset 1b", "1b")],
+    [
+        ("", "tiny"),
+        ("llama3-8b-1m --cp 128", "8b-1m --cp 128"),
+        ("160m --steps 3", "160m --steps 3"),
+        ("--preset 1b", "1b"),
+    ],
 )
 def test_the_gpt_job_takes_a_recipe_by_its_name(slurm, words, preset):
     folder = SCRIPT.parent / "apps/gpt"
-    done = bash(f"bash {folder}/job.sbatch {words}", cwd="/", SLURM_SUBMIT_DIR=str(folder), OUT="my run", **slurm)
-    assert done.stdout.splitlines()[-1] == f"-m apps.gpt.train --preset {preset} --out my run --resume my run"
+    done = bash(
+        f"bash {folder}/job.sbatch {words}",
+        cwd="/",
+        SLURM_SUBMIT_DIR=str(folder),
+        OUT="my run",
+        **slurm,
+    )
+    assert (
+        done.stdout.splitlines()[-1]
+        == f"-m apps.gpt.train --preset {preset} --out my run --resume my run"
+    )
     args = train.parser().parse_args(done.stdout.split()[2:6])
     assert args.preset in PRESETS
 
 
 @pytest.mark.parametrize(
     "words, base",
-    [("", "--preset tiny"), ("5m --steps 3", "--preset 5m --steps 3"), ("mp_p2_ringx --tp 4", "--config mp_p2_ringx --tp 4")]
+    [
+        ("", "--preset tiny"),
+        ("5m --steps 3", "--preset 5m --steps 3"),
+        ("mp_p2_ringx --tp 4", "--config mp_p2_ringx --tp 4"),
+    ]
     + [("my.yaml", "--config my.yaml"), ("--config dp_p8", "--config dp_p8")],
 )
 def test_the_vit_job_takes_a_preset_or_a_configuration_by_its_name(slurm, words, base):
     folder = SCRIPT.parent / "apps/vit"
-    done = bash(f"bash {folder}/submit.sbatch {words}", cwd="/", SLURM_SUBMIT_DIR=str(folder), OUT="my run", **slurm)
+    done = bash(
+        f"bash {folder}/submit.sbatch {words}",
+        cwd="/",
+        SLURM_SUBMIT_DIR=str(folder),
+        OUT="my run",
+        **slurm,
+    )
     assert done.stdout.splitlines()[-1] == f"-m apps.vit.train {base} --out my run --resume my run"
     args = vit.parser().parse_args(base.split())
     assert args.config == "my.yaml" or vit.base_of(args)
@@ -167,12 +262,20 @@ def test_the_matrix_lists_its_cases():
         "0  ringx1_p2_cp1", "1  ringx1_p2_cp2", "2  ringx4_p2_cp1", "3  ringx4_p2_cp2",
     ]  # fmt: skip
     known = bash(f"bash {MATRIX} --list").stdout
-    assert len(known.splitlines()) == 8 and {x.split("_")[0] for x in known.split()[1::2]} <= set(ringx.algorithms())
+    assert len(known.splitlines()) == 8 and {x.split("_")[0] for x in known.split()[1::2]} <= set(
+        ringx.algorithms()
+    )
     assert f"--array=0-{len(known.splitlines()) - 1} " in MATRIX.read_text()
 
 
 def submitted(slurm, out, words="5m --tp 1", **env):
-    return bash(f"bash {MATRIX} {words}", cwd="/", SLURM_SUBMIT_DIR=str(MATRIX.parent), OUT=str(out), **TWO | slurm | env)
+    return bash(
+        f"bash {MATRIX} {words}",
+        cwd="/",
+        SLURM_SUBMIT_DIR=str(MATRIX.parent),
+        OUT=str(out),
+        **TWO | slurm | env,
+    )
 
 
 def asked(done):
@@ -192,7 +295,9 @@ def test_an_array_task_does_its_case_once(slurm, tmp_path):
     assert (out / "ringx4_p2_cp1" / "done").exists()
     again = submitted(slurm, out, SLURM_ARRAY_TASK_ID="2")
     assert asked(again) == [] and "ringx4_p2_cp1 is done" in again.stdout
-    assert len(asked(submitted(slurm, out, "5m --tp 1 --steps 9", SLURM_ARRAY_TASK_ID="2"))) == 1  # other words: more to do
+    assert (
+        len(asked(submitted(slurm, out, "5m --tp 1 --steps 9", SLURM_ARRAY_TASK_ID="2"))) == 1
+    )  # other words: more to do
 
 
 def test_without_an_array_all_cases_are_done_one_after_another(slurm, tmp_path):
@@ -200,19 +305,31 @@ def test_without_an_array_all_cases_are_done_one_after_another(slurm, tmp_path):
         (tmp_path / name).mkdir()
     done = submitted(slurm, tmp_path, "mp_p2_ringx")
     assert done.returncode == 0, done.stderr
-    assert [line.split()[-1].rpartition("/")[2] for line in asked(done)] == sorted(p.name for p in tmp_path.glob("*_cp*"))
-    assert all(" --config mp_p2_ringx " in line for line in asked(done)) and load("mp_p2_ringx").model.patch == 2
+    assert [line.split()[-1].rpartition("/")[2] for line in asked(done)] == sorted(
+        p.name for p in tmp_path.glob("*_cp*")
+    )
+    assert (
+        all(" --config mp_p2_ringx " in line for line in asked(done))
+        and load("mp_p2_ringx").model.patch == 2
+    )
 
 
 def test_cases_that_fail_or_do_not_fit_are_named_and_the_others_done(slurm, tmp_path):
     done = submitted(slurm, tmp_path, CPS="3,two,1", STATUS="9")
     assert done.returncode == 9 and len(asked(done)) == 2
-    assert "ringx1_p2_cp3: cp=3 does not divide the 2 ranks" in done.stderr and "ringx4_p2_cptwo: cp=two" in done.stderr
+    assert (
+        "ringx1_p2_cp3: cp=3 does not divide the 2 ranks" in done.stderr
+        and "ringx4_p2_cptwo: cp=two" in done.stderr
+    )
     assert "ringx4_p2_cp1 ended with status 9" in done.stderr and not list(tmp_path.rglob("done"))
     alone = submitted(slurm, tmp_path, CPS="3", SLURM_ARRAY_TASK_ID="1")
     assert alone.returncode == 2 and asked(alone) == [] and "ringx4_p2_cp3: cp=3" in alone.stderr
     outside = submitted(slurm, tmp_path, SLURM_ARRAY_TASK_ID="4")
-    assert outside.returncode == 2 and "there is no case 4, only --array=0-3" in outside.stderr and asked(outside) == []
+    assert (
+        outside.returncode == 2
+        and "there is no case 4, only --array=0-3" in outside.stderr
+        and asked(outside) == []
+    )
 
 
 def test_a_matrix_that_is_stopped_early_is_requeued(slurm, tmp_path):
@@ -222,7 +339,8 @@ def test_a_matrix_that_is_stopped_early_is_requeued(slurm, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("status", "limit", "requeued"), [(75, "", True), (75, "on_limit=leave", False), (1, "", False), (0, "", False)]
+    ("status", "limit", "requeued"),
+    [(75, "", True), (75, "on_limit=leave", False), (1, "", False), (0, "", False)],
 )
 def test_only_ranks_that_stopped_early_are_requeued(slurm, status, limit, requeued):
     script = f"{limit}\nsource script/job.sh generic-cpu\nranks $PYTHON x\njob_end"
@@ -233,10 +351,22 @@ def test_only_ranks_that_stopped_early_are_requeued(slurm, status, limit, requeu
 
 def test_a_site_that_is_not_there(slurm):
     done = bash("source script/job.sh nowhere; echo on", cwd=SCRIPT.parent, **slurm)
-    assert done.returncode == 2 and "there is no site 'nowhere'" in done.stderr and "on" not in done.stdout
+    assert (
+        done.returncode == 2
+        and "there is no site 'nowhere'" in done.stderr
+        and "on" not in done.stdout
+    )
 
 
 def test_srun_gets_the_sites_options(slurm):
     """Those of alps.sh, which loads no modules, and the user's own."""
-    done = bash("source script/job.sh alps >/dev/null; ranks $PYTHON x", cwd=SCRIPT.parent, **slurm, RINGX_SRUN="--label -l")
-    assert "srun --kill-on-bad-exit=1 --cpus-per-task=72 --label -l bash -c" in Path(slurm["LOG"]).read_text(), done.stderr
+    done = bash(
+        "source script/job.sh alps >/dev/null; ranks $PYTHON x",
+        cwd=SCRIPT.parent,
+        **slurm,
+        RINGX_SRUN="--label -l",
+    )
+    assert (
+        "srun --kill-on-bad-exit=1 --cpus-per-task=72 --label -l bash -c"
+        in Path(slurm["LOG"]).read_text()
+    ), done.stderr

@@ -23,10 +23,43 @@ GOLDEN = Path(__file__).parent / "golden"
 CPU = ["--site", "generic-cpu"]
 GPU = ["--account", "ABC123", "--nodes", "4", "--seqlens-per-rank", "8192", "--time", "20"]
 RENDERED = {
-    "cpu": [*CPU, "--nodes", "1,2", "--seqlens", "2048,4096", "--kv-heads", "8,2", "--label", "note=it's a $(test)"],
-    "chain": [*CPU, "--nodes", "4", "--chain", "3", "--serial", "--time", "2:00:00", "--sbatch=--exclusive"],
-    "comm": [*CPU, "--job", "bench-comm", "--nodes", "2", "--options", "--max-bytes 4M --seconds 9", "--label", "a=b"],
-    **{name: ["--site", name, *GPU] for name in ("frontier", "lumi", "perlmutter", "alps", "juwels", "generic-gpu")},
+    "cpu": [
+        *CPU,
+        "--nodes",
+        "1,2",
+        "--seqlens",
+        "2048,4096",
+        "--kv-heads",
+        "8,2",
+        "--label",
+        "note=it's a $(test)",
+    ],
+    "chain": [
+        *CPU,
+        "--nodes",
+        "4",
+        "--chain",
+        "3",
+        "--serial",
+        "--time",
+        "2:00:00",
+        "--sbatch=--exclusive",
+    ],
+    "comm": [
+        *CPU,
+        "--job",
+        "bench-comm",
+        "--nodes",
+        "2",
+        "--options",
+        "--max-bytes 4M --seconds 9",
+        "--label",
+        "a=b",
+    ],
+    **{
+        name: ["--site", name, *GPU]
+        for name in ("frontier", "lumi", "perlmutter", "alps", "juwels", "generic-gpu")
+    },
 }
 
 
@@ -60,9 +93,13 @@ def test_a_rendered_script_is_bash_and_its_command_says_what_was_asked_for(name,
     for job in jobs(*RENDERED[name])[0]:
         lines = submit.render(job).splitlines()
         start = next(i for i, line in enumerate(lines) if line.startswith("ranks "))
-        before = "SLURM_ARRAY_TASK_ID=0; PYTHON=p; ranks() { printf '%s\\0' \"$@\"; }; job_end() { :; }"
+        before = (
+            "SLURM_ARRAY_TASK_ID=0; PYTHON=p; ranks() { printf '%s\\0' \"$@\"; }; job_end() { :; }"
+        )
         script = "\n".join([before, *lines[start:]])
-        done = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=True, cwd=tmp_path)
+        done = subprocess.run(
+            ["bash", "-euc", script], capture_output=True, text=True, check=True, cwd=tmp_path
+        )
         words = done.stdout.split("\0")[:-1]
         assert words[:3] == ["p", "-m", "ringx"] and not list(tmp_path.iterdir())
         module = {"bench": bench_attention, "bench-comm": bench_collectives}[words[3]]
@@ -76,7 +113,9 @@ def test_a_rendered_script_is_bash_and_its_command_says_what_was_asked_for(name,
             cases, faults = bench_attention.examine(args, None, None)
             assert not faults
             parts = [bench_attention.part(cases, f"{i}/{job.tasks}") for i in range(job.tasks)]
-            assert sorted(c.id for p in parts for c in p) == sorted(c.id for c in cases) and all(parts)
+            assert sorted(c.id for p in parts for c in p) == sorted(c.id for c in cases) and all(
+                parts
+            )
         else:
             assert (args.max_bytes, args.seconds, args.label) == ("4M", 9, ["a=b"])
 
@@ -90,9 +129,36 @@ def test_header_lines_hold_nothing_that_slurm_would_split():
 
 
 def test_everything_wrong_is_named_at_once(capsys):
-    argv = ["submit", "--site", "frntier", "--nodes", "two,3", "--algorithms", "ringx5", "--seqlens", "4097", "--kv-heads", "3"]
+    argv = [
+        "submit",
+        "--site",
+        "frntier",
+        "--nodes",
+        "two,3",
+        "--algorithms",
+        "ringx5",
+        "--seqlens",
+        "4097",
+        "--kv-heads",
+        "3",
+    ]
     assert (
-        cli.main([*argv, "--time", "soon", "--chain", "0", "--account", "a b", "--sbatch=--x y", "--label", "x", "--dry-run"]) == 2
+        cli.main(
+            [
+                *argv,
+                "--time",
+                "soon",
+                "--chain",
+                "0",
+                "--account",
+                "a b",
+                "--sbatch=--x y",
+                "--label",
+                "x",
+                "--dry-run",
+            ]
+        )
+        == 2
     )
     said = capsys.readouterr().err
     for word in (
@@ -115,10 +181,19 @@ def test_everything_wrong_is_named_at_once(capsys):
     ("argv", "says"),
     [
         (["--site", "frontier"], "--account is missing: frontier wants one"),
-        (["--site", "frontier", "--account", "a", "--time", "3:00:00"], "frontier gives 1 nodes at most 2:00:00; see --chain"),
+        (
+            ["--site", "frontier", "--account", "a", "--time", "3:00:00"],
+            "frontier gives 1 nodes at most 2:00:00; see --chain",
+        ),
         (["--site", "frontier", "--account", "a", "--nodes", "100000"], "frontier has at most"),
-        ([*CPU, "--memory-per-rank", "1", "--seqlens", "4194304"], "ringx3 needs at least 40 GiB a rank, of 1"),
-        (["--site", "frontier", "--account", "a", "--array", "1000"], "1000 array tasks, frontier allows"),
+        (
+            [*CPU, "--memory-per-rank", "1", "--seqlens", "4194304"],
+            "ringx3 needs at least 40 GiB a rank, of 1",
+        ),
+        (
+            ["--site", "frontier", "--account", "a", "--array", "1000"],
+            "1000 array tasks, frontier allows",
+        ),
         ([*CPU, "--job", "bench-comm"], "1 rank cannot communicate with itself"),
         (
             [*CPU, "--job", "bench-comm", "--nodes", "2", "--options=--max-bytes 4X"],
@@ -130,10 +205,22 @@ def test_everything_wrong_is_named_at_once(capsys):
             [*CPU, "--job", "bench-comm", "--nodes", "2", "--seqlens", "8", "--no-baseline"],
             "--seqlens, --no-baseline: for --job bench",
         ),
-        ([*CPU, "--job", "bench-comm", "--nodes", "2", "--options=--label a=b"], "give --label to `ringx submit` itself"),
-        ([*CPU, "--array", "3", "--seqlens", "64,128"], "--array 3: there are 2 sizes to measure on 1 nodes"),
-        ([*CPU, "--memory-per-rank", "0"], "--memory-per-rank 0.0 must be a positive number of GiB"),
-        ([*CPU, "--job", "bench-comm", "--nodes", "2", "--memory-per-rank", "4"], "bench-comm bounds its sizes by"),
+        (
+            [*CPU, "--job", "bench-comm", "--nodes", "2", "--options=--label a=b"],
+            "give --label to `ringx submit` itself",
+        ),
+        (
+            [*CPU, "--array", "3", "--seqlens", "64,128"],
+            "--array 3: there are 2 sizes to measure on 1 nodes",
+        ),
+        (
+            [*CPU, "--memory-per-rank", "0"],
+            "--memory-per-rank 0.0 must be a positive number of GiB",
+        ),
+        (
+            [*CPU, "--job", "bench-comm", "--nodes", "2", "--memory-per-rank", "4"],
+            "bench-comm bounds its sizes by",
+        ),
         ([*CPU, "--dry-run", "--wait"], "there is nothing to wait for"),
         ([*CPU, "--nodes", "1.5"], "'1.5' is no comma-separated list of integers"),
         (["--site", "../frontier"], "site='../frontier' is unknown"),
@@ -151,7 +238,19 @@ def test_quotes_in_the_folder_are_refused():
 
 
 def test_node_hours(capsys, tmp_path):
-    argv = ["submit", "--site", "generic-cpu", "--nodes", "2,4", "--seqlens", "2048,4096", "--time", "1:30:00", "--chain", "2"]
+    argv = [
+        "submit",
+        "--site",
+        "generic-cpu",
+        "--nodes",
+        "2,4",
+        "--seqlens",
+        "2048,4096",
+        "--time",
+        "1:30:00",
+        "--chain",
+        "2",
+    ]
     assert cli.main([*argv, "--out", str(tmp_path / "out"), "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "asks for 36.00 node-hours at most" in said  # (2 + 4) nodes x 1.5 h x 2 sizes x 2 jobs
@@ -190,24 +289,47 @@ def test_what_is_there_is_looked_at_before_the_queue(capsys, tmp_path, monkeypat
     assert cli.main(["submit", *CPU, *matrix]) == 0
     assert "nothing to submit" in capsys.readouterr().out
     assert cli.main(["submit", *CPU, *matrix, "--label", "c=d"]) == 2
-    assert "was measured with labels {'a': 'b'}, now {'a': 'b', 'c': 'd'}" in capsys.readouterr().err
+    assert (
+        "was measured with labels {'a': 'b'}, now {'a': 'b', 'c': 'd'}" in capsys.readouterr().err
+    )
 
 
 def test_a_refusal_half_way_says_what_was_submitted(capsys, tmp_path, monkeypatch):
     """sbatch takes the first script and not the second."""
     fake = tmp_path / "bin/sbatch"
     fake.parent.mkdir()
-    fake.write_text('#!/bin/bash\ncase "$*" in *n1.sbatch) echo 17 ;; *) echo "Invalid partition" >&2; exit 1 ;; esac\n')
+    fake.write_text(
+        '#!/bin/bash\ncase "$*" in *n1.sbatch) echo 17 ;; *) echo "Invalid partition" >&2; exit 1 ;; esac\n'
+    )
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{fake.parent}:/usr/bin:/bin")
-    assert cli.main(["submit", "--site", "generic-cpu", "--nodes", "1,2", "--out", str(tmp_path / "out")]) == 1
+    assert (
+        cli.main(
+            ["submit", "--site", "generic-cpu", "--nodes", "1,2", "--out", str(tmp_path / "out")]
+        )
+        == 1
+    )
     said = capsys.readouterr().err
     assert "Invalid partition; submitted before: 17 (scancel 17 ends them)" in said
 
 
 def test_least_memory_is_below_what_is_measured(tmp_path):
     """Peaks of real passes lie above the bound (and the inputs, which a peak does not count), but not far."""
-    argv = ["bench", "--nproc", "2", "--seqlens", "512", "--dtypes", "fp32,bf16", "--heads", "4", "--kv-heads", "4", "--reps", "1"]
+    argv = [
+        "bench",
+        "--nproc",
+        "2",
+        "--seqlens",
+        "512",
+        "--dtypes",
+        "fp32,bf16",
+        "--heads",
+        "4",
+        "--kv-heads",
+        "4",
+        "--reps",
+        "1",
+    ]
     assert cli.main([*argv, "--layouts", "zigzag", "--no-baseline", "--out", str(tmp_path)]) == 0
     found, _ = records.read_all(tmp_path)
     assert len(found) == 8
@@ -226,18 +348,36 @@ def test_every_site_file(name):
     found = site.load(ROOT / "env", name)
     text = (ROOT / f"env/{name}.sh").read_text()
     assert found.ranks_per_node >= 1 and all(option.startswith("--") for option in found.sbatch)
-    assert re.search(r"Revised 20\d\d-\d\d-\d\d", text) and ("Untested" in text or name == "generic-cpu")
+    assert re.search(r"Revised 20\d\d-\d\d-\d\d", text) and (
+        "Untested" in text or name == "generic-cpu"
+    )
     assert found.account_required == (not name.startswith("generic"))
     subprocess.run(["bash", "-n", ROOT / f"env/{name}.sh"], check=True)
 
 
 def test_the_sites_that_users_ask_for():
-    assert set(site.names(ROOT / "env")) == {"alps", "frontier", "generic-cpu", "generic-gpu", "juwels", "lumi", "perlmutter"}
+    assert set(site.names(ROOT / "env")) == {
+        "alps",
+        "frontier",
+        "generic-cpu",
+        "generic-gpu",
+        "juwels",
+        "lumi",
+        "perlmutter",
+    }
 
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("30", 1800), ("1:30", 90), ("0:00:05", 5), ("2:00:00", 7200), ("1-0", 86400), ("1-12:30", 131400), ("2-01:02:03", 176523)],
+    [
+        ("30", 1800),
+        ("1:30", 90),
+        ("0:00:05", 5),
+        ("2:00:00", 7200),
+        ("1-0", 86400),
+        ("1-12:30", 131400),
+        ("2-01:02:03", 176523),
+    ],
 )
 def test_walltime(text, seconds):
     time = site.walltime(text)
@@ -275,7 +415,12 @@ def test_site_facts(tmp_path):
         "#SITE limit 8 2-0\n#SBATCH --partition=x\nexport A=1 # SITE\n"
     )
     here = site.load(tmp_path, "here")
-    assert (here.device, here.memory_per_rank, here.srun, here.sbatch) == ("cuda", 39.5, ("--a=b", "-c", "7"), ("--partition=x",))
+    assert (here.device, here.memory_per_rank, here.srun, here.sbatch) == (
+        "cuda",
+        39.5,
+        ("--a=b", "-c", "7"),
+        ("--partition=x",),
+    )
     assert here.longest(4) == timedelta(hours=1) and here.longest(5) == timedelta(days=2)
     with pytest.raises(ValueError, match="at most 8 nodes"):
         here.longest(9)

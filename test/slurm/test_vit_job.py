@@ -15,7 +15,14 @@ WORDS = "--steps 4 --global-batch 2 --dim 16 --layers 1 --save-every 2 --no-tens
 
 def submit(cluster, folder, script, out, *options, **env):
     command = f"cd {ROOT} && sbatch --parsable -N2 --ntasks-per-node=1 {' '.join(options)} -o {folder}/%x_%a.log apps/vit/{script}"
-    return cluster("exec", "bash", "-c", f"{command} tiny --data {folder}/weather.nc {WORDS}", OUT=str(out), **env).strip()
+    return cluster(
+        "exec",
+        "bash",
+        "-c",
+        f"{command} tiny --data {folder}/weather.nc {WORDS}",
+        OUT=str(out),
+        **env,
+    ).strip()
 
 
 def test_a_run_and_the_matrix(cluster, tmp_path):
@@ -29,12 +36,20 @@ def test_a_run_and_the_matrix(cluster, tmp_path):
     assert cluster.await_job(one)["JobState"] == "COMPLETED", log()
     assert [r["step"] for r in read_metrics(tmp_path / "one")] == [0, 1, 2, 3]
     (session,) = read_sessions(tmp_path / "one")
-    assert session["launch"]["world"] == 2 and session["config"]["model"]["patch"] == 2 and session["launch"]["launcher"] == "srun"
+    assert (
+        session["launch"]["world"] == 2
+        and session["config"]["model"]["patch"] == 2
+        and session["launch"]["launcher"] == "srun"
+    )
 
     cluster.await_job(matrix)
     assert [p.name for p in (tmp_path / "cp").iterdir()] == ["ringx4_p2_cp2"]  # case 2
     case = tmp_path / "cp" / "ringx4_p2_cp2"
-    assert [r["step"] for r in read_metrics(case)] == [0, 1, 2, 3] and (case / "done").exists(), log()
+    assert [r["step"] for r in read_metrics(case)] == [0, 1, 2, 3] and (case / "done").exists(), (
+        log()
+    )
     (session,) = read_sessions(case)
-    assert session["config"]["train"]["algorithm"] == "ringx4" and session["config"]["mesh"]["cp"] == 2
+    assert (
+        session["config"]["train"]["algorithm"] == "ringx4" and session["config"]["mesh"]["cp"] == 2
+    )
     assert "ringx1_p2_cp3: cp=3 does not divide the 2 ranks" in log()  # case 1

@@ -12,7 +12,32 @@ if __name__ == "__main__":
     ringx.launch.init(timeout=60)
     out = ("--out", sys.argv[1])
     names = "broadcast,reduce,all_reduce,all_gather,all_to_all"
-    sizes = ("--min-bytes", "256K", "--max-bytes", "1M", "--factor", "2", "--reps", "3", "--warmup", "1", "--seconds", "20")
+    sizes = (
+        "--min-bytes",
+        "256K",
+        "--max-bytes",
+        "1M",
+        "--factor",
+        "2",
+        "--reps",
+        "3",
+        "--warmup",
+        "1",
+        "--seconds",
+        "20",
+    )
     status = cli.main(["bench-comm", "--collectives", names, *sizes, *out])
-    case = ("--seqlens", "1024", "--dtypes", "fp32", "--heads", "8", "--kv-heads", "8", "--no-baseline", "--reps", "3")
+    case = (
+        "--seqlens",
+        "1024",
+        "--dtypes",
+        "fp32",
+        "--heads",
+        "8",
+        "--kv-heads",
+        "8",
+        "--no-baseline",
+        "--reps",
+        "3",
+    )
     sys.exit(status or cli.main(["bench", *case, *out]))

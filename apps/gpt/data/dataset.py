@@ -49,7 +49,9 @@ class ByteTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text without its ends; bytes that are no UTF-8 become U+FFFD.  ValueError for an id that is no token."""
-        return bytes(i - 1 for i in _expect_ids(ids, self.vocab) if i != self.eos).decode(errors="replace")
+        return bytes(i - 1 for i in _expect_ids(ids, self.vocab) if i != self.eos).decode(
+            errors="replace"
+        )
 
 
 class JsonTokenizer:
@@ -65,15 +67,21 @@ class JsonTokenizer:
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
-            raise ValueError(f"{file}: cannot be read: {getattr(e, 'strerror', None) or e}.") from None
+            raise ValueError(
+                f"{file}: cannot be read: {getattr(e, 'strerror', None) or e}."
+            ) from None
         try:
             self._tokenizer = Tokenizer.from_str(text)
         except Exception as e:  # noqa: BLE001 - the library raises nothing narrower
-            raise ValueError(f"{file}: is no tokenizer.json of the tokenizers library: {e}.") from None
+            raise ValueError(
+                f"{file}: is no tokenizer.json of the tokenizers library: {e}."
+            ) from None
         self._tokenizer.encode_special_tokens = True  # "</s>" within a document does not end it
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        special = {t.content: i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
+        special = {
+            t.content: i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special
+        }
         if eos is None:
             ends = [special[name] for name in self.ENDS if name in special]
             if not ends:
@@ -85,7 +93,9 @@ class JsonTokenizer:
         else:
             found = self._tokenizer.token_to_id(eos)
             if found is None:
-                raise ValueError(f"eos={eos!r} is no token of {file}; its special tokens: {', '.join(special) or 'none'}.")
+                raise ValueError(
+                    f"eos={eos!r} is no token of {file}; its special tokens: {', '.join(special) or 'none'}."
+                )
             self.eos = found
         self.vocab: int = 1 + max(self._tokenizer.get_vocab().values())  # some files leave ids out
 
@@ -93,7 +103,9 @@ class JsonTokenizer:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)  # fast: without offsets
+        encoded = self._tokenizer.encode_batch_fast(
+            list(texts), add_special_tokens=False
+        )  # fast: without offsets
         return [np.array(e.ids, np.uint32) for e in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -120,7 +132,9 @@ def load_tokenizer(folder: "str | Path") -> "ByteTokenizer | JsonTokenizer":
     if not file.is_file():
         raise ValueError(f"{file} is missing; {REPAIR}.")
     if digest(file) != index["tokenizer_sha256"]:
-        raise ValueError(f"{file} is not the one that made these tokens (its sha256 differs from that in {INDEX}); {REPAIR}.")
+        raise ValueError(
+            f"{file} is not the one that made these tokens (its sha256 differs from that in {INDEX}); {REPAIR}."
+        )
     return JsonTokenizer(file, index["settings"]["eos"])
 
 
@@ -131,8 +145,12 @@ class Rows(NamedTuple):
     """Some windows of the stream.  All [R, S] int64, on the CPU."""
 
     tokens: torch.Tensor
-    labels: torch.Tensor  # what follows each token in the stream: shifted here, before anything is sharded
-    documents: torch.Tensor  # 0, 1, ... within a window: a document is its text and the eos behind it
+    labels: (
+        torch.Tensor
+    )  # what follows each token in the stream: shifted here, before anything is sharded
+    documents: (
+        torch.Tensor
+    )  # 0, 1, ... within a window: a document is its text and the eos behind it
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +187,9 @@ class Tokens:
         follows from seed and epoch.  Raises ValueError for rows outside the batch and a split shorter than one window."""
         expect_window(self, seqlen)
         if not rows or min(rows) < 0 or max(rows) >= global_batch:
-            raise ValueError(f"rows={rows} must be one or more of the global batch's 0..{global_batch - 1}.")
+            raise ValueError(
+                f"rows={rows} must be one or more of the global batch's 0..{global_batch - 1}."
+            )
         windows, chosen = self.windows(seqlen), []
         for row in rows:
             epoch, i = divmod(step * global_batch + row, windows)
@@ -184,9 +204,13 @@ class Tokens:
         """The windows of these numbers, in the order of the stream.  Raises ValueError for one that is not there."""
         count = self.windows(seqlen)
         if bad := [i for i in windows if not 0 <= i < count]:
-            raise ValueError(f"window {bad[0]} is not one of {self.folder}'s {count} of {seqlen} tokens ({self.split}).")
+            raise ValueError(
+                f"window {bad[0]} is not one of {self.folder}'s {count} of {seqlen} tokens ({self.split})."
+            )
         tokens = torch.from_numpy(np.stack([self._read(i * seqlen, seqlen + 1) for i in windows]))
-        documents = torch.from_numpy(np.stack([self._documents(i * seqlen, seqlen) for i in windows]))
+        documents = torch.from_numpy(
+            np.stack([self._documents(i * seqlen, seqlen) for i in windows])
+        )
         return Rows(tokens[:, :-1], tokens[:, 1:], documents)
 
     def _read(self, at: int, count: int) -> np.ndarray:
@@ -203,8 +227,12 @@ class Tokens:
     def _documents(self, at: int, count: int) -> np.ndarray:
         """[count] int64: how many documents have started since `at`."""
         # the needle in the haystack's dtype: numpy would otherwise convert the haystack, a mapped file
-        first, last = np.searchsorted(self.starts, np.array([at, at + count - 1], self.starts.dtype), "right")
-        return np.searchsorted(self.starts[first:last].astype(np.int64) - at, np.arange(count), "right").astype(np.int64)
+        first, last = np.searchsorted(
+            self.starts, np.array([at, at + count - 1], self.starts.dtype), "right"
+        )
+        return np.searchsorted(
+            self.starts[first:last].astype(np.int64) - at, np.arange(count), "right"
+        ).astype(np.int64)
 
     def check_vocab(self, model_vocab: int) -> None:
         """ValueError if the tokens are of a larger vocabulary than the model's."""
@@ -227,8 +255,12 @@ class Tokens:
 
 @lru_cache(maxsize=2)
 def _order(windows: int, seed: int, epoch: int) -> torch.Tensor:
-    mixed = hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:4]  # the CPU generator takes no more than 32 bits of a seed
-    return torch.randperm(windows, generator=torch.Generator().manual_seed(int.from_bytes(mixed, "big")))
+    mixed = hashlib.sha256(f"{seed} {epoch}".encode()).digest()[
+        :4
+    ]  # the CPU generator takes no more than 32 bits of a seed
+    return torch.randperm(
+        windows, generator=torch.Generator().manual_seed(int.from_bytes(mixed, "big"))
+    )
 
 
 def open_dataset(folder: "str | Path", split: str = "train", *, verify: str = "sizes") -> Tokens:
@@ -246,9 +278,17 @@ def open_dataset(folder: "str | Path", split: str = "train", *, verify: str = "s
             f"prepare more text, or with a larger --val-fraction, into another folder."
         )
     about, dtype = index["splits"][split], DTYPES[index["dtype"]]
-    shards = tuple(_map(folder, s["file"], s["tokens"], dtype, verify == "full" and s["sha256"]) for s in about["shards"])
+    shards = tuple(
+        _map(folder, s["file"], s["tokens"], dtype, verify == "full" and s["sha256"])
+        for s in about["shards"]
+    )
     starts = about["starts"]
-    identity = [index["vocab"], index["eos"], *(s["sha256"] for s in about["shards"]), starts["sha256"]]
+    identity = [
+        index["vocab"],
+        index["eos"],
+        *(s["sha256"] for s in about["shards"]),
+        starts["sha256"],
+    ]
     return Tokens(
         folder=folder,
         split=split,
@@ -258,7 +298,13 @@ def open_dataset(folder: "str | Path", split: str = "train", *, verify: str = "s
         sha256=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
         files=tuple(s["file"] for s in about["shards"]),
         shards=shards,
-        starts=_map(folder, starts["file"], about["documents"], np.dtype("<u8"), verify == "full" and starts["sha256"]),
+        starts=_map(
+            folder,
+            starts["file"],
+            about["documents"],
+            np.dtype("<u8"),
+            verify == "full" and starts["sha256"],
+        ),
     )
 
 
@@ -299,15 +345,21 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is damaged: {e}; {REPAIR}.") from None
     version = index.get("version") if isinstance(index, dict) else None
     if version != VERSION:
-        raise ValueError(f"{file} is of version {version!r}, but this program reads version {VERSION}; {REPAIR}.")
-    if index.get("sha256") != index_digest(index):  # nothing else needs to be checked: it is as it was written
+        raise ValueError(
+            f"{file} is of version {version!r}, but this program reads version {VERSION}; {REPAIR}."
+        )
+    if index.get("sha256") != index_digest(
+        index
+    ):  # nothing else needs to be checked: it is as it was written
         raise ValueError(f"{file} is damaged or was edited: its own sha256 does not fit; {REPAIR}.")
     return index
 
 
 def index_digest(index: dict[str, Any]) -> str:
     """The sha256 of an index's contents, which it holds itself."""
-    return hashlib.sha256(json.dumps({k: v for k, v in index.items() if k != "sha256"}, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps({k: v for k, v in index.items() if k != "sha256"}, sort_keys=True).encode()
+    ).hexdigest()
 
 
 def digest(file: Path) -> str:
@@ -357,5 +409,12 @@ def cut(
     device: "torch.device | str" = "cpu",
 ) -> Batch:
     """This rank's part of global rows [B, S].  Local, no communication."""
-    tokens, labels, documents = (ringx.shard(x, group=group, layout=layout).to(device) for x in rows)
-    return Batch(tokens, labels, ringx.positions(rows.tokens.shape[1], group=group, layout=layout).to(device), documents)
+    tokens, labels, documents = (
+        ringx.shard(x, group=group, layout=layout).to(device) for x in rows
+    )
+    return Batch(
+        tokens,
+        labels,
+        ringx.positions(rows.tokens.shape[1], group=group, layout=layout).to(device),
+        documents,
+    )

@@ -57,7 +57,9 @@ SKIP = {  # tests, tables and what a distribution adds
 END = "<|end_of_text|>"
 VOCAB = 8192  # of a tokenizer that is trained, unless another is asked for
 BIG = 256 * 2**20  # bytes: files above are known by size and time
-PIECE = 2**18  # characters that are encoded in one go, by one core: a longer document is cut at line ends
+PIECE = (
+    2**18
+)  # characters that are encoded in one go, by one core: a longer document is cut at line ends
 CHUNK = 16 * PIECE  # characters in flight: about 100 bytes of memory for each
 OURS = re.compile(r"(train|val)-(\d{5,}|documents)\.bin|tokenizer\.json|dataset\.json")
 
@@ -84,9 +86,13 @@ def prepare(
     Call it on one process.  Raises ValueError, one line for the user, for arguments that make no sense, inputs that cannot be
     read or hold no text, and an `out` that holds something else; OSError where `out` cannot be written."""
     sources, source = _sources(inputs, Path(out))
-    settings, bring = _settings(sources, vocab, tokenizer, eos, text_key, val_fraction, shard_tokens)
+    settings, bring = _settings(
+        sources, vocab, tokenizer, eos, text_key, val_fraction, shard_tokens
+    )
     target = Path(os.path.realpath(out))
-    recipe = hashlib.sha256(json.dumps([VERSION, settings, [_fingerprint(s) for s in sources]]).encode()).hexdigest()
+    recipe = hashlib.sha256(
+        json.dumps([VERSION, settings, [_fingerprint(s) for s in sources]]).encode()
+    ).hexdigest()
     if _is_there(target, out, settings, recipe):
         return
     partial = target.with_name(target.name + ".partial")
@@ -122,14 +128,22 @@ def _settings(
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens={shard_tokens} must be at least 1.")
     if text_key is not None and all(s.read is _read_text for s in sources):
-        raise ValueError(f"text_key={text_key!r} is for JSONL and Parquet, and no input is either; leave it out.")
+        raise ValueError(
+            f"text_key={text_key!r} is for JSONL and Parquet, and no input is either; leave it out."
+        )
     if vocab is not None and tokenizer != "train":
         raise ValueError(
             f"vocab={vocab} is of a tokenizer that is trained, but tokenizer={str(tokenizer)!r} has its own; leave it out."
         )
     if eos is not None and tokenizer in ("train", "bytes"):
-        raise ValueError(f"eos={eos!r} is for a tokenizer.json, but tokenizer={tokenizer!r} has its own; leave it out.")
-    settings: dict[str, Any] = {"tokenizer": str(tokenizer), "eos": eos, "text_key": text_key or "text"}
+        raise ValueError(
+            f"eos={eos!r} is for a tokenizer.json, but tokenizer={tokenizer!r} has its own; leave it out."
+        )
+    settings: dict[str, Any] = {
+        "tokenizer": str(tokenizer),
+        "eos": eos,
+        "text_key": text_key or "text",
+    }
     settings.update(val_fraction=float(val_fraction), shard_tokens=shard_tokens)
     if tokenizer == "bytes":
         return settings, None
@@ -142,7 +156,9 @@ def _settings(
     if tokenizer == "train":
         settings["vocab"] = VOCAB if vocab is None else vocab
         if settings["vocab"] < 257:
-            raise ValueError(f"vocab={vocab} must be at least 257: each byte and {END}; or take --tokenizer bytes.")
+            raise ValueError(
+                f"vocab={vocab} must be at least 257: each byte and {END}; or take --tokenizer bytes."
+            )
         return settings, None
     file = Path(tokenizer)
     file = file / "tokenizer.json" if file.is_dir() else file
@@ -155,15 +171,23 @@ def _is_there(target: Path, out: "str | Path", settings: dict[str, Any], recipe:
     """Whether just this was prepared before; ValueError if `out` holds anything else."""
     if target.exists() and not target.is_dir():
         raise ValueError(f"{out} is a file; name a folder.")
-    names = os.listdir(target) if target.exists() else []  # once: another process may put the folder here at any moment
+    names = (
+        os.listdir(target) if target.exists() else []
+    )  # once: another process may put the folder here at any moment
     if not names:
         return False
     if INDEX not in names:
-        raise ValueError(f"{out} is a folder of something else, without a {INDEX}; name a new or an empty one.")
+        raise ValueError(
+            f"{out} is a folder of something else, without a {INDEX}; name a new or an empty one."
+        )
     index = read_index(target)
     if index["recipe"] != recipe:
         old = index["settings"]
-        changed = [f"{k}={old.get(k)!r}, not {settings.get(k)!r}" for k in {**old, **settings} if old.get(k) != settings.get(k)]
+        changed = [
+            f"{k}={old.get(k)!r}, not {settings.get(k)!r}"
+            for k in {**old, **settings}
+            if old.get(k) != settings.get(k)
+        ]
         raise ValueError(
             f"{out} holds tokens that were prepared {'with ' + ', '.join(changed) if changed else 'from other inputs'}; "
             f"name another folder, or delete this one to prepare it again."
@@ -177,7 +201,9 @@ def _remove_ours(folder: Path) -> None:
     """Empties the folder that a killed run left; ValueError if it holds what no run has written."""
     files = list(folder.iterdir())
     if others := [f.name for f in files if not OURS.fullmatch(f.name)]:
-        raise ValueError(f"{folder}, needed to write into, holds something else ({others[0]}); move it away.")
+        raise ValueError(
+            f"{folder}, needed to write into, holds something else ({others[0]}); move it away."
+        )
     for file in files:
         file.unlink()
 
@@ -206,7 +232,9 @@ def _lock(folder: Path) -> "int | None":
         handle = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:
         return None
-    with contextlib.suppress(OSError):  # some network filesystems have no locks: there it is for the user to start one
+    with contextlib.suppress(
+        OSError
+    ):  # some network filesystems have no locks: there it is for the user to start one
         fcntl.flock(handle, fcntl.LOCK_EX)
     with contextlib.suppress(FileNotFoundError):
         if os.path.samestat(os.fstat(handle), folder.stat()):
@@ -253,8 +281,13 @@ def _sources(inputs: "Sequence[str | Path]", out: Path) -> tuple[list[Source], s
             if (path / INDEX).exists():
                 raise ValueError(f"{given} holds tokens that were prepared already; name text.")
             if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(path)):
-                raise ValueError(f"{out} lies within the input {given} and would be read as text; name a folder outside.")
-            found = [Source(file, str(file), str(file.relative_to(path)), file.stat().st_size) for file in _files(path)]
+                raise ValueError(
+                    f"{out} lies within the input {given} and would be read as text; name a folder outside."
+                )
+            found = [
+                Source(file, str(file), str(file.relative_to(path)), file.stat().st_size)
+                for file in _files(path)
+            ]
             if not found:
                 raise ValueError(f"{given}: the folder holds no files.")
             sources += found
@@ -270,7 +303,9 @@ def _sources(inputs: "Sequence[str | Path]", out: Path) -> tuple[list[Source], s
 def _files(folder: Path) -> Iterator[Path]:
     """All files below, in the order of their names, without hidden ones."""
     with _readable(str(folder)):
-        entries = sorted((e for e in os.scandir(folder) if not e.name.startswith(".")), key=lambda e: e.name)
+        entries = sorted(
+            (e for e in os.scandir(folder) if not e.name.startswith(".")), key=lambda e: e.name
+        )
     for e in entries:
         if e.is_dir(follow_symlinks=False):
             yield from _files(Path(e.path))
@@ -288,15 +323,25 @@ def _default_sources() -> list[Source]:
             sources.pop()
             break
     if not sources:
-        raise ValueError(f"the default text, the standard library's sources in {root}, is not installed; name a file of text.")
+        raise ValueError(
+            f"the default text, the standard library's sources in {root}, is not installed; name a file of text."
+        )
     return sources
 
 
 def _modules(folder: Path) -> Iterator[Path]:
     entries = sorted(os.scandir(folder), key=lambda e: e.name)
-    yield from (Path(e.path) for e in entries if e.name.endswith(".py") and e.is_file() and not e.name.startswith("_sysconfigdata"))
+    yield from (
+        Path(e.path)
+        for e in entries
+        if e.name.endswith(".py") and e.is_file() and not e.name.startswith("_sysconfigdata")
+    )
     for e in entries:
-        if e.is_dir(follow_symlinks=False) and e.name not in SKIP and not e.name.startswith("config-"):
+        if (
+            e.is_dir(follow_symlinks=False)
+            and e.name not in SKIP
+            and not e.name.startswith("config-")
+        ):
             yield from _modules(Path(e.path))
 
 
@@ -338,7 +383,9 @@ def _read_text(source: Source, key: str, at: At) -> Iterator[Piece]:
 def _read_jsonl(source: Source, key: str, at: At) -> Iterator[Piece]:
     with (
         source.path.open("rb") as raw,
-        gzip.open(raw) if source.name.lower().endswith(".gz") else contextlib.nullcontext(raw) as file,
+        gzip.open(raw)
+        if source.name.lower().endswith(".gz")
+        else contextlib.nullcontext(raw) as file,
     ):
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -364,7 +411,9 @@ def _read_parquet(source: Source, key: str, at: At) -> Iterator[Piece]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise ValueError(f"{source.shown}: Parquet needs the library pyarrow: pip install pyarrow.") from None
+        raise ValueError(
+            f"{source.shown}: Parquet needs the library pyarrow: pip install pyarrow."
+        ) from None
     try:
         with pyarrow.parquet.ParquetFile(source.path) as file:
             columns = file.schema_arrow.names
@@ -379,16 +428,22 @@ def _read_parquet(source: Source, key: str, at: At) -> Iterator[Piece]:
                     yield from _pieces([_expect_text(text, f"{source.shown}, row {done}", key)])
                 at(source.size * done // file.metadata.num_rows)
     except pyarrow.ArrowException as e:
-        raise ValueError(f"{source.shown}: is no Parquet file that can be read: {str(e).splitlines()[0]}") from None
+        raise ValueError(
+            f"{source.shown}: is no Parquet file that can be read: {str(e).splitlines()[0]}"
+        ) from None
 
 
 def _expect_text(value: object, where: str, key: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {key!r} is no text, but {'null' if value is None else 'a ' + type(value).__name__}.")
+        raise ValueError(
+            f"{where}: {key!r} is no text, but {'null' if value is None else 'a ' + type(value).__name__}."
+        )
     try:
         value.encode()
     except UnicodeEncodeError as e:
-        raise ValueError(f"{where}: {key!r} is no Unicode text: {e.reason} (character {e.start}).") from None
+        raise ValueError(
+            f"{where}: {key!r} is no Unicode text: {e.reason} (character {e.start})."
+        ) from None
     return value
 
 
@@ -417,7 +472,12 @@ class _Stream:
     """The files of one split."""
 
     def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int):
-        self._folder, self._split, self._dtype, self._most = folder, split, DTYPES[dtype], shard_tokens
+        self._folder, self._split, self._dtype, self._most = (
+            folder,
+            split,
+            DTYPES[dtype],
+            shard_tokens,
+        )
         self._shards: list[dict[str, Any]] = []
         self._starts = _File(folder / f"{split}-documents.bin")
         self._shard: _File | None = None
@@ -445,13 +505,20 @@ class _Stream:
 
     def _close_shard(self) -> None:
         if self._shard is not None:
-            self._shards.append({**self._shard.close(), "tokens": self._shard.size // self._dtype.itemsize})
+            self._shards.append(
+                {**self._shard.close(), "tokens": self._shard.size // self._dtype.itemsize}
+            )
             self._shard = None
 
     def close(self) -> dict[str, Any]:
         """What the index says of it."""
         self._close_shard()
-        return {"tokens": self.length, "documents": self.documents, "shards": self._shards, "starts": self._starts.close()}
+        return {
+            "tokens": self.length,
+            "documents": self.documents,
+            "shards": self._shards,
+            "starts": self._starts.close(),
+        }
 
 
 class _File:
@@ -489,7 +556,9 @@ class _Plan:
             return cls(count, total, count, None)
         if count == 1:
             return cls(count, total, count, max(1, int(total - held)))
-        behind = np.cumsum(lengths[:0:-1])  # characters of the last 1, 2, ... documents, but not of all
+        behind = np.cumsum(
+            lengths[:0:-1]
+        )  # characters of the last 1, 2, ... documents, but not of all
         return cls(count, total, count - 1 - int(np.argmin(abs(behind - held))), None)
 
     def split(self, pieces: Iterable[Piece]) -> "Iterator[tuple[str, Piece]]":
@@ -498,7 +567,9 @@ class _Plan:
         for piece in pieces:
             text = piece.text
             if self.cut is not None and split == "train" and characters + len(text) > self.cut:
-                end = _line_end(text, self.cut - characters) if self.cut > characters else 0  # 0: a piece ends there, as it is
+                end = (
+                    _line_end(text, self.cut - characters) if self.cut > characters else 0
+                )  # 0: a piece ends there, as it is
                 yield split, Piece(text[:end], True)
                 split, piece = "val", Piece(text[end:], piece.last)
             elif self.cut is None:
@@ -507,7 +578,9 @@ class _Plan:
             characters += len(text)
             documents += piece.last
         if (documents, characters) != (self.documents, self.characters):
-            raise ValueError("the inputs have changed while they were read; start again when nothing writes them.")
+            raise ValueError(
+                "the inputs have changed while they were read; start again when nothing writes them."
+            )
 
 
 def _write(
@@ -549,7 +622,11 @@ def _write(
         index.update(tokenizer="bytes")
     else:
         if bring is None:
-            train = (piece.text for split, piece in plan.split(read("training a tokenizer")) if split == "train")
+            train = (
+                piece.text
+                for split, piece in plan.split(read("training a tokenizer"))
+                if split == "train"
+            )
             _train_tokenizer(train, settings["vocab"], file)
         else:
             shutil.copyfile(bring, file)
@@ -566,7 +643,10 @@ def _write(
             streams[split].write(np.array([tokenizer.eos]))
             streams[split].end_document()
     index.update(vocab=tokenizer.vocab, eos=tokenizer.eos, dtype=dtype)
-    index.update(documents=plan.documents, splits={split: stream.close() for split, stream in streams.items()})
+    index.update(
+        documents=plan.documents,
+        splits={split: stream.close() for split, stream in streams.items()},
+    )
     index["sha256"] = index_digest(index)
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     for path in (file, folder / INDEX, folder):  # on the disk before the folder gets its name
@@ -582,7 +662,9 @@ def _encoded(
     """(split, ids, whether they end their document) of each piece; CHUNK characters are encoded at a time, by all cores."""
 
     def encode() -> Iterator[tuple[str, np.ndarray, bool]]:
-        for (split, piece), ids in zip(chunk, tokenizer.encode_many([piece.text for _, piece in chunk]), strict=True):
+        for (split, piece), ids in zip(
+            chunk, tokenizer.encode_many([piece.text for _, piece in chunk]), strict=True
+        ):
             yield split, ids, piece.last
 
     chunk: list[tuple[str, Piece]] = []
@@ -631,7 +713,9 @@ def _progress(sources: list[Source]) -> "Iterator[Callable[[str], At]]":
         progress.TimeRemainingColumn(),
     )
     seen_by_someone = sys.stdout.isatty() and sys.stderr.isatty()
-    with progress.Progress(*columns, console=Console(stderr=True), disable=not seen_by_someone) as bar:
+    with progress.Progress(
+        *columns, console=Console(stderr=True), disable=not seen_by_someone
+    ) as bar:
 
         def watch(what: str) -> At:
             task = bar.add_task(what, total=sum(s.size for s in sources))
@@ -644,19 +728,46 @@ def _progress(sources: list[Source]) -> "Iterator[Callable[[str], At]]":
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("python -m apps.gpt.prepare", description="Turn text into tokens for apps.gpt.train.")
+    p = argparse.ArgumentParser(
+        "python -m apps.gpt.prepare", description="Turn text into tokens for apps.gpt.train."
+    )
     p.add_argument(
-        "inputs", nargs="*", metavar="FILE_OR_DIR", help="text, .jsonl, .jsonl.gz, .parquet (default: Python's standard library)"
+        "inputs",
+        nargs="*",
+        metavar="FILE_OR_DIR",
+        help="text, .jsonl, .jsonl.gz, .parquet (default: Python's standard library)",
     )
     p.add_argument("--out", required=True, metavar="DIR", help="folder to make")
     p.add_argument(
-        "--tokenizer", default="train", metavar="train|bytes|FILE", help="train one, bytes, or a tokenizer.json (default: train)"
+        "--tokenizer",
+        default="train",
+        metavar="train|bytes|FILE",
+        help="train one, bytes, or a tokenizer.json (default: train)",
     )
-    p.add_argument("--vocab", type=int, help=f"tokens of a tokenizer that is trained, at most (default: {VOCAB})")
-    p.add_argument("--eos", metavar="TOKEN", help="the token of --tokenizer FILE that ends a text (default: looked for)")
-    p.add_argument("--text-key", metavar="NAME", help="field of JSONL, column of Parquet with the text (default: text)")
-    p.add_argument("--val-fraction", type=float, default=0.05, help="of the text, held back for evaluation (default: 0.05)")
-    p.add_argument("--shard-tokens", type=int, default=2**28, help="tokens in a file, at most (default: 2**28)")
+    p.add_argument(
+        "--vocab",
+        type=int,
+        help=f"tokens of a tokenizer that is trained, at most (default: {VOCAB})",
+    )
+    p.add_argument(
+        "--eos",
+        metavar="TOKEN",
+        help="the token of --tokenizer FILE that ends a text (default: looked for)",
+    )
+    p.add_argument(
+        "--text-key",
+        metavar="NAME",
+        help="field of JSONL, column of Parquet with the text (default: text)",
+    )
+    p.add_argument(
+        "--val-fraction",
+        type=float,
+        default=0.05,
+        help="of the text, held back for evaluation (default: 0.05)",
+    )
+    p.add_argument(
+        "--shard-tokens", type=int, default=2**28, help="tokens in a file, at most (default: 2**28)"
+    )
     return p
 
 
@@ -673,7 +784,9 @@ def main(argv: "list[str] | None" = None) -> int:
     except KeyboardInterrupt:
         p.exit(130, f"{p.prog}: interrupted; the same command starts over\n")
     index = read_index(out)
-    print(f"{out}: {index['source']}, {index['documents']:,} documents, vocabulary {index['vocab']:,}")
+    print(
+        f"{out}: {index['source']}, {index['documents']:,} documents, vocabulary {index['vocab']:,}"
+    )
     for split, about in index["splits"].items():
         print(f"  {split:5s} {about['tokens']:,} tokens in {len(about['shards'])} file(s)")
     return 0

@@ -23,8 +23,24 @@ from .sources import HDF5, SECONDS, Cube, Grid, Hdf5, Source, find_files, readin
 __all__ = ["Fields", "Grid", "Split", "expect_finite", "open_fields", "splits"]
 
 STATIC = (  # variables that some records repeat at every time; taken as static if the first and the last field agree
-    *("lsm", "land_sea_mask", "orog", "orography", "z_sfc", "geopotential_at_surface", "slt", "soil_type"),
-    *("cvl", "cvh", "low_vegetation_cover", "high_vegetation_cover", "sdor", "standard_deviation_of_orography"),
+    *(
+        "lsm",
+        "land_sea_mask",
+        "orog",
+        "orography",
+        "z_sfc",
+        "geopotential_at_surface",
+        "slt",
+        "soil_type",
+    ),
+    *(
+        "cvl",
+        "cvh",
+        "low_vegetation_cover",
+        "high_vegetation_cover",
+        "sdor",
+        "standard_deviation_of_orography",
+    ),
 )
 
 
@@ -71,7 +87,9 @@ class Fields:
         Raises ValueError for an index outside the record, and for a file that cannot be read."""
         wanted = np.atleast_1d(np.asarray(indices, np.int64))
         if bad := [int(i) for i in wanted if not 0 <= i < len(self)]:
-            raise ValueError(f"index {bad[0]} is not one of the record's times 0..{len(self) - 1} ({self.source}).")
+            raise ValueError(
+                f"index {bad[0]} is not one of the record's times 0..{len(self) - 1} ({self.source})."
+            )
         unique, inverse = np.unique(wanted, return_inverse=True)
         out = np.empty((len(unique), len(self.channels), *self.grid.shape), np.float32)
         files = np.searchsorted(self._starts, unique, "right") - 1
@@ -96,12 +114,16 @@ class Fields:
     def _step(self) -> int:
         """Hours between times; ValueError where they are not all the same."""
         if len(self.times) < 2:
-            raise ValueError(f"{self._sources[0].file}: a record needs two times at least, but there is {len(self.times)}.")
+            raise ValueError(
+                f"{self._sources[0].file}: a record needs two times at least, but there is {len(self.times)}."
+            )
         gaps = np.diff(self.times).astype(np.int64)
         for wrong, what in ((gaps == 0, "occurs twice"), (gaps < 0, "comes after a later time")):
             if wrong.any():
                 at = int(wrong.argmax()) + 1
-                raise ValueError(f"{self._file(at)}: time {self.times[at]} {what}; times must ascend: remove or sort them.")
+                raise ValueError(
+                    f"{self._file(at)}: time {self.times[at]} {what}; times must ascend: remove or sort them."
+                )
         lengths, counts = np.unique(gaps, return_counts=True)
         step = int(lengths[counts.argmax()])
         if len(lengths) > 1:
@@ -111,7 +133,9 @@ class Fields:
                 f"{self.times[at + 1]}, but {step / 3600:g} h elsewhere; fill the gap, or open the parts as records of their own."
             )
         if step % 3600:
-            raise ValueError(f"{self._file(0)}: times are {step / 3600:g} h apart; only whole hours are read: resample it.")
+            raise ValueError(
+                f"{self._file(0)}: times are {step / 3600:g} h apart; only whole hours are read: resample it."
+            )
         return step // 3600
 
     def _file(self, index: int) -> Path:
@@ -140,11 +164,17 @@ def open_fields(
     files = find_files(path_or_paths)
     hdf5 = [file for file in files if file.suffix in HDF5 and file.is_file()]
     if channel_names is not None and not hdf5:
-        raise ValueError(f"channel_names={list(channel_names)} is for HDF5 files, and {files[0]} is none; use variables.")
-    opened: list[Source] = [Hdf5(file, channel_names) if file in hdf5 else Cube(file) for file in files]
+        raise ValueError(
+            f"channel_names={list(channel_names)} is for HDF5 files, and {files[0]} is none; use variables."
+        )
+    opened: list[Source] = [
+        Hdf5(file, channel_names) if file in hdf5 else Cube(file) for file in files
+    ]
     sources = sorted((s for s in opened if len(s.times)), key=lambda s: s.times[0])
     if not sources:
-        raise ValueError(f"{files[0]}: it has no times; name a file with fields that change in time.")
+        raise ValueError(
+            f"{files[0]}: it has no times; name a file with fields that change in time."
+        )
     first = sources[0]
     for source in opened:
         _expect_same_grid(first, source)
@@ -154,19 +184,31 @@ def open_fields(
     repeated = {} if variables is not None else _repeated(sources)
     channels = [name for name in _select(first, variables, levels, static) if name not in repeated]
     if not channels:
-        raise ValueError(f"{first.file}: no variable has time, latitude and longitude; name another file.")
+        raise ValueError(
+            f"{first.file}: no variable has time, latitude and longitude; name another file."
+        )
     for source in sources[1:]:
         _expect_same_channels(first, source, channels)
-    return Fields(sources, channels, {**static, **repeated}, _given(first, channels) if first.file in hdf5 else (None, None))
+    return Fields(
+        sources,
+        channels,
+        {**static, **repeated},
+        _given(first, channels) if first.file in hdf5 else (None, None),
+    )
 
 
 def _select(
-    first: Source, variables: "Sequence[str] | None", levels: "Sequence[float] | None", static: "dict[str, np.ndarray]"
+    first: Source,
+    variables: "Sequence[str] | None",
+    levels: "Sequence[float] | None",
+    static: "dict[str, np.ndarray]",
 ) -> list[str]:
     """The channels that are asked for, or all."""
     known = first.channels
     if refused := [v for v in first.refused if variables is None or v in variables]:
-        raise ValueError(f"{first.file}: {refused[0]} {first.refused[refused[0]]}, or leave it out with variables.")
+        raise ValueError(
+            f"{first.file}: {refused[0]} {first.refused[refused[0]]}, or leave it out with variables."
+        )
     asked = list(known) if variables is None else list(variables)
     if levels is not None:
         there = sorted({c.hpa for c in known.values() if c.hpa is not None})
@@ -175,13 +217,21 @@ def _select(
             raise ValueError(f"levels: {missing[0]:g} hPa is not in {first.file}; it has {text}.")
     chosen: list[str] = []
     for name in asked:
-        found = [n for n, c in known.items() if name == n or (name == c.variable and name != "fields")]
+        found = [
+            n for n, c in known.items() if name == n or (name == c.variable and name != "fields")
+        ]
         if not found:
             hint = " (it is static: it comes along without being named)" if name in static else ""
-            raise ValueError(f"variables: {name!r} is not a channel of {first.file}{hint}; it has {', '.join(known)}.")
-        wanted = [n for n in found if levels is None or known[n].hpa is None or known[n].hpa in levels]
+            raise ValueError(
+                f"variables: {name!r} is not a channel of {first.file}{hint}; it has {', '.join(known)}."
+            )
+        wanted = [
+            n for n in found if levels is None or known[n].hpa is None or known[n].hpa in levels
+        ]
         if not wanted and variables is not None:
-            raise ValueError(f"variables: {name!r} is at none of levels={list(levels or ())}; leave out one or the other.")
+            raise ValueError(
+                f"variables: {name!r} is at none of levels={list(levels or ())}; leave out one or the other."
+            )
         chosen += [n for n in wanted if n not in chosen]
     return chosen
 
@@ -217,7 +267,9 @@ def _expect_same_channels(first: Source, other: Source, channels: list[str]) -> 
                 f"must hold the same variables and follow each other in time: merge those of different variables first."
             )
         if (a := first.channels[name].units) != (b := other.channels[name].units):
-            raise ValueError(f"{other.file}: {name} is in {b!r}, but in {a!r} in {first.file}; bring all files to one unit.")
+            raise ValueError(
+                f"{other.file}: {name} is in {b!r}, but in {a!r} in {first.file}; bring all files to one unit."
+            )
 
 
 def _given(first: Source, channels: list[str]) -> "tuple[np.ndarray | None, np.ndarray | None]":
@@ -232,7 +284,9 @@ def _given(first: Source, channels: list[str]) -> "tuple[np.ndarray | None, np.n
         with reading(file):
             values = np.load(file, allow_pickle=False).astype(np.float64).ravel()
         if len(values) != len(first.channels):
-            raise ValueError(f"{file}: it holds {len(values)} values, but {first.file} has {len(first.channels)} channels.")
+            raise ValueError(
+                f"{file}: it holds {len(values)} values, but {first.file} has {len(first.channels)} channels."
+            )
         by_name = dict(zip(first.channels, values, strict=True))
         return np.array([by_name[name] for name in channels])
 
@@ -266,7 +320,9 @@ class Split:
         return self.stop - self.start
 
 
-def splits(fields: Fields, train: "str | None" = None, val: "str | None" = None, test: "str | None" = None) -> dict[str, Split]:
+def splits(
+    fields: Fields, train: "str | None" = None, val: "str | None" = None, test: "str | None" = None
+) -> dict[str, Split]:
     """The parts of a record by name.  All None: the first 70 % of the times, the next 15 %, the rest.
 
     Each is "start/stop", or one period.  An end is an index ("0/504": 504 is not part of it), or an ISO date or time.  A stop
@@ -278,9 +334,15 @@ def splits(fields: Fields, train: "str | None" = None, val: "str | None" = None,
     given = {"train": train, "val": val, "test": test}
     if all(text is None for text in given.values()):
         a, b = (len(fields) * percent // 100 for percent in (70, 85))
-        found = {"train": Split(0, a, "train"), "val": Split(a, b, "val"), "test": Split(b, len(fields), "test")}
+        found = {
+            "train": Split(0, a, "train"),
+            "val": Split(a, b, "val"),
+            "test": Split(b, len(fields), "test"),
+        }
         if not all(len(split) for split in found.values()):
-            raise ValueError(f"train, val and test cannot be made of a record that spans {_span(fields)}; open a longer one.")
+            raise ValueError(
+                f"train, val and test cannot be made of a record that spans {_span(fields)}; open a longer one."
+            )
         return found
     if missing := [name for name, text in given.items() if text is None]:
         raise ValueError(f"{missing[0]} is not given; give all of train, val and test, or none.")
@@ -297,7 +359,9 @@ def splits(fields: Fields, train: "str | None" = None, val: "str | None" = None,
 def _range(fields: Fields, name: str, text: str) -> Split:
     ends = [end.strip() for end in text.split("/")]
     if len(ends) > 2 or not all(ends):
-        raise ValueError(f"{name}={text!r} must be START/STOP of indices or dates, such as 0/504 or 1979/2015.")
+        raise ValueError(
+            f"{name}={text!r} must be START/STOP of indices or dates, such as 0/504 or 1979/2015."
+        )
     if len(ends) == 1 and ends[0].isdigit() and len(ends[0]) != 4:
         raise ValueError(f"{name}={text!r} is one index; name START/STOP, such as 0/504.")
     years = {str(year) for year in fields.times.astype("datetime64[Y]")}
@@ -305,30 +369,40 @@ def _range(fields: Fields, name: str, text: str) -> Split:
     start = _end(fields, name, text, ends[0], of_years, is_stop=False)
     stop = _end(fields, name, text, ends[-1], of_years, is_stop=True)
     if start >= stop:
-        raise ValueError(f"{name}={text!r} is empty or backwards (indices {start}/{stop}); the record spans {_span(fields)}.")
+        raise ValueError(
+            f"{name}={text!r} is empty or backwards (indices {start}/{stop}); the record spans {_span(fields)}."
+        )
     return Split(start, stop, name)
 
 
 def _end(fields: Fields, name: str, text: str, end: str, of_years: bool, *, is_stop: bool) -> int:
     """The index of one end of a range."""
-    outside = ValueError(f"{name}={text!r}: {end} is outside the record, which spans {_span(fields)}; name a part of it.")
+    outside = ValueError(
+        f"{name}={text!r}: {end} is outside the record, which spans {_span(fields)}; name a part of it."
+    )
     if end.isdigit() and not (len(end) == 4 and of_years):
         if int(end) > len(fields) - (not is_stop):
             raise outside
         return int(end)
     if not re.match(r"\d{4}($|-)", end):
-        raise ValueError(f"{name}={text!r}: {end!r} is no index and no ISO date; write 504, 1979, 1979-01-31 or 1979-01-31T06.")
+        raise ValueError(
+            f"{name}={text!r}: {end!r} is no index and no ISO date; write 504, 1979, 1979-01-31 or 1979-01-31T06."
+        )
     try:
         date = np.datetime64(end.removesuffix("Z"))
     except ValueError:
-        raise ValueError(f"{name}={text!r}: {end!r} is no date; write 1979, 1979-01, 1979-01-31 or 1979-01-31T06.") from None
+        raise ValueError(
+            f"{name}={text!r}: {end!r} is no date; write 1979, 1979-01, 1979-01-31 or 1979-01-31T06."
+        ) from None
     begins, length = date.astype(SECONDS), np.timedelta64(fields.step_hours, "h")
     if np.datetime_data(date.dtype)[0] in "YMD":
         ends = (date + 1).astype(SECONDS)
         if begins > fields.times[-1] or ends <= fields.times[0]:
             raise outside
         return int(np.searchsorted(fields.times, ends if is_stop else begins))
-    if begins < fields.times[0] or begins > fields.times[-1] + (length if is_stop else np.timedelta64(0, "s")):
+    if begins < fields.times[0] or begins > fields.times[-1] + (
+        length if is_stop else np.timedelta64(0, "s")
+    ):
         raise outside
     return int(np.searchsorted(fields.times, begins))
 

@@ -63,13 +63,18 @@ class Samples:
             raise ValueError(f"inputs: {unknown[0]!r} is unknown; known: {', '.join(INPUTS)}.")
         if where not in WHERE:
             raise ValueError(f"where={where!r} is unknown; known: {', '.join(WHERE)}.")
-        if statistics.channels != fields.channels or statistics.climate.shape[-2:] != fields.grid.shape:
+        if (
+            statistics.channels != fields.channels
+            or statistics.climate.shape[-2:] != fields.grid.shape
+        ):
             raise ValueError(
                 f"statistics are of {', '.join(statistics.channels)} on {statistics.climate.shape[-2:]} points, but the record has "
                 f"{', '.join(fields.channels)} on {fields.grid.shape}; make them of this record."
             )
         if "static" in inputs and not fields.static:
-            raise ValueError(f"inputs: 'static' is asked for, but {fields.source} has no static fields; leave it out.")
+            raise ValueError(
+                f"inputs: 'static' is asked for, but {fields.source} has no static fields; leave it out."
+            )
         self.fields, self.split, self.statistics, self.where = fields, split, statistics, where
         self.leads = tuple(int(lead) for lead in leads)
         self._steps = lead_steps(fields, self.leads)
@@ -77,18 +82,29 @@ class Samples:
         self._back = lead_steps(fields, self.history, "history") if history else []
         self.base = require_name(base, BASES, "base")
         at = [statistics.lead_index(lead) for lead in self.leads]
-        sizes = {"none": np.broadcast_to(statistics.std, statistics.std_change.shape), "persistence": statistics.std_change}
+        sizes = {
+            "none": np.broadcast_to(statistics.std, statistics.std_change.shape),
+            "persistence": statistics.std_change,
+        }
         self.scale = sizes.get(self.base, statistics.std_damped)[at]  # [L, C]
         if (exact := self.scale <= 1e-6 * statistics.std).any():
             name = fields.channels[int(exact.any(0).argmax())]
-            raise ValueError(f"base={base!r}: it forecasts {name} without an error in training; leave it out with --variables.")
+            raise ValueError(
+                f"base={base!r}: it forecasts {name} without an error in training; leave it out with --variables."
+            )
         self._scale = self.scale.astype(np.float32)[:, :, None, None]
         self._damping = statistics.damping[at]
         changes = statistics.std_change[[statistics.lead_index(hours) for hours in self.history]]
         self._changes = changes.astype(np.float32)[:, :, None, None]
-        self._static = _standardised(fields) if "static" in inputs else np.empty((0, *fields.grid.shape), np.float32)
+        self._static = (
+            _standardised(fields)
+            if "static" in inputs
+            else np.empty((0, *fields.grid.shape), np.float32)
+        )
         long_enough = len(fields) * fields.step_hours >= SHORT
-        self.inputs = tuple(name for name in INPUTS if name in inputs and (name != "time_of_year" or long_enough))
+        self.inputs = tuple(
+            name for name in INPUTS if name in inputs and (name != "time_of_year" or long_enough)
+        )
         self.input_names = self._names()
         if where == "inside":
             back, hours = max(self._back, default=0), max(self.history, default=0)
@@ -108,11 +124,15 @@ class Samples:
         where="valid": t0 + lead lies in the part, and t0 in the record.  where="inside": as ``__len__`` counts, whatever the
         lead.  Raises ValueError if there is none, or the lead is not one of `leads`."""
         if lead not in self.leads:
-            raise ValueError(f"lead {lead} h is not one of these samples' leads: {', '.join(map(str, self.leads))} h.")
+            raise ValueError(
+                f"lead {lead} h is not one of these samples' leads: {', '.join(map(str, self.leads))} h."
+            )
         if self.where == "inside":
             return self._inside.copy()
         lag = self._steps[self.leads.index(lead)]
-        found = np.arange(max(self.split.start - lag, max(self._back, default=0)), self.split.stop - lag)
+        found = np.arange(
+            max(self.split.start - lag, max(self._back, default=0)), self.split.stop - lag
+        )
         if not len(found):
             raise ValueError(
                 f"{self.split.name} ({self.split.start}/{self.split.stop}) ends before a lead of {lead} h ({lag} steps) from the "
@@ -140,15 +160,21 @@ class Samples:
 
     def inputs_of(self, seen: np.ndarray, t0s: np.ndarray) -> np.ndarray:
         """[n, Cin, H, W] float32: the inputs at these times if that was `seen` (see there)."""
-        changes = ((seen[:, :1] - seen[:, 1:]) / self._changes).reshape(len(t0s), -1, *self.fields.grid.shape)
-        return np.concatenate([self._normalised(seen[:, 0]), changes, *self._extras(t0s)], 1, dtype=np.float32)
+        changes = ((seen[:, :1] - seen[:, 1:]) / self._changes).reshape(
+            len(t0s), -1, *self.fields.grid.shape
+        )
+        return np.concatenate(
+            [self._normalised(seen[:, 0]), changes, *self._extras(t0s)], 1, dtype=np.float32
+        )
 
     def to_fields(self, prediction: np.ndarray, t0s: "Sequence[int] | np.ndarray") -> np.ndarray:
         """[n, L, C, H, W] float32 in physical units, from what is predicted of the targets: the inverse of a target."""
         t0s = self._expect_starts(t0s)
         shape = (len(t0s), len(self.leads), len(self.fields.channels), *self.fields.grid.shape)
         if prediction.shape != shape:
-            raise ValueError(f"prediction has shape {prediction.shape}, but for {len(t0s)} initial times it must be {shape}.")
+            raise ValueError(
+                f"prediction has shape {prediction.shape}, but for {len(t0s)} initial times it must be {shape}."
+            )
         return self.ahead_of(self.fields.read(t0s), t0s, prediction)
 
     def ahead_of(self, now: np.ndarray, t0s: np.ndarray, prediction: np.ndarray) -> np.ndarray:
@@ -162,7 +188,10 @@ class Samples:
         if self.base == "persistence":
             return now[:, None]
         usual = self._usual(t0s)
-        ahead = [damped_anomaly(now, usual, self._usual(t0s, lead), r) for lead, r in zip(self.leads, self._damping, strict=True)]
+        ahead = [
+            damped_anomaly(now, usual, self._usual(t0s, lead), r)
+            for lead, r in zip(self.leads, self._damping, strict=True)
+        ]
         return np.stack(ahead, 1).astype(np.float32, copy=False)
 
     def _usual(self, t0s: np.ndarray, hours: int = 0) -> np.ndarray:
@@ -184,14 +213,20 @@ class Samples:
         Row r of step s is sample s * global_batch + r of all epochs' orders in a row: a function of the step alone, so that
         a run that goes on reads what it would have read, on whatever ranks."""
         if step < 0 or global_batch < 1:
-            raise ValueError(f"step={step} must be at least 0, and global_batch={global_batch} at least 1.")
+            raise ValueError(
+                f"step={step} must be at least 0, and global_batch={global_batch} at least 1."
+            )
         places = step * global_batch + np.arange(global_batch)
         epochs, within = np.divmod(places, len(self))
-        return np.concatenate([self.order(int(e), seed)[within[epochs == e]] for e in np.unique(epochs)])
+        return np.concatenate(
+            [self.order(int(e), seed)[within[epochs == e]] for e in np.unique(epochs)]
+        )
 
     def _expect_inside(self) -> np.ndarray:
         if self.where != "inside":
-            raise ValueError(f"where={self.where!r} has no order of samples; take starts(lead), or where='inside'.")
+            raise ValueError(
+                f"where={self.where!r} has no order of samples; take starts(lead), or where='inside'."
+            )
         return self._inside
 
     def _expect_starts(self, t0s: "Sequence[int] | np.ndarray") -> np.ndarray:
@@ -200,7 +235,9 @@ class Samples:
         if self.where == "inside":
             first, stop = int(self._inside[0]), int(self._inside[-1]) + 1
         if bad := [int(t) for t in t0s if not first <= t < stop]:
-            raise ValueError(f"t0={bad[0]} is no initial time of {self.split.name}; they are {first}..{stop - 1}.")
+            raise ValueError(
+                f"t0={bad[0]} is no initial time of {self.split.name}; they are {first}..{stop - 1}."
+            )
         return t0s
 
     def _read(self, t0s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -216,7 +253,9 @@ class Samples:
 
     def _normalised(self, values: np.ndarray) -> np.ndarray:
         """[..., C, H, W] in physical units -> mean 0, standard deviation 1 in training."""
-        mean, std = (v.astype(np.float32)[:, None, None] for v in (self.statistics.mean, self.statistics.std))
+        mean, std = (
+            v.astype(np.float32)[:, None, None] for v in (self.statistics.mean, self.statistics.std)
+        )
         return (values - mean) / std
 
     def _extras(self, t0s: np.ndarray) -> list[np.ndarray]:
@@ -226,11 +265,15 @@ class Samples:
         out: list[np.ndarray] = []
         for name in self.inputs:
             if name == "time_of_day":
-                hours = (times - times.astype("datetime64[D]")).astype(np.int64)[:, None] / 3600 + grid.lon / 15  # [n, W]
+                hours = (times - times.astype("datetime64[D]")).astype(np.int64)[
+                    :, None
+                ] / 3600 + grid.lon / 15  # [n, W]
                 angle = hours[:, None, None, :] * (2 * np.pi / 24)
                 out += [np.broadcast_to(f(angle), shape) for f in (np.sin, np.cos)]
             elif name == "time_of_year":
-                angle = (times - times.astype("datetime64[Y]")).astype(np.int64)[:, None, None, None] * (2 * np.pi / YEAR)
+                angle = (times - times.astype("datetime64[Y]")).astype(np.int64)[
+                    :, None, None, None
+                ] * (2 * np.pi / YEAR)
                 out += [np.broadcast_to(f(angle), shape) for f in (np.sin, np.cos)]
             elif name == "latitude":
                 out.append(np.broadcast_to(np.sin(np.deg2rad(grid.lat))[:, None], shape))
@@ -261,7 +304,9 @@ def _standardised(fields: Fields) -> np.ndarray:
     out = []
     for name, field in fields.static.items():
         if missing := int((~np.isfinite(field)).sum()):
-            raise ValueError(f"static field {name} is missing at {missing} of {field.size} points; fill it, or leave out 'static'.")
+            raise ValueError(
+                f"static field {name} is missing at {missing} of {field.size} points; fill it, or leave out 'static'."
+            )
         values = field.astype(np.float64)
         values -= values.mean()
         std = values.std()

@@ -66,7 +66,9 @@ class Sphere:
         if truncation < 1:
             raise ValueError(f"truncation={truncation} must be at least 1.")
         self.truncation = truncation
-        rows = -(-(3 * truncation + 1) // 4) * 2  # even, and 2 * rows >= 3 T + 1: no aliasing of products
+        rows = (
+            -(-(3 * truncation + 1) // 4) * 2
+        )  # even, and 2 * rows >= 3 T + 1: no aliasing of products
         self.shape = (rows, 2 * rows)
         mu, weights = np.polynomial.legendre.leggauss(rows)
         self.mu = mu[::-1].copy()  # sine of the latitude
@@ -75,13 +77,22 @@ class Sphere:
         self.latitude = np.degrees(np.arcsin(self.mu))
         self.longitude = np.arange(2 * rows) * (360 / (2 * rows))
         self.order, self.degree = np.ogrid[: truncation + 1, : truncation + 1]
-        self.laplacian = -self.degree * (self.degree + 1) / radius**2  # [1, n], m-2: a harmonic's Laplacian is so much of itself
-        self.inverse_laplacian = np.divide(1, self.laplacian, out=np.zeros_like(self.laplacian), where=self.degree > 0)
+        self.laplacian = (
+            -self.degree * (self.degree + 1) / radius**2
+        )  # [1, n], m-2: a harmonic's Laplacian is so much of itself
+        self.inverse_laplacian = np.divide(
+            1, self.laplacian, out=np.zeros_like(self.laplacian), where=self.degree > 0
+        )
         p, slope = legendre(truncation, self.mu)  # [m, n, lat]
-        along, across = self.order[..., None] * p / (radius * self.cos[:, 0]), slope / (radius * self.cos[:, 0])
+        along, across = (
+            self.order[..., None] * p / (radius * self.cos[:, 0]),
+            slope / (radius * self.cos[:, 0]),
+        )
         self._values, self._along, self._across = (x * self.weights for x in (p, along, across))
         self._values_at = _turned(p)  # [m, lat, n]
-        self._along_at, self._across_at = (_turned(x * self.inverse_laplacian[..., None]) for x in (along, across))
+        self._along_at, self._across_at = (
+            _turned(x * self.inverse_laplacian[..., None]) for x in (along, across)
+        )
 
     def grid(self, coefficients: np.ndarray) -> np.ndarray:
         """[m, n, K] -> [K, lat, lon]: the fields of these coefficients."""
@@ -162,10 +173,17 @@ class ShallowWater:
         coriolis: [lat, lon] or [lat, 1], s-1; None is the Earth's.
     """
 
-    def __init__(self, sphere: Sphere, orography: np.ndarray | None = None, coriolis: np.ndarray | None = None):
+    def __init__(
+        self,
+        sphere: Sphere,
+        orography: np.ndarray | None = None,
+        coriolis: np.ndarray | None = None,
+    ):
         self.sphere = sphere
         ground = np.zeros(sphere.shape) if orography is None else GRAVITY * orography
-        self.ground = sphere.spectral(ground[None])[..., 0]  # m2 s-2, as all that has to do with heights here
+        self.ground = sphere.spectral(ground[None])[
+            ..., 0
+        ]  # m2 s-2, as all that has to do with heights here
         self.coriolis = 2 * OMEGA * sphere.mu[:, None] if coriolis is None else coriolis
 
     def tendency(self, state: np.ndarray) -> np.ndarray:
@@ -174,10 +192,16 @@ class ShallowWater:
         carried = self.sphere.grid(state[..., ::2])  # absolute vorticity, depth
         carried[0] += self.coriolis
         curl, div = self.sphere.curl_div(u * carried, v * carried)
-        energy = self.sphere.spectral((u * u + v * v)[None] / 2)[..., 0] + state[..., 2] + self.ground
-        return np.stack([-div[..., 0], curl[..., 0] - self.sphere.laplacian * energy, -div[..., 1]], -1)
+        energy = (
+            self.sphere.spectral((u * u + v * v)[None] / 2)[..., 0] + state[..., 2] + self.ground
+        )
+        return np.stack(
+            [-div[..., 0], curl[..., 0] - self.sphere.laplacian * energy, -div[..., 1]], -1
+        )
 
-    def leap(self, before: np.ndarray, now: np.ndarray, rate: np.ndarray, step: float) -> tuple[np.ndarray, np.ndarray]:
+    def leap(
+        self, before: np.ndarray, now: np.ndarray, rate: np.ndarray, step: float
+    ) -> tuple[np.ndarray, np.ndarray]:
         """From the states at t - step and t and the rate at t: the state at t + step, and its second difference in time.
 
         Leapfrog, with gravity waves on the mean depth averaged over t - step and t + step (Robert 1969; W92's model does the same):
@@ -185,14 +209,18 @@ class ShallowWater:
         A wave of frequency s then has atan(s step) / step, and is stable for steps of any length."""
         mean, laplacian = now[0, 0, 2].real, self.sphere.laplacian
         bend = 2 * (before - now + step * rate)
-        bend[..., 2] = (bend[..., 2] - step * mean * bend[..., 1]) / (1 - step**2 * mean * laplacian)
+        bend[..., 2] = (bend[..., 2] - step * mean * bend[..., 1]) / (
+            1 - step**2 * mean * laplacian
+        )
         bend[..., 1] -= step * laplacian * bend[..., 2]
         return 2 * now - before + bend, bend
 
     def fields(self, state: np.ndarray) -> np.ndarray:
         """[3, lat, lon]: u and v, m s-1, and the height h of the free surface, m."""
         surface = state[..., 2:] + self.ground[..., None]
-        return np.concatenate([self.sphere.winds(state[..., :2]), self.sphere.grid(surface) / GRAVITY])
+        return np.concatenate(
+            [self.sphere.winds(state[..., :2]), self.sphere.grid(surface) / GRAVITY]
+        )
 
     def state(self, fields: np.ndarray) -> np.ndarray:
         """The state of these fields u, v, h, as far as the truncation holds them."""
@@ -227,8 +255,13 @@ class Settings:
     step: int = 1800  # s
     spin_up: int = 40  # days that are thrown away
     height: float = 6000.0  # m: mean of the free surface, were the ground flat
-    jets: tuple[tuple[float, float, float], ...] = ((42.0, 130.0, 9.0), (-46.0, 130.0, 9.0))  # latitude, m s-1 / cos, half width
-    mountains: tuple[tuple[float, float, float, float], ...] = (  # latitude, longitude, m, half width
+    jets: tuple[tuple[float, float, float], ...] = (
+        (42.0, 130.0, 9.0),
+        (-46.0, 130.0, 9.0),
+    )  # latitude, m s-1 / cos, half width
+    mountains: tuple[
+        tuple[float, float, float, float], ...
+    ] = (  # latitude, longitude, m, half width
         (45.0, 90.0, 2500.0, 15.0),
         (42.0, 250.0, 2000.0, 10.0),
         (-30.0, 290.0, 2000.0, 12.0),
@@ -236,15 +269,21 @@ class Settings:
     relaxation: float = 10.0  # days in which a departure from the jets falls to 1/e
     diffusion: float = 9.0  # hours in which the smallest waves fall to 1/e
     heating: float = 150.0  # m of fluid that the sun overhead adds in a day
-    stirring: float = 1e-11  # s-2: of random torques on waves of degrees 3..10, which last for a day
+    stirring: float = (
+        1e-11  # s-2: of random torques on waves of degrees 3..10, which last for a day
+    )
     kick: float = 100.0  # m: of the random disturbance at the start
-    filter: float = 0.03  # Robert-Asselin: how much of the second difference in time is taken off at each step
+    filter: float = (
+        0.03  # Robert-Asselin: how much of the second difference in time is taken off at each step
+    )
 
     def __post_init__(self) -> None:
         if not 1 <= self.truncation <= 21:
             raise ValueError(f"truncation={self.truncation} must be 1..21 (21 is 32 x 64 points).")
         if self.step < 1 or EVERY % self.step:
-            raise ValueError(f"step={self.step} must divide the {EVERY} s between two times of the record.")
+            raise ValueError(
+                f"step={self.step} must divide the {EVERY} s between two times of the record."
+            )
         if self.spin_up < 0:
             raise ValueError(f"spin_up={self.spin_up} must be at least 0 days.")
         for name in ("relaxation", "diffusion"):
@@ -260,13 +299,18 @@ class World:
         self.sphere = sphere = Sphere(settings.truncation)
         lat, lon = sphere.latitude[:, None], sphere.longitude
         ground = sum(
-            (h * np.exp(-((_angle(lat, lon, y, x) / w) ** 2)) for y, x, h, w in settings.mountains), np.zeros(sphere.shape)
+            (h * np.exp(-((_angle(lat, lon, y, x) / w) ** 2)) for y, x, h, w in settings.mountains),
+            np.zeros(sphere.shape),
         )
         self.water = ShallowWater(sphere, ground)
         self.orography = sphere.grid(self.water.ground[..., None])[0] / GRAVITY
-        jets = sum((u * np.exp(-(((lat - y) / w) ** 2)) for y, u, w in settings.jets), np.zeros_like(lat))
+        jets = sum(
+            (u * np.exp(-(((lat - y) / w) ** 2)) for y, u, w in settings.jets), np.zeros_like(lat)
+        )
         self.target = self.water.balanced(jets * sphere.cos, settings.height)
-        day = np.maximum(sphere.cos * np.cos(np.radians(lon - 180)), 0)  # the sun's height at 0 UTC: noon at 180 degrees
+        day = np.maximum(
+            sphere.cos * np.cos(np.radians(lon - 180)), 0
+        )  # the sun's height at 0 UTC: noon at 180 degrees
         day -= day.mean(1, keepdims=True)  # no net source at any latitude
         self._sun = GRAVITY * settings.heating / DAY * sphere.spectral(day[None])[..., 0]
         scale = (sphere.laplacian / sphere.laplacian[0, -1])[..., None] ** 4
@@ -276,7 +320,9 @@ class World:
     def rate(self, t: float, state: np.ndarray) -> np.ndarray:
         """The state's rate of change at t seconds after 0 UTC, without damping."""
         rate = self.water.tendency(state)
-        rate[..., 2] += self._sun * np.exp(2j * np.pi * t / DAY * self.sphere.order)  # the sun moves west
+        rate[..., 2] += self._sun * np.exp(
+            2j * np.pi * t / DAY * self.sphere.order
+        )  # the sun moves west
         return rate
 
     def start(self, rng: np.random.Generator) -> np.ndarray:
@@ -293,8 +339,12 @@ class World:
             yield state
             rate = self.rate(t, state)
             rate[..., 0] += self.settings.stirring * stirring
-            after, bend = self.water.leap(before, state, rate, step if t else step / 2)  # first: forward
-            before = state + self.settings.filter * bend  # Asselin 1972: keeps odd and even steps together
+            after, bend = self.water.leap(
+                before, state, rate, step if t else step / 2
+            )  # first: forward
+            before = (
+                state + self.settings.filter * bend
+            )  # Asselin 1972: keeps odd and even steps together
             state, t = self.target + self._damping * (after - self.target), t + step
             stirring = memory * stirring + np.sqrt(1 - memory**2) * self._noise(rng)
 
@@ -318,7 +368,13 @@ def _angle(lat: np.ndarray, lon: np.ndarray, y: float, x: float) -> np.ndarray:
 DEFAULT = Settings()
 
 
-def simulate(days: int = DAYS, seed: int = 0, *, settings: Settings = DEFAULT, progress: Progress | None = None) -> xr.Dataset:
+def simulate(
+    days: int = DAYS,
+    seed: int = 0,
+    *,
+    settings: Settings = DEFAULT,
+    progress: Progress | None = None,
+) -> xr.Dataset:
     """A record of `days` days, every 6 hours from 2001-01-01T00 (a date that stands for nothing), as a CF dataset.
 
     u and v, m s-1, and h, m: [time, latitude, longitude] float32, and the static orography, m: [latitude, longitude].  Latitudes
@@ -339,7 +395,9 @@ def simulate(days: int = DAYS, seed: int = 0, *, settings: Settings = DEFAULT, p
     stride, spin_up = EVERY // settings.step, settings.spin_up * DAY // EVERY
     times = days * DAY // EVERY
     record = np.empty((times, 3, *world.sphere.shape), np.float32)
-    states = itertools.islice(world.march(world.start(rng), rng), 0, (spin_up + times) * stride, stride)
+    states = itertools.islice(
+        world.march(world.start(rng), rng), 0, (spin_up + times) * stride, stride
+    )
     for i, state in enumerate(states):
         if not np.isfinite(state).all():
             raise FloatingPointError(
@@ -366,12 +424,30 @@ def _dataset(world: World, record: np.ndarray, made_by: str) -> xr.Dataset:
         "h": ("height of the free surface", "geopotential_height", "m"),
     }
     fields = {
-        name: (("time", *grid), record[:, i], {"long_name": long, "standard_name": standard, "units": units})
+        name: (
+            ("time", *grid),
+            record[:, i],
+            {"long_name": long, "standard_name": standard, "units": units},
+        )
         for i, (name, (long, standard, units)) in enumerate(about.items())
     }
-    ground = {"long_name": "height of the ground", "standard_name": "surface_altitude", "units": "m"}
-    lat = {"long_name": "latitude", "standard_name": "latitude", "units": "degrees_north", "axis": "Y"}
-    lon = {"long_name": "longitude", "standard_name": "longitude", "units": "degrees_east", "axis": "X"}
+    ground = {
+        "long_name": "height of the ground",
+        "standard_name": "surface_altitude",
+        "units": "m",
+    }
+    lat = {
+        "long_name": "latitude",
+        "standard_name": "latitude",
+        "units": "degrees_north",
+        "axis": "Y",
+    }
+    lon = {
+        "long_name": "longitude",
+        "standard_name": "longitude",
+        "units": "degrees_east",
+        "axis": "X",
+    }
     time = START + np.arange(len(record)) * np.timedelta64(EVERY, "s")
     return xr.Dataset(
         {**fields, "orography": (grid, world.orography.astype(np.float32), ground)},
@@ -397,16 +473,24 @@ def write(record: xr.Dataset, file: Path) -> None:
     Raises:
         ValueError: the file's folder cannot be made or written to."""
     aside = file.with_name(f".{file.name}.{uuid.uuid4().hex}")  # of no other process on any host
-    encoding: dict[str, dict[str, Any]] = {str(name): {"_FillValue": None} for name in record.variables}
-    encoding["time"].update(units="hours since 2001-01-01 00:00:00", calendar="standard", dtype="int32")
+    encoding: dict[str, dict[str, Any]] = {
+        str(name): {"_FillValue": None} for name in record.variables
+    }
+    encoding["time"].update(
+        units="hours since 2001-01-01 00:00:00", calendar="standard", dtype="int32"
+    )
     for name in ("u", "v", "h"):
-        encoding[name].update(zlib=True, complevel=1, chunksizes=(min(len(record.time), 64), *record[name].shape[1:]))
+        encoding[name].update(
+            zlib=True, complevel=1, chunksizes=(min(len(record.time), 64), *record[name].shape[1:])
+        )
     _expect_place(file)
     try:
         record.to_netcdf(aside, engine="netcdf4", format="NETCDF4", encoding=encoding)
         os.replace(aside, file)
     except OSError as e:
-        raise ValueError(f"{file} cannot be written: {e.strerror or e}; name another place.") from None
+        raise ValueError(
+            f"{file} cannot be written: {e.strerror or e}; name another place."
+        ) from None
     finally:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
@@ -422,7 +506,9 @@ def _expect_place(file: Path) -> None:
         raise ValueError(f"{file} cannot be written: {e.strerror}; name another place.") from None
 
 
-def default_record(folder: Path, seed: int = 0, *, days: int = DAYS, settings: Settings = DEFAULT) -> Path:
+def default_record(
+    folder: Path, seed: int = 0, *, days: int = DAYS, settings: Settings = DEFAULT
+) -> Path:
     """The file of the default record in `folder`, made there the first time, with a bar at a terminal.
 
     Its name holds the seed and a hash of the settings, so that other settings never meet an old file.  Processes that make it at
@@ -456,7 +542,9 @@ def _bar(days: int) -> Iterator[Progress]:
         progress.TextColumn("days, left"),
         progress.TimeRemainingColumn(),
     )
-    with progress.Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+    with progress.Progress(
+        *columns, console=Console(stderr=True), disable=not sys.stderr.isatty()
+    ) as bar:
         task = bar.add_task("simulating", total=days)
         yield lambda done: bar.update(task, completed=done)
 
@@ -465,9 +553,23 @@ def _bar(days: int) -> Iterator[Progress]:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("python -m apps.vit.simulate", description="Make weather-like data on the sphere for apps.vit.")
-    p.add_argument("--out", required=True, type=Path, metavar="FILE", help="NetCDF file to make; one that is there is kept")
-    p.add_argument("--days", type=int, default=DAYS, help=f"length of the record, after a spin-up (default: {DAYS})")
+    p = argparse.ArgumentParser(
+        "python -m apps.vit.simulate",
+        description="Make weather-like data on the sphere for apps.vit.",
+    )
+    p.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="NetCDF file to make; one that is there is kept",
+    )
+    p.add_argument(
+        "--days",
+        type=int,
+        default=DAYS,
+        help=f"length of the record, after a spin-up (default: {DAYS})",
+    )
     p.add_argument("--seed", type=int, default=0, help="another seed, another record (default: 0)")
     return p
 
@@ -477,7 +579,9 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     try:
         if args.out.exists():
-            raise ValueError(f"--out {args.out} is there already and was kept; name another file, or delete it.")
+            raise ValueError(
+                f"--out {args.out} is there already and was kept; name another file, or delete it."
+            )
         _expect(args.days, args.seed)
         _expect_place(args.out)
         with _bar(args.days + DEFAULT.spin_up) as show:

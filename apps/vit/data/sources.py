@@ -31,10 +31,19 @@ LONGITUDE = ("longitude", "lon", "x")
 LEVEL = ("level", "pressure_level", "isobaricInhPa", "plev", "lev")
 NETCDF = (".nc", ".nc3", ".nc4", ".cdf", ".netcdf")
 HDF5 = (".h5", ".hdf5")
-SPLIT_FOLDERS = ("train", "val", "valid", "validation", "test", "out_of_sample")  # of the NERSC tutorials
+SPLIT_FOLDERS = (
+    "train",
+    "val",
+    "valid",
+    "validation",
+    "test",
+    "out_of_sample",
+)  # of the NERSC tutorials
 SECONDS = "datetime64[s]"
 _LOCK = threading.Lock()  # HDF5 and NetCDF are not thread-safe
-os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
+os.register_at_fork(
+    before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,11 +62,16 @@ class Grid:
     def periodic(self) -> bool:
         """Whether the columns go round the globe: W times their mean distance is 360 degrees, within 1 %."""
         columns = len(self.lon)
-        return columns > 1 and abs(columns * (self.lon[-1] - self.lon[0]) / (columns - 1) / 360 - 1) <= 0.01
+        return (
+            columns > 1
+            and abs(columns * (self.lon[-1] - self.lon[0]) / (columns - 1) / 360 - 1) <= 0.01
+        )
 
     def weights(self) -> np.ndarray:
         """[H] float64: cos(latitude), divided by its mean over the rows; 0 in a row at a pole."""
-        cosine = np.maximum(np.cos(np.deg2rad(self.lat)), 0)  # cos(90 degrees) is 6e-17 in floating point
+        cosine = np.maximum(
+            np.cos(np.deg2rad(self.lat)), 0
+        )  # cos(90 degrees) is 6e-17 in floating point
         cosine[np.abs(self.lat) >= 90] = 0
         return cosine / cosine.mean()
 
@@ -128,17 +142,25 @@ class Source:
         lat, lon = np.asarray(lat, np.float64), np.asarray(lon, np.float64)
         for name, values in (("latitude", lat), ("longitude", lon)):
             if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
-                raise ValueError(f"{self.file}: {name} is no row of numbers (shape {values.shape}); only regular grids are read.")
+                raise ValueError(
+                    f"{self.file}: {name} is no row of numbers (shape {values.shape}); only regular grids are read."
+                )
         if np.abs(lat).max() > 90.001:
-            raise ValueError(f"{self.file}: latitude reaches {lat[np.abs(lat).argmax()]:g}; it must be in degrees, -90 to 90.")
+            raise ValueError(
+                f"{self.file}: latitude reaches {lat[np.abs(lat).argmax()]:g}; it must be in degrees, -90 to 90."
+            )
         self._flip = len(lat) > 1 and bool(lat[1] > lat[0])
         lat = lat[::-1] if self._flip else lat
         if not (np.diff(lat) < 0).all():
-            raise ValueError(f"{self.file}: latitude neither ascends nor descends throughout; sort it (sortby('latitude')).")
+            raise ValueError(
+                f"{self.file}: latitude neither ascends nor descends throughout; sort it (sortby('latitude'))."
+            )
         self._shift = int(lon.argmin())
         lon = np.roll(lon, -self._shift)
         if not (np.diff(lon) > 0).all():
-            raise ValueError(f"{self.file}: longitude does not ascend, nor does any rotation of it; sort it (sortby('longitude')).")
+            raise ValueError(
+                f"{self.file}: longitude does not ascend, nor does any rotation of it; sort it (sortby('longitude'))."
+            )
         if lon[-1] - lon[0] >= 359.999:
             raise ValueError(
                 f"{self.file}: longitude {lon[0]:g} and {lon[-1]:g} are the same meridian twice; leave out the last column."
@@ -181,10 +203,16 @@ class Cube(Source):
         import xarray
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", xarray.SerializationWarning)  # a _FillValue that cannot occur
-            warnings.simplefilter("ignore", RuntimeWarning)  # a Zarr store without consolidated metadata
+            warnings.simplefilter(
+                "ignore", xarray.SerializationWarning
+            )  # a _FillValue that cannot occur
+            warnings.simplefilter(
+                "ignore", RuntimeWarning
+            )  # a Zarr store without consolidated metadata
             # chunks=None: xarray's own lazy indexing; cache=False: nothing that was read is kept
-            return xarray.open_dataset(self.file, engine=self._engine, chunks=None, cache=False, decode_timedelta=False)
+            return xarray.open_dataset(
+                self.file, engine=self._engine, chunks=None, cache=False, decode_timedelta=False
+            )
 
     def _find_time(self) -> "str | None":
         """The dimension of time; None in a file of static fields only."""
@@ -200,7 +228,9 @@ class Cube(Source):
                     f"every day; convert it to the standard calendar (xarray: convert_calendar('standard'))."
                 )
             if name != "t":
-                raise ValueError(f"{self.file}: {name} has no dates; give it units such as 'hours since 1979-01-01'.")
+                raise ValueError(
+                    f"{self.file}: {name} has no dates; give it units such as 'hours since 1979-01-01'."
+                )
         of_grid = [v for v in data.data_vars.values() if {self._lat, self._lon} <= set(v.dims)]
         if of_grid and all(v.ndim == 2 for v in of_grid):
             return None
@@ -211,11 +241,21 @@ class Cube(Source):
 
     def _find_channels(self, name: str) -> None:
         data = self._handle[name]
-        if self._time is None or not {self._time, self._lat, self._lon} <= set(data.dims) or data.dtype.kind not in "fiu":
+        if (
+            self._time is None
+            or not {self._time, self._lat, self._lon} <= set(data.dims)
+            or data.dtype.kind not in "fiu"
+        ):
             return
-        extra = [d for d in data.dims if d not in (self._time, self._lat, self._lon, self._level) and data.sizes[d] > 1]
+        extra = [
+            d
+            for d in data.dims
+            if d not in (self._time, self._lat, self._lon, self._level) and data.sizes[d] > 1
+        ]
         if extra:
-            self.refused[name] = f"has the further dimension {extra[0]} of size {data.sizes[extra[0]]}; choose one (isel)"
+            self.refused[name] = (
+                f"has the further dimension {extra[0]} of size {data.sizes[extra[0]]}; choose one (isel)"
+            )
             return
         units = str(data.attrs.get("units", ""))
         long_name = str(data.attrs.get("long_name", data.attrs.get("standard_name", name)))
@@ -229,9 +269,15 @@ class Cube(Source):
     def _levels(self) -> list[float]:
         """The levels in hPa; ValueError if they have no values."""
         if self._level not in self._handle.coords:
-            raise ValueError(f"{self.file}: dimension {self._level} has no values; give it pressures in hPa.")
+            raise ValueError(
+                f"{self.file}: dimension {self._level} has no values; give it pressures in hPa."
+            )
         levels = self._handle[self._level]
-        scale = 0.01 if str(levels.attrs.get("units", "")).lower() in ("pa", "pascal", "pascals") else 1.0
+        scale = (
+            0.01
+            if str(levels.attrs.get("units", "")).lower() in ("pa", "pascal", "pascals")
+            else 1.0
+        )
         return [round(float(v) * scale, 6) for v in np.atleast_1d(levels.values)]
 
     def _block(self, variable: str, levels: "list[int | None]", rows: slice) -> np.ndarray:
@@ -246,10 +292,16 @@ class Cube(Source):
     def statics(self) -> dict[str, np.ndarray]:
         found = {}
         for name, data in self._handle.data_vars.items():
-            sizes = {d: n for d, n in data.sizes.items() if n > 1 or d in (self._time, self._lat, self._lon)}
+            sizes = {
+                d: n
+                for d, n in data.sizes.items()
+                if n > 1 or d in (self._time, self._lat, self._lon)
+            }
             if set(sizes) == {self._lat, self._lon} and data.dtype.kind in "fiub":
                 with _LOCK, reading(self.file):
-                    flat = data.isel({d: 0 for d in data.dims if d not in sizes}).transpose(self._lat, self._lon)
+                    flat = data.isel({d: 0 for d in data.dims if d not in sizes}).transpose(
+                        self._lat, self._lon
+                    )
                     found[str(name)] = self._turn(flat.values.astype(np.float32))
         return found
 
@@ -258,7 +310,12 @@ class Cube(Source):
         if not self._zarr:
             return super().size(channels)
         folders = {self.file / self.channels[name].variable for name in channels}
-        return sum((Path(at) / name).stat().st_size for f in folders for at, _, names in os.walk(f) for name in names)
+        return sum(
+            (Path(at) / name).stat().st_size
+            for f in folders
+            for at, _, names in os.walk(f)
+            for name in names
+        )
 
 
 def _is_classic(file: Path) -> bool:
@@ -287,23 +344,38 @@ class Hdf5(Source):
             )
         rows, count, height, width = f["fields"].shape
         with reading(file):
-            lat, lon = (next((f[n][...] for n in known if n in f), None) for known in (LATITUDE[:2], LONGITUDE[:2]))
-            stored = [n.decode() if isinstance(n, bytes) else str(n) for n in f["channel"][...]] if "channel" in f else None
+            lat, lon = (
+                next((f[n][...] for n in known if n in f), None)
+                for known in (LATITUDE[:2], LONGITUDE[:2])
+            )
+            stored = (
+                [n.decode() if isinstance(n, bytes) else str(n) for n in f["channel"][...]]
+                if "channel" in f
+                else None
+            )
         self.times = self._find_times(rows)
         if len(self.times) != rows:
-            raise ValueError(f"{file}: it holds {len(self.times)} times, but fields has {rows}; write the file again.")
+            raise ValueError(
+                f"{file}: it holds {len(self.times)} times, but fields has {rows}; write the file again."
+            )
         if lat is None:
             lat = 90 - np.arange(height) * 180 / (height - height % 2 or 1)
         if lon is None:
             lon = np.arange(width) * 360 / width
         self._set_grid(lat, lon)
         if self.grid.shape != (height, width):
-            raise ValueError(f"{file}: fields are {height} x {width}, but its coordinates {len(lat)} x {len(lon)}; write it again.")
+            raise ValueError(
+                f"{file}: fields are {height} x {width}, but its coordinates {len(lat)} x {len(lon)}; write it again."
+            )
         names = list(names or stored or (f"channel{i}" for i in range(count)))
         if len(names) != count:
-            raise ValueError(f"{file}: it has {count} channels, but {len(names)} names are given: {', '.join(names)}.")
+            raise ValueError(
+                f"{file}: it has {count} channels, but {len(names)} names are given: {', '.join(names)}."
+            )
         if len(set(names)) != count:
-            raise ValueError(f"channel_names={names} holds a name twice; name each of the {count} channels differently.")
+            raise ValueError(
+                f"channel_names={names} holds a name twice; name each of the {count} channels differently."
+            )
         self.channels = {name: Channel("fields", i, None, "", name) for i, name in enumerate(names)}
 
     def _open(self) -> Any:
@@ -319,10 +391,18 @@ class Hdf5(Source):
                 values, attributes = self._handle[name][...], dict(self._handle[name].attrs)
             if values.dtype.kind in "SO":
                 with reading(self.file):
-                    return to_seconds(np.array([v.decode() if isinstance(v, bytes) else v for v in values], SECONDS))
-            units = attributes.get("units", "seconds since 1970-01-01" if name == "timestamp" else None)
+                    return to_seconds(
+                        np.array(
+                            [v.decode() if isinstance(v, bytes) else v for v in values], SECONDS
+                        )
+                    )
+            units = attributes.get(
+                "units", "seconds since 1970-01-01" if name == "timestamp" else None
+            )
             if units is None:
-                raise ValueError(f"{self.file}: {name} has no dates; give it the attribute units='hours since 1979-01-01'.")
+                raise ValueError(
+                    f"{self.file}: {name} has no dates; give it the attribute units='hours since 1979-01-01'."
+                )
             import xarray
 
             with reading(self.file):
@@ -333,8 +413,12 @@ class Hdf5(Source):
     def _times_by_year(self, rows: int) -> np.ndarray:
         years = re.findall(r"(?<!\d)[12]\d{3}(?!\d)", self.file.stem)
         if len(years) != 1:
-            raise ValueError(f"{self.file}: its times are unknown; name the file after its year (1979.h5), or add a dataset time.")
-        start, end = (np.datetime64(f"{int(years[0]) + i:04d}", "Y").astype(SECONDS) for i in (0, 1))
+            raise ValueError(
+                f"{self.file}: its times are unknown; name the file after its year (1979.h5), or add a dataset time."
+            )
+        start, end = (
+            np.datetime64(f"{int(years[0]) + i:04d}", "Y").astype(SECONDS) for i in (0, 1)
+        )
         hours = int((end - start) / np.timedelta64(1, "h"))
         if rows == 0 or hours % rows:
             raise ValueError(
@@ -357,13 +441,17 @@ def reading(file: Path) -> Iterator[None]:
         yield
     except Exception as e:  # noqa: BLE001 - they raise anything
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise ValueError(f"{file}: cannot be read: {reason.rstrip('.')}; check the file, or fetch it again.") from None
+        raise ValueError(
+            f"{file}: cannot be read: {reason.rstrip('.')}; check the file, or fetch it again."
+        ) from None
 
 
 def _dimension(data: Any, names: tuple[str, ...], direction: str) -> "str | None":
     """The first of these dimensions with values; y and x only in degrees."""
     for name in names:
-        in_degrees = name in data.coords and str(data[name].attrs.get("units", "")).startswith(f"degrees_{direction}")
+        in_degrees = name in data.coords and str(data[name].attrs.get("units", "")).startswith(
+            f"degrees_{direction}"
+        )
         if name in data.sizes and name in data.coords and (len(name) > 1 or in_degrees):
             return name
     return None
@@ -381,7 +469,9 @@ def to_seconds(times: np.ndarray) -> np.ndarray:
 def is_zarr(path: Path) -> bool:
     """Whether it is a Zarr store."""
     marks = ("zarr.json", ".zgroup", ".zmetadata")
-    return path.is_dir() and (path.suffix == ".zarr" or any((path / name).exists() for name in marks))
+    return path.is_dir() and (
+        path.suffix == ".zarr" or any((path / name).exists() for name in marks)
+    )
 
 
 def find_files(paths: "str | Path | Sequence[str | Path]") -> list[Path]:
@@ -395,13 +485,17 @@ def find_files(paths: "str | Path | Sequence[str | Path]") -> list[Path]:
     found: list[Path] = []
     for path in given:
         if "://" in str(path):
-            raise ValueError(f"{path} is not on this machine; copy it here first, and name the copy.")
+            raise ValueError(
+                f"{path} is not on this machine; copy it here first, and name the copy."
+            )
         if Path(path).exists():
             found += _below(Path(path))
         elif glob.has_magic(str(path)) and (names := sorted(glob.glob(str(path), recursive=True))):
             found += [file for name in names for file in _below(Path(name))]
         else:
-            raise ValueError(f"{path} does not exist; name a file, a folder, a glob or a Zarr store.")
+            raise ValueError(
+                f"{path} does not exist; name a file, a folder, a glob or a Zarr store."
+            )
     if twice := [file for i, file in enumerate(found) if file in found[:i]]:
         raise ValueError(f"{twice[0]} is named twice; name it once.")
     return found
@@ -411,7 +505,13 @@ def _below(path: Path) -> list[Path]:
     if is_zarr(path) or path.is_file():
         return [path]
     for folders in ([path], [path / name for name in SPLIT_FOLDERS if (path / name).is_dir()]):
-        files = sorted(f for folder in folders for f in folder.iterdir() if not f.name.startswith("."))
-        if known := [f for f in files if is_zarr(f) or (f.is_file() and f.suffix in (*NETCDF, *HDF5))]:
+        files = sorted(
+            f for folder in folders for f in folder.iterdir() if not f.name.startswith(".")
+        )
+        if known := [
+            f for f in files if is_zarr(f) or (f.is_file() and f.suffix in (*NETCDF, *HDF5))
+        ]:
             return known
-    raise ValueError(f"{path} holds no file that ends in {', '.join((*NETCDF, *HDF5))}, and no .zarr store; name another folder.")
+    raise ValueError(
+        f"{path} holds no file that ends in {', '.join((*NETCDF, *HDF5))}, and no .zarr store; name another folder."
+    )

@@ -37,10 +37,16 @@ class Statistics:
     std: np.ndarray  # [C] float64, the same
     std_change: np.ndarray  # [L, C] float64: standard deviation of x(t + lead) - x(t)
     slots: np.ndarray  # [K] int64: the times of day that occur, seconds since 0 UTC
-    climate: np.ndarray  # [M, K, C, H, W] float32: means by time of day; M = 12: by month, too; M = 1: of all times
-    damping: np.ndarray  # [L, C] float64: r of a(t + lead) ~ r a(t), for anomalies a of all points together
+    climate: (
+        np.ndarray
+    )  # [M, K, C, H, W] float32: means by time of day; M = 12: by month, too; M = 1: of all times
+    damping: (
+        np.ndarray
+    )  # [L, C] float64: r of a(t + lead) ~ r a(t), for anomalies a of all points together
     damping_map: np.ndarray  # [L, C, H, W] float32: the same point by point
-    std_damped: np.ndarray  # [L, C] float64: root mean square of what the damping leaves, a(t + lead) - r a(t)
+    std_damped: (
+        np.ndarray
+    )  # [L, C] float64: root mean square of what the damping leaves, a(t + lead) - r a(t)
     identity: str  # sha256 of the record, the part and the leads
 
     def climatology(self, times: np.ndarray) -> np.ndarray:
@@ -59,12 +65,19 @@ class Statistics:
     def lead_index(self, lead: int) -> int:
         """Where a lead (hours) lies in `leads`; ValueError if it does not."""
         if lead not in self.leads:
-            raise ValueError(f"lead {lead} h is not in the statistics, which have {', '.join(map(str, self.leads))} h.")
+            raise ValueError(
+                f"lead {lead} h is not in the statistics, which have {', '.join(map(str, self.leads))} h."
+            )
         return self.leads.index(lead)
 
 
 def statistics(
-    fields: Fields, split: Split, leads: Sequence[int], *, cache: "Path | None", progress: "Watch | None" = None
+    fields: Fields,
+    split: Split,
+    leads: Sequence[int],
+    *,
+    cache: "Path | None",
+    progress: "Watch | None" = None,
 ) -> Statistics:
     """The statistics of the times of `split`, for changes over `leads` hours within it.
 
@@ -122,7 +135,14 @@ def expect_room(split: Split, lag: int, lead: int, history: int = 0) -> None:
 # ---- making
 
 
-def _make(fields: Fields, split: Split, leads: tuple[int, ...], steps: list[int], identity: str, watch: Watch) -> Statistics:
+def _make(
+    fields: Fields,
+    split: Split,
+    leads: tuple[int, ...],
+    steps: list[int],
+    identity: str,
+    watch: Watch,
+) -> Statistics:
     height, width = fields.grid.shape
     shape = (len(fields.channels), height, width)
     times = fields.times[split.start : split.stop]
@@ -148,7 +168,11 @@ def _make(fields: Fields, split: Split, leads: tuple[int, ...], steps: list[int]
     counts = np.zeros((months, len(slots)))
     np.add.at(counts, (month, slot), 1)
     climate = sums / counts[:, :, None, None, None]
-    mean, std, std_change = values.mean, values.std(), np.stack([change.std() for change in changes])
+    mean, std, std_change = (
+        values.mean,
+        values.std(),
+        np.stack([change.std() for change in changes]),
+    )
     _expect_varied(fields, split, mean, std, std_change)
 
     partial = Statistics(
@@ -170,7 +194,12 @@ def _make(fields: Fields, split: Split, leads: tuple[int, ...], steps: list[int]
     pairs = height * width * (len(split) - np.array(steps))[:, None]
     return Statistics(
         *(fields.channels, leads, mean, std, std_change, slots, partial.climate),
-        *(damping, _ratio(products, squares).astype(np.float32), np.sqrt(np.maximum(left, 0) / pairs), identity),
+        *(
+            damping,
+            _ratio(products, squares).astype(np.float32),
+            np.sqrt(np.maximum(left, 0) / pairs),
+            identity,
+        ),
     )
 
 
@@ -243,13 +272,19 @@ def _slot(times: np.ndarray, slots: np.ndarray) -> np.ndarray:
     at = np.minimum(np.searchsorted(slots, seconds), len(slots) - 1)
     if (strange := slots[at] != seconds).any():
         known = ", ".join(f"{s // 3600:02d}:{s // 60 % 60:02d}" for s in slots)
-        raise ValueError(f"time {times[strange][0]}: the climatology has no such time of day, but {known} UTC.")
+        raise ValueError(
+            f"time {times[strange][0]}: the climatology has no such time of day, but {known} UTC."
+        )
     return at
 
 
 def _groups(times: np.ndarray, months: int) -> np.ndarray:
     """[n]: the month 0..11 of each time; 0 where months are not told apart."""
-    return times.astype("datetime64[M]").astype(np.int64) % 12 if months == 12 else np.zeros(len(times), np.int64)
+    return (
+        times.astype("datetime64[M]").astype(np.int64) % 12
+        if months == 12
+        else np.zeros(len(times), np.int64)
+    )
 
 
 def _months(times: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -265,7 +300,14 @@ def _middle(month: np.ndarray) -> np.ndarray:
     return begin + (end - begin) // 2
 
 
-def _expect_all_groups(fields: Fields, split: Split, month: np.ndarray, slot: np.ndarray, months: int, slots: np.ndarray) -> None:
+def _expect_all_groups(
+    fields: Fields,
+    split: Split,
+    month: np.ndarray,
+    slot: np.ndarray,
+    months: int,
+    slots: np.ndarray,
+) -> None:
     seen = np.zeros((months, len(slots)), bool)
     seen[month, slot] = True
     if not seen.all():
@@ -277,12 +319,18 @@ def _expect_all_groups(fields: Fields, split: Split, month: np.ndarray, slot: np
         )
 
 
-def _expect_varied(fields: Fields, split: Split, mean: np.ndarray, std: np.ndarray, std_change: np.ndarray) -> None:
+def _expect_varied(
+    fields: Fields, split: Split, mean: np.ndarray, std: np.ndarray, std_change: np.ndarray
+) -> None:
     for c, name in enumerate(fields.channels):
         if std[c] <= 1e-9 * abs(mean[c]):  # float32 resolves 1e-7
-            raise ValueError(f"channel {name} is {mean[c]:g} everywhere in {split.name}; leave it out with --variables.")
+            raise ValueError(
+                f"channel {name} is {mean[c]:g} everywhere in {split.name}; leave it out with --variables."
+            )
         if (std_change[:, c] == 0).any():
-            raise ValueError(f"channel {name} does not change in time in {split.name}; leave it out with --variables.")
+            raise ValueError(
+                f"channel {name} does not change in time in {split.name}; leave it out with --variables."
+            )
 
 
 # ---- the file
@@ -298,7 +346,9 @@ def _save(file: Path, made: Statistics) -> None:
     aside = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     try:
         with aside.open("xb") as f:
-            contents: dict[str, Any] = {field.name: np.asarray(getattr(made, field.name)) for field in names_of(made)}
+            contents: dict[str, Any] = {
+                field.name: np.asarray(getattr(made, field.name)) for field in names_of(made)
+            }
             np.savez(f, **contents)
             f.flush()
             os.fsync(f.fileno())
@@ -317,7 +367,9 @@ def _load(file: Path, identity: str) -> "Statistics | None":
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
-        print(f"{file} is broken ({e}); its statistics are made again.", file=sys.stderr, flush=True)
+        print(
+            f"{file} is broken ({e}); its statistics are made again.", file=sys.stderr, flush=True
+        )
         return None
     found["channels"] = tuple(str(name) for name in found["channels"])
     found["leads"] = tuple(int(lead) for lead in found["leads"])

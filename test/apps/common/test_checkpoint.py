@@ -32,7 +32,9 @@ from apps.common import checkpoint
 from apps.common.checkpoint import Checkpoints, read_about
 from ringx import launch
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # pytest undoes the filter of checkpoint.py
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:torch.distributed is disabled"
+)  # pytest undoes the filter of checkpoint.py
 
 
 class Model(nn.Module):
@@ -156,7 +158,9 @@ def four_ranks(world, folder):
         began = time.monotonic()
         c.save(40, big, {})
         why = message(lambda: c.save(50, big, {}))
-        assert why.startswith(f"the checkpoint of step 40 could not be written to {b}: rank 2: OSError: [Errno 27]"), why
+        assert why.startswith(
+            f"the checkpoint of step 40 could not be written to {b}: rank 2: OSError: [Errno 27]"
+        ), why
         assert time.monotonic() - began < 10
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
         assert c.newest() == (b / "step-00000030", {"n": 3})
@@ -191,7 +195,12 @@ def two_ranks(world, folder, expected):
             state = state_of(model, optimizer)
             checkpoints.load(path, state)
             assert_equal(whole(state), expected)
-            set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+            set_state_dict(
+                model,
+                optimizer,
+                model_state_dict=state["model"],
+                optim_state_dict=state["optimizer"],
+            )
             assert_equal(whole(state_of(model, optimizer, n=3)), expected)
 
     said = []
@@ -200,7 +209,9 @@ def two_ranks(world, folder, expected):
             state["n"] = step
             checkpoints.save(step, state, {"n": step})
         checkpoints.finish()
-        assert {"__0_0.distcp", "__1_0.distcp"} <= set(names(c / "step-00000003", world))  # replicas share the writing
+        assert {"__0_0.distcp", "__1_0.distcp"} <= set(
+            names(c / "step-00000003", world)
+        )  # replicas share the writing
         if world.rank == 0:
             flip(c / "step-00000003" / "__0_0.distcp")
             flip(c / "step-00000002" / "__1_0.distcp")  # either rank finds one
@@ -212,7 +223,11 @@ def two_ranks(world, folder, expected):
     checkpoint.LEAVE = 1.0
     began = time.monotonic()
     if world.rank == 0:
-        with contextlib.suppress(KeyError), Checkpoints(c, None) as lone, Checkpoints(c, world) as checkpoints:
+        with (
+            contextlib.suppress(KeyError),
+            Checkpoints(c, None) as lone,
+            Checkpoints(c, world) as checkpoints,
+        ):
             checkpoints.save(4, state, {})
             raise KeyError
         assert lone.newest() is not None
@@ -291,22 +306,39 @@ def edit(path, old, new):
 
 
 DAMAGE = {
-    "a byte flipped": (lambda p: flip(p / "__0_0.distcp"), "__0_0.distcp has other bytes than were written (CRC-32)"),
+    "a byte flipped": (
+        lambda p: flip(p / "__0_0.distcp"),
+        "__0_0.distcp has other bytes than were written (CRC-32)",
+    ),
     "truncated": (lambda p: os.truncate(p / "__0_0.distcp", 100), "__0_0.distcp has 100 bytes, "),
     "no data": (lambda p: (p / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
     "no metadata": (lambda p: (p / ".metadata").unlink(), ".metadata is missing"),
     "garbage about": (lambda p: (p / "about.json").write_text("{"), "about.json has 1 bytes, "),
     "other about": (lambda p: edit(p / "about.json", "2", "3"), "about.json has other bytes"),
     "no manifest": (lambda p: (p / "complete.json").unlink(), "complete.json is missing"),
-    "garbage manifest": (lambda p: (p / "complete.json").write_bytes(b"\x80"), "complete.json cannot be read (UnicodeDecodeError"),
-    "odd manifest": (lambda p: (p / "complete.json").write_text('{"files": 3}'), "complete.json cannot be read (AttributeError"),
-    "empty manifest": (lambda p: (p / "complete.json").write_text('{"files": {}}'), "complete.json does not list about.json"),
+    "garbage manifest": (
+        lambda p: (p / "complete.json").write_bytes(b"\x80"),
+        "complete.json cannot be read (UnicodeDecodeError",
+    ),
+    "odd manifest": (
+        lambda p: (p / "complete.json").write_text('{"files": 3}'),
+        "complete.json cannot be read (AttributeError",
+    ),
+    "empty manifest": (
+        lambda p: (p / "complete.json").write_text('{"files": {}}'),
+        "complete.json does not list about.json",
+    ),
 }
 
 
 def small(n):
     """A state of many kinds that says which it is."""
-    return {"a": {"x": torch.full((50,), float(n))}, "list": [torch.tensor(n), {"y": n}], "pair": (n, torch.tensor(n)), "n": n}
+    return {
+        "a": {"x": torch.full((50,), float(n))},
+        "list": [torch.tensor(n), {"y": n}],
+        "pair": (n, torch.tensor(n)),
+        "n": n,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -326,14 +358,20 @@ def test_a_damaged_one_is_named_and_passed_over(two_steps, tmp_path, what):
     said = []
     with Checkpoints(tmp_path, keep=1, say=said.append) as c:
         assert c.newest() == (tmp_path / "step-00000001", {"n": 1})
-        assert len(said) == 1 and said[0].startswith(f"checkpoint {tmp_path}/step-00000002 is damaged and passed over: {reason}")
+        assert len(said) == 1 and said[0].startswith(
+            f"checkpoint {tmp_path}/step-00000002 is damaged and passed over: {reason}"
+        )
         assert c.expect_whole(tmp_path / "step-00000001") == {"n": 1}
         with pytest.raises(ValueError, match=f"step-00000002 is damaged: {re.escape(reason)}"):
             c.expect_whole(tmp_path / "step-00000002")
         state = small(0)
         c.load(tmp_path / "step-00000001", state)
         assert_equal(leaves(state["a"]), leaves(small(1)["a"]))
-        assert (state["list"], state["pair"], state["n"]) == ([torch.tensor(1), {"y": 1}], (1, torch.tensor(1)), 1)
+        assert (state["list"], state["pair"], state["n"]) == (
+            [torch.tensor(1), {"y": 1}],
+            (1, torch.tensor(1)),
+            1,
+        )
         c.save(2, small(3), {"n": 3})  # redone
         assert c.newest() == (tmp_path / "step-00000002", {"n": 3})
     assert names(tmp_path) == ["step-00000002"]
@@ -383,9 +421,16 @@ def test_training_goes_on_while_it_is_written(tmp_path, monkeypatch):
     """save() returns while the writer is held up, and what training then does to the tensors is not in the file."""
     gate = threading.Event()
     write = checkpoint._Writer.write_data
-    monkeypatch.setattr(checkpoint._Writer, "write_data", lambda *args: gate.wait(20) and write(*args))
+    monkeypatch.setattr(
+        checkpoint._Writer, "write_data", lambda *args: gate.wait(20) and write(*args)
+    )
     views = torch.arange(10.0)
-    state = {"x": torch.ones(5, requires_grad=True), "part": views[2:4], "list": [torch.ones(2)], "plain": {"p": [1], "set": {1}}}
+    state = {
+        "x": torch.ones(5, requires_grad=True),
+        "part": views[2:4],
+        "list": [torch.ones(2)],
+        "plain": {"p": [1], "set": {1}},
+    }
     with Checkpoints(tmp_path) as c:
         c.save(1, state, {})
         with torch.no_grad():
@@ -413,10 +458,17 @@ def test_everything_is_on_disk_before_the_name_is(tmp_path, monkeypatch):
         call(fd)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(Path, "rename", lambda a, b, call=Path.rename: (events.append(("rename", a.name, b.name)), call(a, b))[1])
+    monkeypatch.setattr(
+        Path,
+        "rename",
+        lambda a, b, call=Path.rename: (events.append(("rename", a.name, b.name)), call(a, b))[1],
+    )
     with Checkpoints(tmp_path) as c:
         c.save(1, {"x": torch.ones(100_000)}, {})
-    sizes = {name: (tmp_path / "step-00000001" / name).stat().st_size for name in names(tmp_path / "step-00000001")}
+    sizes = {
+        name: (tmp_path / "step-00000001" / name).stat().st_size
+        for name in names(tmp_path / "step-00000001")
+    }
     assert events == [
         ("sync", "__0_0.distcp", sizes["__0_0.distcp"]),
         ("sync", ".metadata.tmp", sizes[".metadata"]),
@@ -455,7 +507,10 @@ def test_stopped_at_any_moment_there_is_a_whole_one(two_steps, tmp_path, monkeyp
         with monkeypatch.context() as patch:
             for owner, name in ((os, "fsync"), (Path, "rename"), (shutil, "rmtree")):
                 patch.setattr(owner, name, stop_at(name))
-            with contextlib.suppress(RuntimeError), Checkpoints(folder, keep=keep, say=lambda line: None) as c:
+            with (
+                contextlib.suppress(RuntimeError),
+                Checkpoints(folder, keep=keep, say=lambda line: None) as c,
+            ):
                 c.save(2, small(3), {"n": 3})
         said = []
         with Checkpoints(folder, keep=keep, say=said.append) as c:
@@ -473,7 +528,9 @@ def test_stopped_at_any_moment_there_is_a_whole_one(two_steps, tmp_path, monkeyp
             c.save(6, small(6), {"n": 6})
         kept = names(folder)
         assert kept[-1] == "step-00000006" and not any(name.endswith(".partial") for name in kept)
-        assert len(kept) == keep or (not keep and kept[-3:] == ["step-00000004", "step-00000005", "step-00000006"])
+        assert len(kept) == keep or (
+            not keep and kept[-3:] == ["step-00000004", "step-00000005", "step-00000006"]
+        )
         if calls <= limit:
             break
     assert seen == {("step-00000002", 2), ("step-00000002.old", 2), ("step-00000002", 3)}
@@ -517,7 +574,9 @@ def kill_again_and_again(folder, times):
         if child == 0:
             save_forever(folder)
         end = time.monotonic() + 10  # to begin writing
-        while not any(name.endswith(".partial") for name in names(folder)) and time.monotonic() < end:
+        while (
+            not any(name.endswith(".partial") for name in names(folder)) and time.monotonic() < end
+        ):
             time.sleep(0.001)
         time.sleep(random.uniform(0, 0.2))
         os.kill(child, signal.SIGKILL)
@@ -533,13 +592,22 @@ def kill_again_and_again(folder, times):
 
 def test_killed_at_any_moment_there_is_a_whole_one(tmp_path):
     command = [sys.executable, __file__, str(tmp_path), "10"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr
     rounds = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rounds) == 10 and not any(r["said"] for r in rounds), done.stdout
     saved = [r["n"] for r in rounds]
     assert saved == sorted(saved) and saved[-1] > saved[0]  # nothing that was complete is lost
-    assert any(name.endswith(".partial") for r in rounds for name in r["there"])  # some were hit while they wrote
+    assert any(
+        name.endswith(".partial") for r in rounds for name in r["there"]
+    )  # some were hit while they wrote
 
 
 if __name__ == "__main__":

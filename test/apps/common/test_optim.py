@@ -45,7 +45,9 @@ class Scale(nn.Module):
 def network(seed=0) -> nn.Sequential:
     """Sizes that no two ranks share equally, a zero weight (its trust ratio is 1) and parameters of one dimension."""
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(5, 10), nn.Tanh(), nn.Linear(10, 7), nn.LayerNorm(7), Scale(), nn.Linear(7, 3)).double()
+    model = nn.Sequential(
+        nn.Linear(5, 10), nn.Tanh(), nn.Linear(10, 7), nn.LayerNorm(7), Scale(), nn.Linear(7, 3)
+    ).double()
     nn.init.zeros_(model[5].weight)
     return model
 
@@ -53,7 +55,10 @@ def network(seed=0) -> nn.Sequential:
 @pytest.fixture(scope="module")
 def batches():
     torch.manual_seed(1)
-    return [(torch.randn(8, 5, dtype=torch.float64), 5 * torch.randn(8, 3, dtype=torch.float64)) for _ in range(STEPS)]
+    return [
+        (torch.randn(8, 5, dtype=torch.float64), 5 * torch.randn(8, 3, dtype=torch.float64))
+        for _ in range(STEPS)
+    ]
 
 
 def loss_of(model, x, y):
@@ -71,7 +76,9 @@ def shard(model, kind):
         mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("dp",))
     else:
         mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
-        parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})  # norm and head: on no tp mesh
+        parallelize_module(
+            model, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()}
+        )  # norm and head: on no tp mesh
     if kind != "tp":
         fully_shard(model[2], mesh=mesh["dp"])
         fully_shard(model, mesh=mesh["dp"])
@@ -84,12 +91,16 @@ def training(model, name, batches, kind=None, clip=1.0):
     optimizer = make_optimizer(name, model.parameters(), **RECIPE)
     norms = []
     for x, y in batches:
-        (loss_of(model, x.chunk(dp)[i], y.chunk(dp)[i]) * dp).backward()  # FSDP2 takes the mean over dp
+        (
+            loss_of(model, x.chunk(dp)[i], y.chunk(dp)[i]) * dp
+        ).backward()  # FSDP2 takes the mean over dp
         norms.append(clip_by_global_norm(model.parameters(), clip))
         optimizer.step()
         optimizer.zero_grad()
     values = {n: whole(p) for n, p in model.named_parameters()}
-    state = {(n, k): whole(s) for n, p in model.named_parameters() for k, s in optimizer.state[p].items()}
+    state = {
+        (n, k): whole(s) for n, p in model.named_parameters() for k, s in optimizer.state[p].items()
+    }
     return norms, values, state
 
 
@@ -103,13 +114,17 @@ def written_out(name, model, batches, clip=1.0):
     for t, (x, y) in enumerate(batches, 1):
         model.zero_grad()
         loss_of(model, x, y).backward()
-        total = math.sqrt(math.fsum(g * g for p in model.parameters() for g in p.grad.flatten().tolist()))
+        total = math.sqrt(
+            math.fsum(g * g for p in model.parameters() for g in p.grad.flatten().tolist())
+        )
         with torch.no_grad():
             for n, p in model.named_parameters():
                 g = p.grad * min(1.0, clip / total)
                 m, v = memory.get(n, (0.0, 0.0))
                 memory[n] = m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
-                u = (m / (1 - b1**t)) / (torch.sqrt(v / (1 - b2**t)) + eps) + decay * (p.dim() > 1) * p
+                u = (m / (1 - b1**t)) / (torch.sqrt(v / (1 - b2**t)) + eps) + decay * (
+                    p.dim() > 1
+                ) * p
                 ratio = 1.0
                 if name == "lamb" and p.norm() > 0 and u.norm() > 0:
                     ratio = p.norm() / u.norm()
@@ -124,20 +139,31 @@ def test_the_papers_formula(name, batches):
     assert max(norms) > 1  # it did clip
     for n, p in want.items():
         torch.testing.assert_close(got[n], p, rtol=1e-12, atol=1e-13, msg=n)
-    assert {k for _, k in state} == {"step", "exp_avg", "exp_avg_sq"} and all(isinstance(s, torch.Tensor) for s in state.values())
+    assert {k for _, k in state} == {"step", "exp_avg", "exp_avg_sq"} and all(
+        isinstance(s, torch.Tensor) for s in state.values()
+    )
     assert all(s == STEPS for (_, k), s in state.items() if k == "step")
 
 
 def test_lamb_by_hand():
     """A first step: u = g / (|g| + eps) + decay x, whatever the betas; here (1, -1) + 0.5 (3, 4) = (2.5, 1)."""
-    x, bias, zero = (nn.Parameter(torch.tensor(v, dtype=torch.float64)) for v in ([[3.0, 4.0]], [3.0, 4.0], [[0.0, 0.0]]))
+    x, bias, zero = (
+        nn.Parameter(torch.tensor(v, dtype=torch.float64))
+        for v in ([[3.0, 4.0]], [3.0, 4.0], [[0.0, 0.0]])
+    )
     for p in (x, bias, zero):
         p.grad = torch.tensor([7.0, -2.0], dtype=torch.float64).view_as(p)
-    make_optimizer("lamb", [x, bias, zero], lr=0.1, weight_decay=0.5, betas=(0.8, 0.9), eps=1e-300).step()
+    make_optimizer(
+        "lamb", [x, bias, zero], lr=0.1, weight_decay=0.5, betas=(0.8, 0.9), eps=1e-300
+    ).step()
     ratio = 5 / math.hypot(2.5, 1.0)
-    torch.testing.assert_close(x.data, torch.tensor([[3 - 0.1 * ratio * 2.5, 4 - 0.1 * ratio]], dtype=torch.float64))
+    torch.testing.assert_close(
+        x.data, torch.tensor([[3 - 0.1 * ratio * 2.5, 4 - 0.1 * ratio]], dtype=torch.float64)
+    )
     ratio = 5 / math.sqrt(2)  # no decay: one dimension
-    torch.testing.assert_close(bias.data, torch.tensor([3 - 0.1 * ratio, 4 + 0.1 * ratio], dtype=torch.float64))
+    torch.testing.assert_close(
+        bias.data, torch.tensor([3 - 0.1 * ratio, 4 + 0.1 * ratio], dtype=torch.float64)
+    )
     torch.testing.assert_close(zero.data, torch.tensor([[-0.1, 0.1]], dtype=torch.float64))
 
 
@@ -172,7 +198,9 @@ def test_shards_equal_one_process(name, kind, world, batches):
     results = run(world, lambda rank: training(models[rank], name, batches, kind))
     for norms, values, state in results:
         assert all(type(n) is torch.Tensor for n in norms)
-        assert torch.equal(torch.stack(norms), torch.stack(results[0][0]))  # bit for bit on every rank
+        assert torch.equal(
+            torch.stack(norms), torch.stack(results[0][0])
+        )  # bit for bit on every rank
         torch.testing.assert_close(torch.stack(norms), torch.stack(want[0]), rtol=1e-12, atol=0)
         for mine, one in ((values, want[1]), (state, want[2])):
             assert mine.keys() == one.keys()
@@ -182,8 +210,14 @@ def test_shards_equal_one_process(name, kind, world, batches):
 
 @pytest.mark.parametrize("layers", [1, 6])
 def test_messages_do_not_grow_with_the_number_of_parameters(layers, monkeypatch):
-    models, sent, all_reduce = [nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers))) for _ in range(2)], [], dist.all_reduce
-    monkeypatch.setattr(dist, "all_reduce", lambda *args, **kwargs: (sent.append(1), all_reduce(*args, **kwargs))[1])
+    models, sent, all_reduce = (
+        [nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers))) for _ in range(2)],
+        [],
+        dist.all_reduce,
+    )
+    monkeypatch.setattr(
+        dist, "all_reduce", lambda *args, **kwargs: (sent.append(1), all_reduce(*args, **kwargs))[1]
+    )
 
     def rank(r):
         mesh = init_device_mesh("cpu", (2,))
@@ -203,7 +237,9 @@ def test_distributed_checkpoint_goes_on_elsewhere(name, batches, tmp_path):
     """Saved by two FSDP2 ranks, loaded by one process, by as many ranks, and by FSDP2 x TP (which has more parameter groups)."""
     want = training(network(), name, batches)[1]
     models = [network(seed) for seed in range(10)]
-    options = StateDictOptions(flatten_optimizer_state_dict=True)  # by names, not by numbers of groups
+    options = StateDictOptions(
+        flatten_optimizer_state_dict=True
+    )  # by names, not by numbers of groups
 
     def steps(model, optimizer, dp, i, some):
         for x, y in some:
@@ -218,15 +254,25 @@ def test_distributed_checkpoint_goes_on_elsewhere(name, batches, tmp_path):
         optimizer = make_optimizer(name, model.parameters(), **RECIPE)
         steps(model, optimizer, dp, i, batches[:2])
         sharded = get_optimizer_state_dict(model, optimizer)["state"]["0.weight"]
-        assert {k: isinstance(s, DTensor) for k, s in sharded.items()} == {"step": False, "exp_avg": True, "exp_avg_sq": True}
-        parts = get_model_state_dict(model), get_optimizer_state_dict(model, optimizer, options=options)
+        assert {k: isinstance(s, DTensor) for k, s in sharded.items()} == {
+            "step": False,
+            "exp_avg": True,
+            "exp_avg_sq": True,
+        }
+        parts = (
+            get_model_state_dict(model),
+            get_optimizer_state_dict(model, optimizer, options=options),
+        )
         checkpoint.save(dict(zip("mo", parts, strict=True)), checkpoint_id=tmp_path / "saved")
 
     def second(rank, models, kind):
         model = models[rank]
         dp, i = shard(model, kind) if kind else (1, 0)
         optimizer = make_optimizer(name, model.parameters(), **RECIPE | {"lr": 9.0})
-        parts = {"m": get_model_state_dict(model), "o": get_optimizer_state_dict(model, optimizer, options=options)}
+        parts = {
+            "m": get_model_state_dict(model),
+            "o": get_optimizer_state_dict(model, optimizer, options=options),
+        }
         checkpoint.load(parts, checkpoint_id=tmp_path / "saved")
         set_model_state_dict(model, parts["m"])
         set_optimizer_state_dict(model, optimizer, parts["o"], options=options)
@@ -237,7 +283,10 @@ def test_distributed_checkpoint_goes_on_elsewhere(name, batches, tmp_path):
     network_of_threads = [network() for _ in range(2)]
     run(2, first)
     for world, kind in ((1, None), (2, "fsdp"), (4, "fsdp x tp")):
-        others, models = models[:world], models[world:]  # of other seeds: all must come from the checkpoint
+        others, models = (
+            models[:world],
+            models[world:],
+        )  # of other seeds: all must come from the checkpoint
         for got in run(world, second, others, kind):
             for n, p in want.items():
                 torch.testing.assert_close(got[n], p, rtol=1e-12, atol=1e-12, msg=f"{kind} {n}")
@@ -247,12 +296,18 @@ def test_distributed_checkpoint_goes_on_elsewhere(name, batches, tmp_path):
 
 
 def test_clipping_by_the_true_norm():
-    params = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(1))]
+    params = [
+        nn.Parameter(torch.zeros(3)),
+        nn.Parameter(torch.zeros(2, 2)),
+        nn.Parameter(torch.zeros(1)),
+    ]
     params[0].grad, params[1].grad = torch.full((3,), 2.0), torch.full((2, 2), -1.0)
     assert clip_by_global_norm(params, 0).item() == 4.0 and params[0].grad[0] == 2.0
     assert clip_by_global_norm(iter(params), 100.0).item() == 4.0 and params[0].grad[0] == 2.0
     clip_by_global_norm(params, 1.0)
-    assert math.isclose(math.hypot(*(g for p in params[:2] for g in p.grad.flatten().tolist())), 1.0, rel_tol=1e-6)
+    assert math.isclose(
+        math.hypot(*(g for p in params[:2] for g in p.grad.flatten().tolist())), 1.0, rel_tol=1e-6
+    )
     for p in params[:2]:
         p.grad.zero_()
     assert clip_by_global_norm(params, 1.0) == 0 and not params[0].grad.isnan().any()
@@ -279,15 +334,23 @@ def test_gradients_that_wait_for_their_sum():
         mesh = init_device_mesh("cpu", (2,))
         part = nn.Parameter(DTensor.from_local(torch.zeros(2), mesh, [Replicate()]))
         part.grad = DTensor.from_local(torch.tensor([[1.0, 0.0], [2.0, 4.0]])[r], mesh, [Partial()])
-        cut = nn.Parameter(distribute_tensor(torch.zeros(3, 4), mesh, [Shard(0)], src_data_rank=None))
+        cut = nn.Parameter(
+            distribute_tensor(torch.zeros(3, 4), mesh, [Shard(0)], src_data_rank=None)
+        )
         cut.grad = distribute_tensor(torch.ones(3, 4), mesh, [Shard(0)], src_data_rank=None)
         plain = nn.Parameter(torch.zeros(1))
         plain.grad = torch.full((1,), 12.0)  # counts once
         norm = clip_by_global_norm([part, cut, plain], 1.3)  # 3, 4; 12 ones; 12
-        return norm.item(), part.grad.placements, [whole(p.grad).flatten().tolist() for p in (part, cut, plain)]
+        return (
+            norm.item(),
+            part.grad.placements,
+            [whole(p.grad).flatten().tolist() for p in (part, cut, plain)],
+        )
 
     for norm, placements, grads in run(2, rank):
-        assert math.isclose(norm, math.sqrt(25 + 12 + 144), rel_tol=1e-6) and placements == (Replicate(),)
+        assert math.isclose(norm, math.sqrt(25 + 12 + 144), rel_tol=1e-6) and placements == (
+            Replicate(),
+        )
         scale = 1.3 / math.sqrt(181)
         for got, want in zip(grads, ([3, 4], [1] * 12, [12]), strict=True):
             assert got == pytest.approx([w * scale for w in want], rel=1e-5)
@@ -304,8 +367,13 @@ def test_groups_and_what_has_no_gradient():
     )
     for name in ("adamw", "lamb"):
         optimizer = make_optimizer(name, iter([frozen, matrix, bias]), **RECIPE)
-        assert [(g["params"], g["weight_decay"]) for g in optimizer.param_groups] == [([matrix], 0.1), ([bias], 0.0)]
-        assert {(g["lr"], g["betas"], g["eps"]) for g in optimizer.param_groups} == {(0.02, (0.9, 0.95), 1e-6)}
+        assert [(g["params"], g["weight_decay"]) for g in optimizer.param_groups] == [
+            ([matrix], 0.1),
+            ([bias], 0.0),
+        ]
+        assert {(g["lr"], g["betas"], g["eps"]) for g in optimizer.param_groups} == {
+            (0.02, (0.9, 0.95), 1e-6)
+        }
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -316,7 +384,9 @@ def test_adamw_is_fused_where_it_can_be(dtype):
     assert isinstance(optimizer, torch.optim.AdamW) and optimizer.param_groups[0]["fused"]
     optimizer.step()
     torch.testing.assert_close(p.data, torch.full((4,), 0.75, dtype=dtype), rtol=1e-5, atol=0)
-    assert not make_optimizer("adamw", [nn.Parameter(torch.ones(4, device="meta"))], **RECIPE).param_groups[0]["fused"]
+    assert not make_optimizer(
+        "adamw", [nn.Parameter(torch.ones(4, device="meta"))], **RECIPE
+    ).param_groups[0]["fused"]
 
 
 @pytest.mark.parametrize(
@@ -357,22 +427,39 @@ class OnGpu(nn.Parameter):
 
 
 @pytest.mark.parametrize(
-    "name, module, cls", [("lamb_apex", "apex.optimizers", "FusedLAMB"), ("lamb_deepspeed", "deepspeed.ops.lamb", "FusedLamb")]
+    "name, module, cls",
+    [
+        ("lamb_apex", "apex.optimizers", "FusedLAMB"),
+        ("lamb_deepspeed", "deepspeed.ops.lamb", "FusedLamb"),
+    ],
 )
 def test_fused_lambs_that_are_not_installed_and_what_they_would_get(name, module, cls, monkeypatch):
     params = [OnGpu(torch.ones(2, 2)), OnGpu(torch.ones(2))]
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ValueError, match=rf"optimizer='{name}': {module}.{cls} is not installed; .*use 'lamb'"):
+    with pytest.raises(
+        ValueError, match=rf"optimizer='{name}': {module}.{cls} is not installed; .*use 'lamb'"
+    ):
         make_optimizer(name, params, **RECIPE)
     seen = {}
-    stand_in = types.SimpleNamespace(**{cls: lambda groups, **options: seen.update(options, groups=groups)})
+    stand_in = types.SimpleNamespace(
+        **{cls: lambda groups, **options: seen.update(options, groups=groups)}
+    )
     for i in range(1, module.count(".") + 1):
-        monkeypatch.setitem(sys.modules, ".".join(module.split(".")[:i]), types.ModuleType("a parent"))
+        monkeypatch.setitem(
+            sys.modules, ".".join(module.split(".")[:i]), types.ModuleType("a parent")
+        )
     monkeypatch.setitem(sys.modules, module, stand_in)
     make_optimizer(name, params, **RECIPE)
-    assert [(g["params"], g["weight_decay"]) for g in seen["groups"]] == [([params[0]], 0.1), ([params[1]], 0.0)]
-    assert seen["lr"] == 0.02 and seen["max_grad_norm"] == (math.inf if name == "lamb_apex" else 0.0)
+    assert [(g["params"], g["weight_decay"]) for g in seen["groups"]] == [
+        ([params[0]], 0.1),
+        ([params[1]], 0.0),
+    ]
+    assert seen["lr"] == 0.02 and seen["max_grad_norm"] == (
+        math.inf if name == "lamb_apex" else 0.0
+    )
 
 
 def test_every_name_has_a_description():
-    assert list(OPTIMIZERS) == ["adamw", "lamb", "lamb_apex", "lamb_deepspeed"] and issubclass(Lamb, torch.optim.Optimizer)
+    assert list(OPTIMIZERS) == ["adamw", "lamb", "lamb_apex", "lamb_deepspeed"] and issubclass(
+        Lamb, torch.optim.Optimizer
+    )

@@ -49,11 +49,17 @@ def steps_in(folder):
 
 
 def test_records_are_read_as_written(tmp_path):
-    records = [record(0, lr=0.1 + 0.2, name="ü", done=True), record(1, loss=math.inf), record(7, val_loss=1e-300)]
+    records = [
+        record(0, lr=0.1 + 0.2, name="ü", done=True),
+        record(1, loss=math.inf),
+        record(7, val_loss=1e-300),
+    ]
     with Metrics(tmp_path / "new" / "run", tensorboard=False) as metrics:
         for i, r in enumerate(records):
             metrics.write(r)
-            assert read_metrics(tmp_path / "new" / "run") == records[: i + 1]  # on its way to disk before the next step
+            assert (
+                read_metrics(tmp_path / "new" / "run") == records[: i + 1]
+            )  # on its way to disk before the next step
     assert [p.name for p in (tmp_path / "new" / "run").iterdir()] == ["metrics.jsonl"]
 
 
@@ -115,7 +121,10 @@ def test_a_broken_line_in_the_middle_is_named_and_not_dropped(tmp_path):
         first, *rest = path.read_bytes().splitlines(keepends=True)[-3:]
         path.write_bytes(wrong + first + b"".join(rest))
         before = path.read_bytes()
-        for call in (lambda: read_metrics(tmp_path), lambda: Metrics(tmp_path, start_step=2, tensorboard=False)):
+        for call in (
+            lambda: read_metrics(tmp_path),
+            lambda: Metrics(tmp_path, start_step=2, tensorboard=False),
+        ):
             with pytest.raises(ValueError, match=r"metrics\.jsonl line 1 is no record"):
                 call()
         assert path.read_bytes() == before
@@ -125,7 +134,9 @@ def test_mistakes_in_records(tmp_path):
     with Metrics(tmp_path, start_step=3, tensorboard=False) as metrics:
         with pytest.raises(ValueError, match=r"record=.* lacks loss, tokens_per_s\."):
             metrics.write({"step": 3})
-        with pytest.raises(ValueError, match=r"step=2 was written already or lies before start_step; the next is 3"):
+        with pytest.raises(
+            ValueError, match=r"step=2 was written already or lies before start_step; the next is 3"
+        ):
             metrics.write(record(2))
         with pytest.raises(TypeError):
             metrics.write(record(3, grad_norm=torch.ones(2)))
@@ -155,7 +166,9 @@ def test_tensorboard_shows_the_records_and_a_resumption_purges(tmp_path):
 
     def curves():
         events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-        return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+        return {
+            tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]
+        }
 
     with Metrics(tmp_path, config={"seed": 5}) as metrics:  # "auto"
         for step in range(4):
@@ -173,9 +186,14 @@ def test_loggers_that_are_asked_for_and_missing(tmp_path, monkeypatch):
     for package in ("tensorboard", "wandb"):
         monkeypatch.setitem(sys.modules, package, None)
     for folder in (tmp_path, None):  # on every rank
-        with pytest.raises(ValueError, match="tensorboard=True, but TensorBoard is not installed: pip install tensorboard"):
+        with pytest.raises(
+            ValueError,
+            match="tensorboard=True, but TensorBoard is not installed: pip install tensorboard",
+        ):
             Metrics(folder, tensorboard=True)
-        with pytest.raises(ValueError, match="wandb='p', but W&B is not installed: pip install wandb"):
+        with pytest.raises(
+            ValueError, match="wandb='p', but W&B is not installed: pip install wandb"
+        ):
             Metrics(folder, tensorboard=False, wandb="p")
     with Metrics(tmp_path) as metrics:
         metrics.write(record(0))
@@ -189,16 +207,31 @@ def test_loggers_that_are_asked_for_and_missing(tmp_path, monkeypatch):
 def test_wandb_gets_project_configuration_and_numbers(tmp_path, monkeypatch):
     """Against a stand-in: W&B needs an account."""
     calls = []
-    run = types.SimpleNamespace(log=lambda *a, **k: calls.append((a, k)), finish=lambda **k: calls.append(k))
+    run = types.SimpleNamespace(
+        log=lambda *a, **k: calls.append((a, k)), finish=lambda **k: calls.append(k)
+    )
     stand_in = types.ModuleType("wandb")
     stand_in.__spec__ = types.SimpleNamespace()
     stand_in.init = lambda **k: (calls.append(k), run)[1]
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     written(tmp_path, 0, wandb="proj", config={"lr": 1})
     start, logged, end = calls
-    assert start.items() >= {"project": "proj", "name": tmp_path.name, "config": {"lr": 1}, "resume": "allow"}.items()
-    assert logged == (({"loss": 5.0, "tokens_per_s": 1000.0},), {"step": 0}) and end == {"exit_code": 0}
-    with pytest.raises(ZeroDivisionError), Metrics(tmp_path, tensorboard=False, wandb="proj", start_step=1):
+    assert (
+        start.items()
+        >= {
+            "project": "proj",
+            "name": tmp_path.name,
+            "config": {"lr": 1},
+            "resume": "allow",
+        }.items()
+    )
+    assert logged == (({"loss": 5.0, "tokens_per_s": 1000.0},), {"step": 0}) and end == {
+        "exit_code": 0
+    }
+    with (
+        pytest.raises(ZeroDivisionError),
+        Metrics(tmp_path, tensorboard=False, wandb="proj", start_step=1),
+    ):
         _ = 1 / 0
     assert calls[-1] == {"exit_code": 1} and calls[-2]["id"] == start["id"]  # goes on in its run
     written(tmp_path, wandb="proj")
@@ -215,7 +248,12 @@ def test_sessions(tmp_path):
     write_header(folder, {"config": {"lr": 0.25}}, start_step=7)
     first, second = json.loads((folder / "run.json").read_text())["sessions"]
     assert [first, second] == read_sessions(folder)
-    assert (first["config"], first["start_step"], second["config"], second["start_step"]) == ({"lr": 0.5}, 0, {"lr": 0.25}, 7)
+    assert (first["config"], first["start_step"], second["config"], second["start_step"]) == (
+        {"lr": 0.5},
+        0,
+        {"lr": 0.25},
+        7,
+    )
     assert first["versions"]["torch"] == torch.__version__ and first["started"][:2] == "20"
     write_header(folder, {})
     assert len(read_sessions(folder)) == 1
@@ -243,13 +281,20 @@ def test_lines_where_there_is_no_terminal(capsys, monkeypatch):
     monkeypatch.setattr(log, "monotonic", lambda: next(now))
     with progress(100, 0, "a run") as show:
         for step in range(100):
-            show(record(step, **({"val_loss": 0.25, "grad_norm": 2.0, "lr": 1e-3} if step == 50 else {})))
+            show(
+                record(
+                    step, **({"val_loss": 0.25, "grad_norm": 2.0, "lr": 1e-3} if step == 50 else {})
+                )
+            )
     out = capsys.readouterr().out
     steps = shown_steps(out)
     assert steps[:20] == list(range(20)) and steps[-1] == 99 and 50 in steps and len(steps) < 30
     apart = [b - a for a, b in itertools.pairwise(s for s in steps[19:-1] if s != 50)]
     assert min(apart[:2]) >= 18 and max(apart) <= 39  # 10 s or more
-    assert "step   50  loss 0.098039  val loss 0.250000  grad norm 2.0000  lr 1.00e-03  1,050 tokens/s" in out.splitlines()
+    assert (
+        "step   50  loss 0.098039  val loss 0.250000  grad norm 2.0000  lr 1.00e-03  1,050 tokens/s"
+        in out.splitlines()
+    )
 
 
 def test_slow_steps_have_a_line_each(capsys, monkeypatch):
@@ -277,7 +322,9 @@ def test_a_bar_at_a_terminal(monkeypatch):
         for step in range(4, 9):
             show(record(step, val_loss=0.125))
     said = sys.stdout.getvalue()
-    last = [line for line in said.replace("\r", "\n").splitlines() if "gpt [x] on 2 ranks" in line][-1]
+    last = [line for line in said.replace("\r", "\n").splitlines() if "gpt [x] on 2 ranks" in line][
+        -1
+    ]
     for part in (" 9/10", "loss 0.5556", "val 0.1250", "1,008 tokens/s", "left"):
         assert part in last, last
     assert "step    " not in said
@@ -303,10 +350,20 @@ def drawn(tmp_path_factory):
     for k, parent in enumerate(("a", "b")):
         with Metrics(runs / parent / "run", tensorboard=False) as metrics:
             for step in range(12):
-                more = {"tokens": 512 * (step + 1), "val_loss": 4.5 - k} if step % 4 == 3 else {"tokens": 512 * (step + 1)}
-                metrics.write(record(step, loss=5.0 - k - 0.25 * step, peak_memory_bytes=(k + 1) * 2**30, **more))
+                more = (
+                    {"tokens": 512 * (step + 1), "val_loss": 4.5 - k}
+                    if step % 4 == 3
+                    else {"tokens": 512 * (step + 1)}
+                )
+                metrics.write(
+                    record(
+                        step, loss=5.0 - k - 0.25 * step, peak_memory_bytes=(k + 1) * 2**30, **more
+                    )
+                )
         write_header(runs / parent / "run", {"loss_unit": "nats per token"})
-    said = plot.plot_runs([runs / "a/run", runs / "b/run", runs / "a" / ".." / "a/run"], runs / "figures", smooth=4)
+    said = plot.plot_runs(
+        [runs / "a/run", runs / "b/run", runs / "a" / ".." / "a/run"], runs / "figures", smooth=4
+    )
     return runs, runs / "figures", said
 
 
@@ -318,8 +375,14 @@ def rows(path):
 def test_figures_and_what_lacks_data(drawn):
     _, out, said = drawn
     names = {"loss", "loss_by_tokens", "throughput", "memory"}
-    assert {p.name for p in out.iterdir()} == {f"{n}.{e}" for n in names for e in ("png", "svg", "csv")}
-    assert all((out / f"{n}.png").read_bytes().startswith(b"\x89PNG") and "</svg>" in (out / f"{n}.svg").read_text() for n in names)
+    assert {p.name for p in out.iterdir()} == {
+        f"{n}.{e}" for n in names for e in ("png", "svg", "csv")
+    }
+    assert all(
+        (out / f"{n}.png").read_bytes().startswith(b"\x89PNG")
+        and "</svg>" in (out / f"{n}.svg").read_text()
+        for n in names
+    )
     assert said[-1] == "skipped mfu: it needs records with 'mfu'" and len(said) == 5
 
 
@@ -332,11 +395,23 @@ def test_the_csv_holds_the_records_numbers(drawn):
         ("memory", ("step", "peak_memory_bytes")),
     ):
         table = rows(out / f"{name}.csv")
-        for run in ("a/run", "b/run"):  # told apart by their parents; the one named twice is there once
+        for run in (
+            "a/run",
+            "b/run",
+        ):  # told apart by their parents; the one named twice is there once
             want = [[r.get(c) for c in columns] for r in read_metrics(runs / run)]
-            assert [[float(r[c]) if r[c] else None for c in columns] for r in table if r["run"] == run] == want
+            assert [
+                [float(r[c]) if r[c] else None for c in columns] for r in table if r["run"] == run
+            ] == want
     table = rows(out / "loss.csv")
-    assert [float(r["loss_mean_of_4"]) for r in table[:6]] == [5.0, 4.875, 4.75, 4.625, 4.375, 4.125]
+    assert [float(r["loss_mean_of_4"]) for r in table[:6]] == [
+        5.0,
+        4.875,
+        4.75,
+        4.625,
+        4.375,
+        4.125,
+    ]
     assert not any("mean" in column for column in rows(out / "memory.csv")[0])
 
 
@@ -345,7 +420,11 @@ def test_units_runs_and_validation_are_named(drawn, tmp_path, monkeypatch):
 
     runs, _, _ = drawn
     seen = {}
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda fig, path, **_: seen.setdefault(Path(path).stem, fig))
+    monkeypatch.setattr(
+        matplotlib.figure.Figure,
+        "savefig",
+        lambda fig, path, **_: seen.setdefault(Path(path).stem, fig),
+    )
     plot.plot_runs([runs / "a/run", runs / "b/run"], tmp_path)
     axes = {name: fig.axes[0] for name, fig in seen.items()}
     assert {name: (ax.get_xlabel(), ax.get_ylabel()) for name, ax in axes.items()} == {
@@ -354,14 +433,24 @@ def test_units_runs_and_validation_are_named(drawn, tmp_path, monkeypatch):
         "throughput": ("step", "throughput (tokens/s)"),
         "memory": ("step", "peak memory of a rank (GiB)"),
     }
-    assert [t.get_text() for t in seen["loss"].legends[0].get_texts()] == ["a/run", "b/run", "hollow: validation"]
+    assert [t.get_text() for t in seen["loss"].legends[0].get_texts()] == [
+        "a/run",
+        "b/run",
+        "hollow: validation",
+    ]
     first, marks, second, *_ = axes["loss"].get_lines()
     assert list(first.get_ydata()) == [5.0 - 0.25 * s for s in range(12)]
-    assert list(marks.get_xdata()) == [3, 7, 11] and list(marks.get_ydata()) == [4.5] * 3 and marks.get_linestyle() == "None"
+    assert (
+        list(marks.get_xdata()) == [3, 7, 11]
+        and list(marks.get_ydata()) == [4.5] * 3
+        and marks.get_linestyle() == "None"
+    )
     for look in ("color", "marker", "linestyle"):  # apart in print too
         assert getattr(first, f"get_{look}")() != getattr(second, f"get_{look}")()
     assert list(axes["memory"].get_lines()[1].get_ydata()) == [2.0] * 12
-    assert list(axes["loss_by_tokens"].get_lines()[0].get_xdata()) == [512 * (s + 1) for s in range(12)]
+    assert list(axes["loss_by_tokens"].get_lines()[0].get_xdata()) == [
+        512 * (s + 1) for s in range(12)
+    ]
 
 
 def test_many_runs_look_different():
@@ -412,7 +501,12 @@ def test_wsd():
     longer = [wsd(s, steps=40, peak=1.0, warmup=4, decay=5, floor=0.1) for s in range(15)]
     assert longer == rates[:15]  # so it can be prolonged
     assert [wsd(s, steps=4, peak=2.0, warmup=0, decay=0, floor=0.5) for s in range(4)] == [2.0] * 4
-    assert [wsd(s, steps=4, peak=2.0, warmup=2, decay=2, floor=0.0) for s in range(4)] == [1.0, 2.0, 1.0, 0.0]
+    assert [wsd(s, steps=4, peak=2.0, warmup=2, decay=2, floor=0.0) for s in range(4)] == [
+        1.0,
+        2.0,
+        1.0,
+        0.0,
+    ]
 
 
 def test_a_schedule_by_name():
@@ -440,7 +534,16 @@ def test_a_schedule_by_name():
     ],
 )
 def test_schedules_that_cannot_be(wrong, message):
-    arguments = {"name": "wsd", "step": 0, "steps": 10, "peak": 1.0, "warmup": 2, "decay": 2, "floor": 0.1, **wrong}
+    arguments = {
+        "name": "wsd",
+        "step": 0,
+        "steps": 10,
+        "peak": 1.0,
+        "warmup": 2,
+        "decay": 2,
+        "floor": 0.1,
+        **wrong,
+    }
     with pytest.raises(ValueError, match=message) as e:
         rate(arguments.pop("name"), arguments.pop("step"), **arguments)
     assert "\n" not in str(e.value)

@@ -22,7 +22,9 @@ import zero_does
 
 KINDS = ("zero1", "zero2", "zero3")
 CP2, DP2 = Shape(cp=2), Shape(dp=2)
-needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +33,9 @@ def imports(monkeypatch):
 
 
 def on(shape, engine, *args, **changed):
-    return ringx.launch.run(partial(zero_does.train, shape=shape, engine=engine, **changed), shape.world_size, *args)
+    return ringx.launch.run(
+        partial(zero_does.train, shape=shape, engine=engine, **changed), shape.world_size, *args
+    )
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +47,10 @@ def expect_same(results, expected, tolerance=1e-4):
     for records, state in results:
         assert len(records) == len(expected[0])
         for a, b in zip(records, expected[0], strict=True):
-            assert all(math.isclose(x, y, rel_tol=tolerance) for x, y in zip(a, b, strict=True)), (a, b)
+            assert all(math.isclose(x, y, rel_tol=tolerance) for x, y in zip(a, b, strict=True)), (
+                a,
+                b,
+            )
         assert state.keys() == expected[1].keys()
         for name, value in expected[1].items():
             assert state[name].shape == value.shape and state[name].dtype == value.dtype, name
@@ -73,7 +80,9 @@ def test_passes_and_partitions_that_nothing_divides(kind):
 @needs_deepspeed
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "how", [{"checkpointing": "selective", "mlp_tiles": 3}, {"checkpointing": "full"}], ids=["selective", "full"]
+    "how",
+    [{"checkpointing": "selective", "mlp_tiles": 3}, {"checkpointing": "full"}],
+    ids=["selective", "full"],
 )
 def test_activations_computed_again(kind, how):
     expect_same(on(CP2, kind, steps=3, **how), on(Shape(), "fsdp", steps=3)[0])
@@ -91,7 +100,9 @@ def test_bfloat16_is_what_fsdp_does(kind):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_first_weights_are_those_of_the_seed_and_nan_changes_nothing(kind, dtype):
-    for right, norm, kept, kind_of in ringx.launch.run(partial(zero_does.newborn, engine=kind, dtype=dtype), 3):
+    for right, norm, kept, kind_of in ringx.launch.run(
+        partial(zero_does.newborn, engine=kind, dtype=dtype), 3
+    ):
         assert right and kept and not math.isfinite(norm) and kind_of is getattr(torch, dtype)
 
 
@@ -103,7 +114,11 @@ def test_first_weights_are_those_of_the_seed_and_nan_changes_nothing(kind, dtype
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_goes_on_with_another_engine(kind, to, alone, tmp_path):
     on(CP2, kind, steps=10, save=str(tmp_path))
-    shape, engine = {"fsdp": (DP2, "fsdp"), "alone": (Shape(), "fsdp"), "zero": (Shape(cp=3), kind)}[to]
+    shape, engine = {
+        "fsdp": (DP2, "fsdp"),
+        "alone": (Shape(), "fsdp"),
+        "zero": (Shape(cp=3), kind),
+    }[to]
     expect_same(on(shape, engine, first=10, load=str(tmp_path)), (alone[0][10:], alone[1]))
 
 
@@ -116,7 +131,9 @@ def test_a_checkpoint_of_fsdp_goes_on(kind, dtype, tmp_path):
     expect_same(on(CP2, kind, first=5, steps=6, load=str(tmp_path), dtype=dtype), expected)
     (_, state), *_ = on(DP2, kind, first=5, steps=5, load=str(tmp_path), dtype=dtype)
     _, there = on(Shape(), "fsdp", first=5, steps=5, load=str(tmp_path), dtype=dtype)[0]
-    assert state.keys() == there.keys() and all(torch.equal(state[name], value) for name, value in there.items())
+    assert state.keys() == there.keys() and all(
+        torch.equal(state[name], value) for name, value in there.items()
+    )
 
 
 # ---- refusals
@@ -128,7 +145,9 @@ def test_what_is_refused_is_named(monkeypatch):
     for kind in ("fsdp", "ddp", *KINDS):
         can(kind)
     for optimizer in ("lamb", "lamb_apex", "lamb_deepspeed"):
-        with pytest.raises(ValueError, match=rf"--dp-engine zero2 .*--optimizer {optimizer}:.*--optimizer adamw"):
+        with pytest.raises(
+            ValueError, match=rf"--dp-engine zero2 .*--optimizer {optimizer}:.*--optimizer adamw"
+        ):
             can("zero2", optimizer=optimizer)
     with pytest.raises(ValueError, match=r"--dp-engine zero1: .*not float64"):
         can("zero1", dtype=torch.float64)
@@ -139,7 +158,9 @@ def test_what_is_refused_is_named(monkeypatch):
 
 def test_without_deepspeed_the_remedy_is_named(monkeypatch):
     monkeypatch.setattr(zero.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"--dp-engine zero3: DeepSpeed is not installed; pip install deepspeed"):
+    with pytest.raises(
+        ValueError, match=r"--dp-engine zero3: DeepSpeed is not installed; pip install deepspeed"
+    ):
         zero.expect_possible("zero3", optimizer="adamw", dtype=torch.float32)
     zero.expect_possible("ddp", optimizer="adamw", dtype=torch.float32)
 

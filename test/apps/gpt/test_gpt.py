@@ -22,11 +22,18 @@ from apps.gpt.train import train
 from ringx.launch.mesh import ORDERS, Mesh, Shape
 
 MODEL = ModelConfig(dim=32, layers=2, heads=4, kv_heads=2, ffn=48, vocab=264)
-TRAIN = TrainConfig(seqlen=64, global_batch=4, steps=20, lr=1e-2, warmup=3, dtype="float64", loss_chunk=24)
+TRAIN = TrainConfig(
+    seqlen=64, global_batch=4, steps=20, lr=1e-2, warmup=3, dtype="float64", loss_chunk=24
+)
 
 
 def config(model=None, mesh=None, **changes) -> Config:
-    return Config("test", replace(MODEL, **(model or {})), replace(TRAIN, **changes), replace(MeshConfig(), **(mesh or {})))
+    return Config(
+        "test",
+        replace(MODEL, **(model or {})),
+        replace(TRAIN, **changes),
+        replace(MeshConfig(), **(mesh or {})),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +59,10 @@ def trained(shape: Shape, c: Config, tokens, **how):
 
 def whole(model):
     # cloned: what nobody looks at is never waited for, and keeps its process group (and threads) alive
-    return [(n, p.full_tensor().clone() if hasattr(p, "full_tensor") else p) for n, p in model.named_parameters()]
+    return [
+        (n, p.full_tensor().clone() if hasattr(p, "full_tensor") else p)
+        for n, p in model.named_parameters()
+    ]
 
 
 def expect_same(a, b, tolerance=1e-9):
@@ -99,17 +109,25 @@ def test_replicas_of_shards_with_untied_head_and_odd_length(tokens):
 @pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 1, 2), (2, 1, 2)], ids=str)
 def test_ddp(sizes, tokens):
     one = trained(Shape(), config(steps=4), tokens)[0]
-    for rank in trained(Shape(*sizes), config(steps=4, mesh={"dp_engine": "ddp"}, micro_batch=1), tokens):
+    for rank in trained(
+        Shape(*sizes), config(steps=4, mesh={"dp_engine": "ddp"}, micro_batch=1), tokens
+    ):
         expect_same(one, rank)
 
 
 @pytest.mark.parametrize(
-    "algorithm, layout", [*((a, "zigzag") for a in ringx.algorithms()), ("ringx3", "contiguous"), ("ringx4", "striped")]
+    "algorithm, layout",
+    [*((a, "zigzag") for a in ringx.algorithms()), ("ringx3", "contiguous"), ("ringx4", "striped")],
 )
 def test_every_algorithm_and_layout(algorithm, layout, tokens):
     one = trained(Shape(), config(steps=3), tokens)[0]
     overlap = layout != "contiguous"
-    expect_same(one, trained(Shape(2), config(steps=3, algorithm=algorithm, layout=layout, overlap=overlap), tokens)[1])
+    expect_same(
+        one,
+        trained(
+            Shape(2), config(steps=3, algorithm=algorithm, layout=layout, overlap=overlap), tokens
+        )[1],
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,7 +156,9 @@ def test_equals_a_plain_trainer(tokens, alone):
     c, state = TRAIN, {}
     model = Llama.make(MODEL, sdpa, seed=0, dtype=torch.float64)
     for step, record in enumerate(alone[0]):
-        x, labels, _ = tokens.rows(step, global_batch=4, seqlen=c.seqlen, seed=c.seed, rows=range(4))
+        x, labels, _ = tokens.rows(
+            step, global_batch=4, seqlen=c.seqlen, seed=c.seed, rows=range(4)
+        )
         loss = F.cross_entropy(model(x, torch.arange(c.seqlen)).flatten(0, 1), labels.flatten())
         model.zero_grad()
         loss.backward()
@@ -146,7 +166,11 @@ def test_equals_a_plain_trainer(tokens, alone):
         clip = min(1.0, 1.0 / norm.item())
         assert math.isclose(loss.item(), record["loss"], rel_tol=1e-9)
         assert math.isclose(norm.item(), record["grad_norm"], rel_tol=1e-9)
-        lr = c.lr * (step + 1) / 3 if step < 3 else c.lr * (0.55 + 0.45 * math.cos(math.pi * (step - 2) / 17))
+        lr = (
+            c.lr * (step + 1) / 3
+            if step < 3
+            else c.lr * (0.55 + 0.45 * math.cos(math.pi * (step - 2) / 17))
+        )
         assert math.isclose(lr, record["lr"], rel_tol=1e-12)
         with torch.no_grad():
             for name, p in model.named_parameters():
@@ -154,7 +178,11 @@ def test_equals_a_plain_trainer(tokens, alone):
                 g = p.grad * clip
                 state[name] = m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
                 p -= lr * 0.1 * p * (p.dim() > 1)  # decay of matrices only
-                p -= lr * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8)
+                p -= (
+                    lr
+                    * (m / (1 - 0.9 ** (step + 1)))
+                    / ((v / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8)
+                )
     for name, p in model.state_dict().items():
         assert (p - alone[1][name]).abs().max() <= 1e-9, name
     assert max(r["grad_norm"] for r in alone[0]) > 1  # it did clip
@@ -185,7 +213,10 @@ def test_gradient_of_every_parameter_equals_plain_sdpa(shape, tied, tokens):
         where = ringx.positions(56, group=mesh.cp, layout=attend.layout)
         with engine.accumulate(last=True):
             engine.backward(engine(mine[0], where, mine[1]) / (labels != -100).sum())
-        return {n: getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for n, p in engine.module.named_parameters()}
+        return {
+            n: getattr(p.grad, "full_tensor", lambda p=p: p.grad)()
+            for n, p in engine.module.named_parameters()
+        }
 
     for got in run(shape.world_size, rank):
         assert got.keys() == want.keys()
@@ -199,8 +230,12 @@ def test_gradient_of_every_parameter_equals_plain_sdpa(shape, tied, tokens):
 def test_what_is_asked_for_reaches_attention(tokens, monkeypatch):
     seen = []
     attention = ringx.attention
-    monkeypatch.setattr(ringx, "attention", lambda *qkv, **kw: (seen.append(kw), attention(*qkv, **kw))[1])
-    c = config(steps=2, seqlen=63, algorithm="ringx4", layout="striped", kernel="reference", overlap=False)
+    monkeypatch.setattr(
+        ringx, "attention", lambda *qkv, **kw: (seen.append(kw), attention(*qkv, **kw))[1]
+    )
+    c = config(
+        steps=2, seqlen=63, algorithm="ringx4", layout="striped", kernel="reference", overlap=False
+    )
     trained(Shape(2), c, tokens)
     want = {
         "algorithm": "ringx4",
@@ -226,10 +261,14 @@ def test_selective_checkpointing_never_attends_again(checkpointing, times, token
 def test_offload_saves_on_the_host(tokens, monkeypatch):
     """On a GPU these would be copies; here only the use of the hook can be seen."""
     used, hook = [], torch.autograd.graph.save_on_cpu
-    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", lambda **kw: (used.append(kw), hook(**kw))[1])
+    monkeypatch.setattr(
+        torch.autograd.graph, "save_on_cpu", lambda **kw: (used.append(kw), hook(**kw))[1]
+    )
     one = trained(Shape(), config(steps=2), tokens)[0]
     assert not used
-    expect_same(one, trained(Shape(), config(steps=2, checkpointing="full", offload=True), tokens)[0])
+    expect_same(
+        one, trained(Shape(), config(steps=2, checkpointing="full", offload=True), tokens)[0]
+    )
     assert used == [{"pin_memory": False}] * 2 * MODEL.layers
 
 
@@ -249,7 +288,11 @@ def test_seed_changes_weights_and_order(tokens):
 def test_fp32_and_bf16_keep_fp32_parameters(engine, tokens, monkeypatch):
     wide = trained(Shape(), config(steps=8), tokens)[0]
     seen, attention = [], ringx.attention
-    monkeypatch.setattr(ringx, "attention", lambda q, k, v, **kw: (seen.append(q.dtype), attention(q, k, v, **kw))[1])
+    monkeypatch.setattr(
+        ringx,
+        "attention",
+        lambda q, k, v, **kw: (seen.append(q.dtype), attention(q, k, v, **kw))[1],
+    )
     for dtype, tolerance in (("float32", 1e-4), ("bfloat16", 3e-2)):
         got = trained(Shape(2), config(steps=8, dtype=dtype, mesh={"dp_engine": engine}), tokens)[0]
         assert {p.dtype for p in got[1].values()} == {torch.float32}
@@ -270,7 +313,10 @@ def test_validation_does_not_disturb_training(tokens):
     model.load_state_dict(one[1])
     want = [tokens.rows(i, global_batch=4, seqlen=64, seed=0, rows=range(4)) for i in range(2)]
     with torch.no_grad():
-        by_hand = [F.cross_entropy(model(x, torch.arange(64)).flatten(0, 1), y.flatten()).item() for x, y, _ in want]
+        by_hand = [
+            F.cross_entropy(model(x, torch.arange(64)).flatten(0, 1), y.flatten()).item()
+            for x, y, _ in want
+        ]
     assert losses[0][1] == pytest.approx(sum(by_hand) / 2, rel=1e-12)
 
 
@@ -291,7 +337,10 @@ def test_records_say_what_a_step_cost(tokens):
     (records, _), *_ = trained(Shape(2), c, tokens)
     for n, r in enumerate(records):
         assert r["step"] == n and r["tokens"] == (n + 1) * 4 * 64 and 0 <= r["data_wait_share"] <= 1
-        assert r["tokens_per_s"] == pytest.approx(256 / r["seconds"]) and r["peak_memory_bytes"] > 2**20
+        assert (
+            r["tokens_per_s"] == pytest.approx(256 / r["seconds"])
+            and r["peak_memory_bytes"] > 2**20
+        )
         matmul = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48) + 264 * 32
         full, causal = 6 * matmul + 2 * 12 * 32 * 64, 6 * matmul + 2 * 6 * 32 * 64
         per_rank = 256 / r["seconds"] / 2 / 1e12

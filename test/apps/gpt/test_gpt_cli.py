@@ -32,7 +32,9 @@ train: {seqlen: 32, global_batch: 2, steps: 12, save_every: 3, dtype: float64}
 
 
 def absent(package: str):
-    return pytest.mark.skipif(importlib.util.find_spec(package) is not None, reason=f"{package} is installed")
+    return pytest.mark.skipif(
+        importlib.util.find_spec(package) is not None, reason=f"{package} is installed"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,13 @@ def small(tmp_path_factory):
 def start(*words: object, **env: str) -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     command = [sys.executable, *map(str, words)]
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"} | env, start_new_session=True, **pipes)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
+        start_new_session=True,
+        **pipes,
+    )
 
 
 def ran(*words: object, status: int = 0, **env: str) -> str:
@@ -74,7 +82,11 @@ def parameters(out, step) -> dict[str, torch.Tensor]:
     """Of a checkpoint, read without this repository's code."""
     path = Path(out) / "checkpoints" / f"step-{step:08d}"
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    state = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in stored.items() if k.startswith("model.")}
+    state = {
+        k: torch.empty(m.size, dtype=m.properties.dtype)
+        for k, m in stored.items()
+        if k.startswith("model.")
+    }
     dcp.load(state, checkpoint_id=path, no_dist=True)
     assert state
     return state
@@ -91,10 +103,19 @@ def alone(tmp_path_factory, small, data):
 def test_what_a_run_leaves_behind(alone):
     out, said = alone
     records = read_metrics(out)
-    assert [r["step"] for r in records] == list(range(12)) and all(r["tokens_per_s"] > 0 for r in records)
-    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-00000009", "step-00000012"]
+    assert [r["step"] for r in records] == list(range(12)) and all(
+        r["tokens_per_s"] > 0 for r in records
+    )
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == [
+        "step-00000009",
+        "step-00000012",
+    ]
     (session,) = read_sessions(out)
-    assert session["config"]["train"]["seqlen"] == 32 and session["launch"]["world"] == 1 and len(session["data"]["sha256"]) == 64
+    assert (
+        session["config"]["train"]["seqlen"] == 32
+        and session["launch"]["world"] == 1
+        and len(session["data"]["sha256"]) == 64
+    )
     assert (out / "config.yaml").read_text() in said  # printed in full
     assert "cp 1 x tp 1 x dp 1" in said and said.count("step ") >= 12
     assert f"loss {records[0]['loss']:.4f} -> {records[-1]['loss']:.4f}" in said.splitlines()[-1]
@@ -124,26 +145,43 @@ def test_torchrun_as_the_issue_names_it(alone, small, data, tmp_path):
     ran(*torchrun, *words, "--cp", 1, "--tp", 2, "--dp", 1, "--out", out)
     ran("apps/gpt/train.py", *words, "--out", tmp_path / "one")
     assert losses(out) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
-    assert all({"step", "loss", "tokens_per_s"} <= json.loads(x).keys() for x in (out / "metrics.jsonl").read_text().splitlines())
+    assert all(
+        {"step", "loss", "tokens_per_s"} <= json.loads(x).keys()
+        for x in (out / "metrics.jsonl").read_text().splitlines()
+    )
 
 
 def test_four_processes_equal_one_and_any_mesh_goes_on(alone, small, data, tmp_path):
     """cp 4 is stopped after 5 of 12 steps and goes on as cp 2 x dp 2, then from step 8 as one process."""
     out = tmp_path / "run"
-    words = ["-m", "apps.gpt.train", "--config", small, "--data", data, "--no-tensorboard", "--keep", 0]
+    words = [
+        "-m",
+        "apps.gpt.train",
+        "--config",
+        small,
+        "--data",
+        data,
+        "--no-tensorboard",
+        "--keep",
+        0,
+    ]
     ran(*words, "--nproc", 4, "--cp", 4, "--out", out, "--save-every", 5)
     assert losses(out) == pytest.approx(losses(alone[0]), rel=1e-9)
     for path in (out / "checkpoints").iterdir():
         if path.name != "step-00000005":
             shutil.rmtree(path)
     on = [*words[:2], "--resume", out, "--no-tensorboard"]  # the same data, without naming it
-    assert "step-00000005, after 5 steps" in ran(*on, "--cp", 2, "--dp", 2, "--nproc", 4, "--save-every", 8)
+    assert "step-00000005, after 5 steps" in ran(
+        *on, "--cp", 2, "--dp", 2, "--nproc", 4, "--save-every", 8
+    )
     assert losses(out) == pytest.approx(losses(alone[0]), rel=1e-9)
     want = parameters(alone[0], 12)
     for name, p in parameters(out, 12).items():
         assert (p - want[name]).abs().max() <= 1e-9, name
     shutil.rmtree(out / "checkpoints" / "step-00000012")
-    assert "step-00000008, after 8 steps" in ran(*on)  # one process: the old mesh does not fit, and is not asked for
+    assert "step-00000008, after 8 steps" in ran(
+        *on
+    )  # one process: the old mesh does not fit, and is not asked for
     assert losses(out) == pytest.approx(losses(alone[0]), rel=1e-9)
     assert [s["start_step"] for s in read_sessions(out)] == [0, 5, 8]
 
@@ -151,14 +189,29 @@ def test_four_processes_equal_one_and_any_mesh_goes_on(alone, small, data, tmp_p
 def test_killed_at_random_it_goes_on_bitwise(alone, small, data, tmp_path):
     """kill -9 of everything, three times, at no particular moment; then the curve is that of the unbroken run, bit for bit."""
     out, chance = tmp_path / "run", random.Random(0)
-    words = ["-m", "apps.gpt.train", "--config", small, "--data", data, "--out", out, "--resume", out, "--save-every", 1]
+    words = [
+        "-m",
+        "apps.gpt.train",
+        "--config",
+        small,
+        "--data",
+        data,
+        "--out",
+        out,
+        "--resume",
+        out,
+        "--save-every",
+        1,
+    ]
     kept = -1
     for _ in range(3):
         process = start(*words)
         goal = kept + chance.randint(1, 3)
         end = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < end:
-            if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) > goal:
+            if (out / "metrics.jsonl").exists() and len(
+                (out / "metrics.jsonl").read_text().splitlines()
+            ) > goal:
                 break
             time.sleep(0.005)
         time.sleep(chance.random() * 0.05)
@@ -173,7 +226,20 @@ def test_killed_at_random_it_goes_on_bitwise(alone, small, data, tmp_path):
 
 def test_told_to_stop_it_saves_and_says_75(alone, small, data, tmp_path):
     out, signum = tmp_path / "run", signal.SIGTERM  # test/slurm sends SIGUSR1
-    words = ["-m", "apps.gpt.train", "--config", small, "--data", data, "--out", out, "--resume", out, "--save-every", 0]
+    words = [
+        "-m",
+        "apps.gpt.train",
+        "--config",
+        small,
+        "--data",
+        data,
+        "--out",
+        out,
+        "--resume",
+        out,
+        "--save-every",
+        0,
+    ]
     process = start(*words)
     while not (out / "metrics.jsonl").exists() or not read_metrics(out):
         assert process.poll() is None, process.communicate()[0]
@@ -196,7 +262,10 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(alone, data, tmp_path):
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     said = ran("-m", "apps.gpt.train", "--resume", out, "--data", data)
-    assert "step-00000012 is damaged and passed over" in said and "step-00000009, after 9 steps" in said
+    assert (
+        "step-00000012 is damaged and passed over" in said
+        and "step-00000009, after 9 steps" in said
+    )
     assert losses(out) == losses(alone[0])
 
 
@@ -258,7 +327,10 @@ def test_checkpoints_that_do_not_fit(arguments, message, alone, data, tmp_path, 
         ("--nproc 4 --seqlen 3", "seqlen=3 is shorter than world=4"),
         ("--nproc 4 --cp 3", "cp=3 x tp=1 x dp=1 is 3 ranks, but there are 4"),
         ("--nproc 4 --tp 4", "tp=4 does not divide kv_heads=2"),
-        ("--nproc 2 --tp 2 --seqlen 511", "seqlen=511 leaves 511 tokens on a cp rank, which tp=2 cannot cut evenly"),
+        (
+            "--nproc 2 --tp 2 --seqlen 511",
+            "seqlen=511 leaves 511 tokens on a cp rank, which tp=2 cannot cut evenly",
+        ),
         ("--nproc 2 --tp 2 --dp-engine ddp", "cannot be combined with tp=2"),
         ("--nproc 2 --dp 2 --global-batch 3", "global_batch=3 must be a multiple of dp=2"),
         ("--micro-batch 3", "micro_batch=3 must divide the 4 samples"),
@@ -270,7 +342,11 @@ def test_checkpoints_that_do_not_fit(arguments, message, alone, data, tmp_path, 
         ("--out {tmp}/short", "cannot be written: File exists"),
         ("--out {tmp}/short/below", "cannot be written: Not a directory"),
         pytest.param("--wandb project", "W&B is not installed", marks=absent("wandb")),
-        pytest.param("--nproc 2 --dp-engine zero2", "DeepSpeed is not installed; pip install deepspeed", marks=absent("deepspeed")),
+        pytest.param(
+            "--nproc 2 --dp-engine zero2",
+            "DeepSpeed is not installed; pip install deepspeed",
+            marks=absent("deepspeed"),
+        ),
         ("--frobnicate", "--frobnicate"),
     ],
 )
@@ -280,7 +356,13 @@ def test_mistakes_are_one_line_and_exit_2(arguments, message, tmp_path, capsys):
     (tmp_path / "bad2.yaml").write_text("preset: tiny\nmodle: {dim: 3}\n")
     words = arguments.format(tmp=tmp_path).split()
     with pytest.raises(SystemExit) as stop:
-        main(words if "--out" in words else [*words, "--out", str(tmp_path / "out")] if "nowhere" not in arguments else words)
+        main(
+            words
+            if "--out" in words
+            else [*words, "--out", str(tmp_path / "out")]
+            if "nowhere" not in arguments
+            else words
+        )
     assert stop.value.code == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1
@@ -292,12 +374,17 @@ def test_mistakes_are_one_line_and_exit_2(arguments, message, tmp_path, capsys):
     [
         ("--data {tmp}/missing", "missing"),
         ("--data {tmp}/empty.txt", "empty"),
-        ("--data {tmp}/short.txt --seqlen 100", "but one sequence of --seqlen 100 and its last label take 101"),
+        (
+            "--data {tmp}/short.txt --seqlen 100",
+            "but one sequence of --seqlen 100 and its last label take 101",
+        ),
         ("--data {tmp}/large", "vocab=320 is smaller"),
         ("--data {tmp}/cut", "train-00000.bin"),
     ],
 )
-def test_data_that_cannot_be_used_is_named_before_the_first_step(arguments, message, data, tmp_path, capsys):
+def test_data_that_cannot_be_used_is_named_before_the_first_step(
+    arguments, message, data, tmp_path, capsys
+):
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "short.txt").write_bytes(b"0123456789\n")
     prepare([str(ROOT / "ringx")], tmp_path / "large", vocab=500)
@@ -305,7 +392,9 @@ def test_data_that_cannot_be_used_is_named_before_the_first_step(arguments, mess
     with (tmp_path / "cut" / "train-00000.bin").open("r+b") as f:
         f.truncate(1000)
     out = tmp_path / "out"
-    assert main(["--preset", "tiny", *arguments.format(tmp=tmp_path).split(), "--out", str(out)]) == 2
+    assert (
+        main(["--preset", "tiny", *arguments.format(tmp=tmp_path).split(), "--out", str(out)]) == 2
+    )
     printed = capsys.readouterr()
     assert message in printed.err and printed.err.count("\n") == 1 and "step" not in printed.out
 
@@ -319,7 +408,10 @@ def test_weights_alone_are_not_resumed(alone, data, tmp_path, capsys):
         (path / "about.json").write_text(json.dumps(about))
         manifest = json.loads((path / "complete.json").read_text())
         content = (path / "about.json").read_bytes()
-        manifest["files"]["about.json"] = {"bytes": len(content), "crc32": f"{zlib.crc32(content):08x}"}
+        manifest["files"]["about.json"] = {
+            "bytes": len(content),
+            "crc32": f"{zlib.crc32(content):08x}",
+        }
         (path / "complete.json").write_text(json.dumps(manifest))
     assert main(["--resume", str(out), "--data", str(data)]) == 2
     assert "begin from them with --init" in capsys.readouterr().err
@@ -327,7 +419,19 @@ def test_weights_alone_are_not_resumed(alone, data, tmp_path, capsys):
 
 def test_a_loss_that_is_not_finite_is_one_line_and_nothing_is_saved(small, data, tmp_path):
     out = tmp_path / "run"
-    words = ["--config", small, "--data", data, "--out", out, "--lr", "1e300", "--clip", 0, "--no-tensorboard"]
+    words = [
+        "--config",
+        small,
+        "--data",
+        data,
+        "--out",
+        out,
+        "--lr",
+        "1e300",
+        "--clip",
+        0,
+        "--no-tensorboard",
+    ]
     said = ran("-m", "apps.gpt.train", *words, status=1)
     assert "lower --lr?" in said and "Traceback" not in said
     assert not (out / "checkpoints").exists()

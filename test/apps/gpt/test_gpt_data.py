@@ -26,19 +26,29 @@ from apps.gpt.data.dataset import Rows, dataset_for, expect_window, load_tokeniz
 
 LAYOUTS = ("zigzag", "contiguous", "striped")
 DOCUMENTS = [  # of lengths 1 to 300, with what text may hold
-    *("a", "Zwölf Boxkämpfer jagen Viktor\nquer über den Sylter Deich. 🙂", "\n\n  indented\ttext\r\n", "<|end_of_text|> is text"),
+    *(
+        "a",
+        "Zwölf Boxkämpfer jagen Viktor\nquer über den Sylter Deich. 🙂",
+        "\n\n  indented\ttext\r\n",
+        "<|end_of_text|> is text",
+    ),
     *(" ".join(f"word{i * j % 17}" for j in range(i)) + "\n" for i in range(1, 40)),
 ]
 
 
 def jsonl(file: Path, documents=DOCUMENTS, key="text") -> Path:
-    file.write_text("".join(json.dumps({"id": i, key: d}) + "\n" for i, d in enumerate(documents)), encoding="utf-8")
+    file.write_text(
+        "".join(json.dumps({"id": i, key: d}) + "\n" for i, d in enumerate(documents)),
+        encoding="utf-8",
+    )
     return file
 
 
 def prepared(tmp_path: Path, documents=DOCUMENTS, name="tokens", **settings) -> Path:
     out = tmp_path / name
-    prepare.prepare([jsonl(tmp_path / f"{name}.jsonl", documents)], out, **{"tokenizer": "bytes", **settings})
+    prepare.prepare(
+        [jsonl(tmp_path / f"{name}.jsonl", documents)], out, **{"tokenizer": "bytes", **settings}
+    )
     return out
 
 
@@ -76,8 +86,13 @@ def test_every_format_gives_the_same_tokens(tmp_path):
     table = arrow.table({"id": list(range(len(DOCUMENTS))), "body": DOCUMENTS})
     parquet.write_table(table, tmp_path / "a.parquet", row_group_size=7)
     jsonl(tmp_path / "plain.jsonl")
-    (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(jsonl(tmp_path / "x.jsonl", key="body").read_bytes()))
-    halves = [jsonl(tmp_path / "1.jsonl", [*DOCUMENTS[:9], ""]), jsonl(tmp_path / "2.jsonl", DOCUMENTS[9:])]
+    (tmp_path / "packed.jsonl.gz").write_bytes(
+        gzip.compress(jsonl(tmp_path / "x.jsonl", key="body").read_bytes())
+    )
+    halves = [
+        jsonl(tmp_path / "1.jsonl", [*DOCUMENTS[:9], ""]),
+        jsonl(tmp_path / "2.jsonl", DOCUMENTS[9:]),
+    ]
 
     found = {}
     for name, inputs, key in (
@@ -98,7 +113,9 @@ def test_every_format_gives_the_same_tokens(tmp_path):
     held = len(val.starts)
     assert stream(val) == as_bytes(DOCUMENTS[-held:])
     sizes = [len(d) for d in DOCUMENTS]
-    assert abs(sum(sizes[-held:]) / sum(sizes) - 0.3) <= max(sizes) / sum(sizes) / 2  # as near as whole documents can be
+    assert (
+        abs(sum(sizes[-held:]) / sum(sizes) - 0.3) <= max(sizes) / sum(sizes) / 2
+    )  # as near as whole documents can be
 
 
 def test_a_trained_tokenizer_knows_nothing_of_what_is_held_back(tmp_path):
@@ -120,7 +137,10 @@ def test_one_document_is_cut_at_a_line_end(tmp_path, monkeypatch):
         (tmp_path / "book").write_text(text)
         prepare.prepare([tmp_path / "book"], tmp_path / f"{piece}", tokenizer="bytes")
         train, val = (
-            load_tokenizer(tmp_path / f"{piece}").decode(stream(open_dataset(tmp_path / f"{piece}", s))) for s in ("train", "val")
+            load_tokenizer(tmp_path / f"{piece}").decode(
+                stream(open_dataset(tmp_path / f"{piece}", s))
+            )
+            for s in ("train", "val")
         )
         assert train + val == text and train.endswith("\n")
         assert 0.94 < len(train) / len(text) <= 0.95
@@ -132,7 +152,9 @@ def test_one_document_is_cut_at_a_line_end(tmp_path, monkeypatch):
     ):
         (tmp_path / "book").write_text(text)
         shutil.rmtree(tmp_path / "short", ignore_errors=True)
-        prepare.prepare([tmp_path / "book"], tmp_path / "short", tokenizer="bytes", val_fraction=0.1)
+        prepare.prepare(
+            [tmp_path / "book"], tmp_path / "short", tokenizer="bytes", val_fraction=0.1
+        )
         got = [
             load_tokenizer(tmp_path / "short").decode(stream(open_dataset(tmp_path / "short", s)))
             for s in ("train", "val")[: len(split)]
@@ -149,14 +171,26 @@ def test_pieces_and_chunks_leave_documents_whole(tmp_path, monkeypatch):
     pieces = prepared(tmp_path, name="pieces", shard_tokens=2**28)
     assert {**contents(whole), dataset.INDEX: b""} == {**contents(pieces), dataset.INDEX: b""}
     (tmp_path / "text").write_bytes("".join(DOCUMENTS).encode())
-    blocks = [p.text for p in prepare._read_text(prepare._sources([tmp_path / "text"], tmp_path)[0][0], "", lambda read: None)]
+    blocks = [
+        p.text
+        for p in prepare._read_text(
+            prepare._sources([tmp_path / "text"], tmp_path)[0][0], "", lambda read: None
+        )
+    ]
     assert "".join(blocks) == "".join(DOCUMENTS) and 1 < max(map(len, blocks)) <= 13
 
 
 def test_shards_are_read_as_one_stream(tmp_path):
-    one, many = prepared(tmp_path, val_fraction=0.0), prepared(tmp_path, name="many", shard_tokens=37, val_fraction=0.0)
+    one, many = (
+        prepared(tmp_path, val_fraction=0.0),
+        prepared(tmp_path, name="many", shard_tokens=37, val_fraction=0.0),
+    )
     a, b = open_dataset(one), open_dataset(many)
-    assert len(a.shards) == 1 and {len(s) for s in b.shards[:-1]} == {37} and 1 <= len(b.shards[-1]) <= 37
+    assert (
+        len(a.shards) == 1
+        and {len(s) for s in b.shards[:-1]} == {37}
+        and 1 <= len(b.shards[-1]) <= 37
+    )
     assert stream(a) == stream(b) == as_bytes(DOCUMENTS) and a.length == b.length
     for seqlen in (1, 36, 37, 38, 100):
         assert a.windows(seqlen) == b.windows(seqlen) == (a.length - 1) // seqlen
@@ -167,7 +201,9 @@ def test_shards_are_read_as_one_stream(tmp_path):
 
 def test_more_tokens_than_two_bytes_hold(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(70_000)}, unk_token="w0"))
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({f"w{i}": i for i in range(70_000)}, unk_token="w0")
+    )
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     words.add_special_tokens(["</s>"])
     words.enable_truncation(3)  # a file may say so; text is not cut for it
@@ -181,7 +217,13 @@ def test_more_tokens_than_two_bytes_hold(tmp_path):
             small["added_tokens"][0]["id"] = 65_535
             (tmp_path / "words" / "tokenizer.json").write_text(json.dumps(small))
         last = count - 2
-        out = prepared(tmp_path, [f"w1 w2 w{last} w3", "w65000"], f"{count}", tokenizer=tmp_path / "words", val_fraction=0.0)
+        out = prepared(
+            tmp_path,
+            [f"w1 w2 w{last} w3", "w65000"],
+            f"{count}",
+            tokenizer=tmp_path / "words",
+            val_fraction=0.0,
+        )
         tokens = open_dataset(out)
         assert tokens.vocab == count and tokens.eos == count - 1
         assert {s.dtype for s in tokens.shards} == {np.dtype(dtype)}
@@ -192,25 +234,40 @@ def test_more_tokens_than_two_bytes_hold(tmp_path):
 def test_the_default_text_can_be_decoded_again(default):
     sources, source = prepare._sources([], Path("nowhere"))
     texts = [s.path.read_bytes().decode() for s in sources]
-    assert 100_000 < sum(s.size for s in sources) <= prepare.DEFAULT_BYTES and "standard library" in source
+    assert (
+        100_000 < sum(s.size for s in sources) <= prepare.DEFAULT_BYTES
+        and "standard library" in source
+    )
     tokenizer = load_tokenizer(default)
     assert tokenizer.vocab == 1024
-    got = "".join(tokenizer.decode(stream(open_dataset(default, split))) for split in ("train", "val"))
+    got = "".join(
+        tokenizer.decode(stream(open_dataset(default, split))) for split in ("train", "val")
+    )
     assert got == "".join(texts) and "def __init__(self" in got
     index = dataset.read_index(default)
-    assert str(Path(sys.prefix)) not in json.dumps(index) and index["documents"] == sum(map(bool, texts))
+    assert str(Path(sys.prefix)) not in json.dumps(index) and index["documents"] == sum(
+        map(bool, texts)
+    )
     share = index["splits"]["val"]["tokens"] / sum(s["tokens"] for s in index["splits"].values())
     assert 0.03 < share < 0.08
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "train"])
 def test_tokenizers_encode_and_decode(tokenizer, tmp_path):
-    t = load_tokenizer(prepared(tmp_path, tokenizer=tokenizer, **({"vocab": 300} if tokenizer == "train" else {})))
+    t = load_tokenizer(
+        prepared(tmp_path, tokenizer=tokenizer, **({"vocab": 300} if tokenizer == "train" else {}))
+    )
     for text in (*DOCUMENTS, "", "日本語"):
         ids = t.encode(text)
-        assert t.decode([*ids, t.eos]) == text and t.eos not in ids and all(0 <= i < t.vocab for i in ids)
+        assert (
+            t.decode([*ids, t.eos]) == text
+            and t.eos not in ids
+            and all(0 <= i < t.vocab for i in ids)
+        )
     for wrong in (t.vocab, -1):
-        with pytest.raises(ValueError, match=f"token {wrong} is none of the tokenizer's {t.vocab} tokens"):
+        with pytest.raises(
+            ValueError, match=f"token {wrong} is none of the tokenizer's {t.vocab} tokens"
+        ):
             t.decode([1, wrong])
 
 
@@ -218,20 +275,30 @@ def test_tokenizers_encode_and_decode(tokenizer, tmp_path):
 
 
 def test_an_epoch_reads_every_window_once(tmp_path):
-    tokens = open_dataset(prepared(tmp_path, ["".join(chr(32 + i % 90) for i in range(10 * 7))], val_fraction=0.0))
+    tokens = open_dataset(
+        prepared(tmp_path, ["".join(chr(32 + i % 90) for i in range(10 * 7))], val_fraction=0.0)
+    )
     assert tokens.length == 71 and tokens.windows(7) == 10
 
     def step(n, **changed):
-        return tokens.rows(n, **{"global_batch": 2, "seqlen": 7, "seed": 3, "rows": range(2), **changed}).tokens.tolist()
+        return tokens.rows(
+            n, **{"global_batch": 2, "seqlen": 7, "seed": 3, "rows": range(2), **changed}
+        ).tokens.tolist()
 
     rows = [row for n in range(10) for row in step(n)]
     first, second = rows[:10], rows[10:]
-    assert sorted(first) == sorted(second) == sorted(tokens.window(i, 7).tokens[0].tolist() for i in range(10))
+    assert (
+        sorted(first)
+        == sorted(second)
+        == sorted(tokens.window(i, 7).tokens[0].tolist() for i in range(10))
+    )
     assert len({tuple(row) for row in first}) == 10
     assert first != second
     assert step(4) == rows[8:10]  # resumed there
     assert step(4, seed=4) != rows[8:10]
-    assert [row for n in range(4) for row in step(n, global_batch=5, rows=range(5))] == rows  # another batch: the same order
+    assert [
+        row for n in range(4) for row in step(n, global_batch=5, rows=range(5))
+    ] == rows  # another batch: the same order
 
 
 @pytest.mark.parametrize("dp", [1, 2, 3, 6])
@@ -256,7 +323,9 @@ def test_labels_and_documents_by_counting(tmp_path):
     for seqlen in (5, 64, 333):
         for i in range(tokens.windows(seqlen)):
             got, at = tokens.window(i, seqlen), i * seqlen
-            assert [x.shape for x in got] == [(1, seqlen)] * 3 and {x.dtype for x in got} == {torch.int64}
+            assert [x.shape for x in got] == [(1, seqlen)] * 3 and {x.dtype for x in got} == {
+                torch.int64
+            }
             assert got.tokens[0].tolist() == want[at : at + seqlen]
             assert got.labels[0].tolist() == want[at + 1 : at + seqlen + 1]
             assert got.documents[0].tolist() == [n - which[at] for n in which[at : at + seqlen]]
@@ -270,13 +339,19 @@ def test_labels_and_positions_at_shard_edges(layout, world, seqlen, tmp_path):
     tokens = open_dataset(prepared(tmp_path))
     rows = tokens.rows(0, global_batch=2, seqlen=seqlen, seed=0, rows=range(2))
     whole = torch.cat([rows.tokens, rows.labels[:, -1:]], 1)  # [B, S + 1]
-    ends = torch.cat([torch.zeros(2, 1, dtype=torch.int64), (rows.tokens == tokens.eos).cumsum(1)[:, :-1]], 1)  # before each token
+    ends = torch.cat(
+        [torch.zeros(2, 1, dtype=torch.int64), (rows.tokens == tokens.eos).cumsum(1)[:, :-1]], 1
+    )  # before each token
     cuts = run(world, lambda _: dataset.cut(rows, layout=ringx.Sharding(seqlen, world, layout)))
     for mine in cuts:
         assert torch.equal(mine.tokens, whole[:, mine.positions])
-        assert torch.equal(mine.labels, whole[:, mine.positions + 1])  # of a shard's last token: the next one, on another rank
+        assert torch.equal(
+            mine.labels, whole[:, mine.positions + 1]
+        )  # of a shard's last token: the next one, on another rank
         assert torch.equal(mine.documents, ends[:, mine.positions])
-    assert torch.equal(torch.cat([mine.positions for mine in cuts]).sort().values, torch.arange(seqlen))
+    assert torch.equal(
+        torch.cat([mine.positions for mine in cuts]).sort().values, torch.arange(seqlen)
+    )
 
 
 def test_the_loader_works_ahead(default):
@@ -293,7 +368,9 @@ def test_the_loader_works_ahead(default):
         assert not begun[3].is_set()  # one step, not more
         got = [first, *loader]
     want = [tokens.rows(n, global_batch=2, seqlen=8, seed=0, rows=range(2)) for n in range(1, 5)]
-    assert len(got) == 4 and all(torch.equal(a.tokens, b.tokens) for a, b in zip(got, want, strict=True))
+    assert len(got) == 4 and all(
+        torch.equal(a.tokens, b.tokens) for a, b in zip(got, want, strict=True)
+    )
 
 
 def test_the_loader_says_how_long_it_was_waited_for():
@@ -390,11 +467,21 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path, default):
 def test_the_command_in_another_process_gives_the_same_bytes(tmp_path):
     file = jsonl(tmp_path / "a.jsonl", DOCUMENTS * 5)
     prepare.prepare([file], tmp_path / "here", vocab=500)
-    command = [sys.executable, "apps/gpt/prepare.py", str(file), "--out", str(tmp_path / "there"), "--vocab", "500"]
+    command = [
+        sys.executable,
+        "apps/gpt/prepare.py",
+        str(file),
+        "--out",
+        str(tmp_path / "there"),
+        "--vocab",
+        "500",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "here") == contents(tmp_path / "there")
-    assert not done.stderr and "vocabulary" in done.stdout and "train" in done.stdout  # no bar where no one looks
+    assert (
+        not done.stderr and "vocabulary" in done.stdout and "train" in done.stdout
+    )  # no bar where no one looks
 
 
 def test_interrupted_it_leaves_nothing(tmp_path, monkeypatch, capsys):
@@ -406,7 +493,9 @@ def test_interrupted_it_leaves_nothing(tmp_path, monkeypatch, capsys):
         m.setattr(prepare._Stream, "close", stop)
         with pytest.raises(SystemExit) as left:
             prepare.main([str(file), "--out", str(tmp_path / "out")])
-    assert left.value.code == 130 and capsys.readouterr().err.endswith("interrupted; the same command starts over\n")
+    assert left.value.code == 130 and capsys.readouterr().err.endswith(
+        "interrupted; the same command starts over\n"
+    )
     assert [f.name for f in tmp_path.iterdir()] == ["a.jsonl"]
     assert prepare.main([str(file), "--out", str(tmp_path / "out")]) == 0
 
@@ -420,8 +509,14 @@ def test_a_second_time_nothing_is_done(tmp_path, monkeypatch):
     prepare.prepare([str(file)], str(out), tokenizer="bytes")
     assert {f: f.stat().st_mtime_ns for f in (out, *out.iterdir())} == before
     for change, message in (
-        ({"tokenizer": "bytes", "val_fraction": 0.2}, "prepared with val_fraction=0.05, not 0.2; name another folder, or delete"),
-        ({"tokenizer": "train", "vocab": 300}, "tokenizer='bytes', not 'train', vocab=None, not 300"),
+        (
+            {"tokenizer": "bytes", "val_fraction": 0.2},
+            "prepared with val_fraction=0.05, not 0.2; name another folder, or delete",
+        ),
+        (
+            {"tokenizer": "train", "vocab": 300},
+            "tokenizer='bytes', not 'train', vocab=None, not 300",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             prepare.prepare([file], out, **change)
@@ -488,27 +583,37 @@ def test_dataset_for(tmp_path):
     file = jsonl(tmp_path / "a.jsonl", DOCUMENTS * 3)
     made = dataset_for(str(file), tmp_path / "cache", vocab=280)
     assert made == tmp_path / "cache" and open_dataset(made).vocab == 280
-    assert dataset_for(str(made), tmp_path / "unused", vocab=5) == made and not (tmp_path / "unused").exists()
+    assert (
+        dataset_for(str(made), tmp_path / "unused", vocab=5) == made
+        and not (tmp_path / "unused").exists()
+    )
     assert dataset_for(str(file), tmp_path / "cache", vocab=280) == made
-    with pytest.raises(ValueError, match=r"--data: .*cache holds tokens that were prepared with vocab=280, not 290"):
+    with pytest.raises(
+        ValueError, match=r"--data: .*cache holds tokens that were prepared with vocab=280, not 290"
+    ):
         dataset_for(str(file), tmp_path / "cache", vocab=290)
     (tmp_path / "texts").mkdir()
     with pytest.raises(ValueError, match=r"--data: .*texts: the folder holds no files"):
         dataset_for(str(tmp_path / "texts"), tmp_path / "other", vocab=280)
     (tmp_path / "texts" / "a.md").write_text("ab")
-    assert open_dataset(dataset_for(str(tmp_path / "texts"), tmp_path / "other", vocab=9999)).vocab == 257  # no pair comes twice
+    assert (
+        open_dataset(dataset_for(str(tmp_path / "texts"), tmp_path / "other", vocab=9999)).vocab
+        == 257
+    )  # no pair comes twice
 
 
 def test_too_large_a_vocabulary_and_too_short_a_text(tmp_path):
     tokens = open_dataset(prepared(tmp_path, ["0123456789"], val_fraction=0.0))
     tokens.check_vocab(257)
     with pytest.raises(
-        ValueError, match=r"tokens of vocabulary 257, but the model's vocab=256 is smaller; take a model with vocab=257"
+        ValueError,
+        match=r"tokens of vocabulary 257, but the model's vocab=256 is smaller; take a model with vocab=257",
     ):
         tokens.check_vocab(256)
     expect_window(tokens, 10)
     with pytest.raises(
-        ValueError, match=r"has 11 train tokens, but one sequence of --seqlen 11 and its last label take 12; take a"
+        ValueError,
+        match=r"has 11 train tokens, but one sequence of --seqlen 11 and its last label take 12; take a",
     ):
         expect_window(tokens, 11)
     with pytest.raises(ValueError, match="take a shorter --seqlen"):
@@ -527,7 +632,9 @@ def flip(file: Path, at: int) -> None:
 def edit(folder: Path, **changed) -> None:
     """As an index of another version would be: whole, but different."""
     index = {**dataset.read_index(folder), **changed}
-    (folder / dataset.INDEX).write_text(json.dumps({**index, "sha256": dataset.index_digest(index)}))
+    (folder / dataset.INDEX).write_text(
+        json.dumps({**index, "sha256": dataset.index_digest(index)})
+    )
 
 
 @pytest.mark.parametrize(
@@ -541,20 +648,35 @@ def edit(folder: Path, **changed) -> None:
             lambda d: (d / "train-00001.bin").unlink(),
             r"train-00001\.bin of dataset\.json cannot be read: No such file or directory; delet",
         ),
-        (lambda d: (d / "train-documents.bin").write_bytes(b""), r"train-documents\.bin has 0 bytes, but"),
-        (lambda d: flip(d / "train-00001.bin", 33), r"train-00001\.bin is damaged: its sha256 differs"),
-        (lambda d: flip(d / "train-documents.bin", 9), r"train-documents\.bin is damaged: its sha256 differs"),
+        (
+            lambda d: (d / "train-documents.bin").write_bytes(b""),
+            r"train-documents\.bin has 0 bytes, but",
+        ),
+        (
+            lambda d: flip(d / "train-00001.bin", 33),
+            r"train-00001\.bin is damaged: its sha256 differs",
+        ),
+        (
+            lambda d: flip(d / "train-documents.bin", 9),
+            r"train-documents\.bin is damaged: its sha256 differs",
+        ),
         (lambda d: flip(d / "dataset.json", 200), r"dataset\.json is damaged"),
         (
             lambda d: (d / "dataset.json").write_bytes((d / "dataset.json").read_bytes()[:-50]),
             r"dataset\.json is damaged: .*; delete the",
         ),
-        (lambda d: (d / "dataset.json").write_text("[1]"), r"dataset\.json is of version None, but this program reads version 1"),
+        (
+            lambda d: (d / "dataset.json").write_text("[1]"),
+            r"dataset\.json is of version None, but this program reads version 1",
+        ),
         (
             lambda d: edit(d, version=2),
             r"dataset\.json is of version 2, but this program reads version 1; delete the folder and prepare",
         ),
-        (lambda d: (d / "dataset.json").unlink(), r"dataset\.json cannot be read: No such file or directory; make the folder with"),
+        (
+            lambda d: (d / "dataset.json").unlink(),
+            r"dataset\.json cannot be read: No such file or directory; make the folder with",
+        ),
     ],
 )
 def test_damaged_folders(harm, message, tmp_path):
@@ -577,7 +699,9 @@ def test_a_token_out_of_range_is_named(tmp_path):
     for at, wrong, first in ((90, 257, "90 is 257"), (77, 60_000, "77 is 60000")):
         file[at] = wrong
         file.flush()
-        with pytest.raises(ValueError, match=rf"train-00002\.bin: token {first}, but the vocabulary has 257"):
+        with pytest.raises(
+            ValueError, match=rf"train-00002\.bin: token {first}, but the vocabulary has 257"
+        ):
             open_dataset(folder).check_range()
 
 
@@ -596,15 +720,24 @@ def test_which_token_ends_a_text(tmp_path):
     t = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "STOP": 1}, unk_token="a"))
     t.add_special_tokens(["<s>"])
     t.save(str(tmp_path / "t.json"))
-    with pytest.raises(ValueError, match=r"t\.json: none of its special tokens \(<s>\) is one of .*</s>; name with --eos"):
+    with pytest.raises(
+        ValueError,
+        match=r"t\.json: none of its special tokens \(<s>\) is one of .*</s>; name with --eos",
+    ):
         prepared(tmp_path, ["a"], tokenizer=tmp_path / "t.json")
-    with pytest.raises(ValueError, match=r"eos='HALT' is no token of .*t\.json; its special tokens: <s>"):
+    with pytest.raises(
+        ValueError, match=r"eos='HALT' is no token of .*t\.json; its special tokens: <s>"
+    ):
         prepared(tmp_path, ["a"], tokenizer=tmp_path / "t.json", eos="HALT")
-    folder = prepared(tmp_path, ["a", "a"], tokenizer=tmp_path / "t.json", eos="STOP", val_fraction=0.0)
+    folder = prepared(
+        tmp_path, ["a", "a"], tokenizer=tmp_path / "t.json", eos="STOP", val_fraction=0.0
+    )
     assert stream(open_dataset(folder)) == [0, 1, 0, 1] and load_tokenizer(folder).eos == 1
     t.add_special_tokens(["</s>", "<|endoftext|>"])
     t.save(str(tmp_path / "t.json"))
-    assert open_dataset(prepared(tmp_path, ["a"], "second", tokenizer=tmp_path / "t.json")).eos == t.token_to_id("<|endoftext|>")
+    assert open_dataset(
+        prepared(tmp_path, ["a"], "second", tokenizer=tmp_path / "t.json")
+    ).eos == t.token_to_id("<|endoftext|>")
 
 
 @pytest.mark.parametrize(
@@ -614,37 +747,67 @@ def test_which_token_ends_a_text(tmp_path):
         ("{tmp}/empty", "the file is empty"),
         ("{tmp}/blank.jsonl", "no text in 1 file(s)"),
         ("{tmp}/nothing", "the folder holds no files"),
-        ("{tmp}/binary", "binary: is no UTF-8 text: byte 0xff at 1300000; convert it, or leave it out"),
+        (
+            "{tmp}/binary",
+            "binary: is no UTF-8 text: byte 0xff at 1300000; convert it, or leave it out",
+        ),
         ("{tmp}/cut", "cut: is no UTF-8 text: byte 0xc3 at 2"),
         ("{tmp}/a.jsonl {tmp}/invalid.jsonl", "invalid.jsonl, line 3: is no JSON: Expecting"),
-        ("{tmp}/a.jsonl --text-key body", "a.jsonl, line 1: has no 'body', only id, text; name the text with --text-key"),
+        (
+            "{tmp}/a.jsonl --text-key body",
+            "a.jsonl, line 1: has no 'body', only id, text; name the text with --text-key",
+        ),
         ("{tmp}/null.jsonl", "null.jsonl, line 2: 'text' is no text, but null"),
         ("{tmp}/list.jsonl", "list.jsonl, line 1: is no JSON object, but a list"),
-        ("{tmp}/half.jsonl", "half.jsonl, line 1: 'text' is no Unicode text: surrogates not allowed"),
+        (
+            "{tmp}/half.jsonl",
+            "half.jsonl, line 1: 'text' is no Unicode text: surrogates not allowed",
+        ),
         ("{tmp}/latin.jsonl", "latin.jsonl, line 1: is no JSON"),
         ("{tmp}/cut.jsonl.gz", "cut.jsonl.gz: cannot be read: Compressed file ended"),
         ("{tmp}/no.jsonl.gz", "no.jsonl.gz: cannot be read: Not a gzipped file"),
         ("{tmp}/no.parquet", "no.parquet: is no Parquet file that can be read"),
-        ("{tmp}/a.parquet", "a.parquet: has no column 'text', only body, count; name the text with --text-key"),
+        (
+            "{tmp}/a.parquet",
+            "a.parquet: has no column 'text', only body, count; name the text with --text-key",
+        ),
         ("{tmp}/a.parquet --text-key count", "a.parquet, row 1: 'count' is no text, but a int"),
         ("{tmp}/b.parquet --text-key body", "b.parquet, row 301: 'body' is no text, but null"),
         ("{tmp}/a.txt --text-key body", "text_key='body' is for JSONL and Parquet"),
         ("{tmp}/a.txt --val-fraction 1", "val_fraction=1.0 must be at least 0 and below 1"),
         ("{tmp}/a.txt --val-fraction nan", "val_fraction=nan must be"),
         ("{tmp}/a.txt --shard-tokens 0", "shard_tokens=0 must be at least 1"),
-        ("{tmp}/a.txt --vocab 256", "vocab=256 must be at least 257: each byte and <|end_of_text|>"),
+        (
+            "{tmp}/a.txt --vocab 256",
+            "vocab=256 must be at least 257: each byte and <|end_of_text|>",
+        ),
         (
             "{tmp}/a.txt --tokenizer bytes --vocab 300",
             "vocab=300 is of a tokenizer that is trained, but tokenizer='bytes' has its own",
         ),
         ("{tmp}/a.txt --tokenizer bytes --eos x", "eos='x' is for a tokenizer.json"),
-        ("{tmp}/a.txt --tokenizer {tmp}/missing.json", "missing.json: cannot be read: No such file"),
-        ("{tmp}/a.txt --tokenizer {tmp}/a.txt", "a.txt: is no tokenizer.json of the tokenizers library"),
+        (
+            "{tmp}/a.txt --tokenizer {tmp}/missing.json",
+            "missing.json: cannot be read: No such file",
+        ),
+        (
+            "{tmp}/a.txt --tokenizer {tmp}/a.txt",
+            "a.txt: is no tokenizer.json of the tokenizers library",
+        ),
         ("{tmp}/nothing/.. --out {tmp}/below", "lies within the input"),
-        ("{tmp}/a.txt --out {tmp}", "is a folder of something else, without a dataset.json; name a new or an empty one"),
+        (
+            "{tmp}/a.txt --out {tmp}",
+            "is a folder of something else, without a dataset.json; name a new or an empty one",
+        ),
         ("{tmp}/a.txt --out {tmp}/a.txt", "a.txt is a file; name a folder"),
-        ("{tmp}/a.txt --out {tmp}/a.txt/below", "is no directory and cannot be made: Not a directory"),
-        ("{tmp}/a.txt --out {tmp}/taken", "taken.partial, needed to write into, holds something else (mine); move it away"),
+        (
+            "{tmp}/a.txt --out {tmp}/a.txt/below",
+            "is no directory and cannot be made: Not a directory",
+        ),
+        (
+            "{tmp}/a.txt --out {tmp}/taken",
+            "taken.partial, needed to write into, holds something else (mine); move it away",
+        ),
         ("{tmp}/done", "done holds tokens that were prepared already; name text"),
     ],
 )
@@ -678,7 +841,12 @@ def test_mistakes_are_one_line_and_exit_2(arguments, message, tmp_path, capsys):
     before = sorted(tmp_path.rglob("*"))
     arguments = arguments.format(tmp=tmp_path).split()
     with pytest.raises(SystemExit) as stop:
-        prepare.main([*arguments, *([] if "--out" in arguments else ["--out", str(tmp_path / "new" / "out")])])
+        prepare.main(
+            [
+                *arguments,
+                *([] if "--out" in arguments else ["--out", str(tmp_path / "new" / "out")]),
+            ]
+        )
     assert stop.value.code == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1

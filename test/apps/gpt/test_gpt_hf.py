@@ -33,13 +33,24 @@ from apps.gpt.huggingface import (
 from apps.gpt.parallel import Attend, build
 from ringx.launch.mesh import Mesh, Shape
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # pytest undoes the filter of checkpoint.py
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:torch.distributed is disabled"
+)  # pytest undoes the filter of checkpoint.py
 transformers = pytest.importorskip(
-    "transformers", minversion="4.46", reason="transformers is not installed: no independent Llama to compare with"
+    "transformers",
+    minversion="4.46",
+    reason="transformers is not installed: no independent Llama to compare with",
 )
 
-MODEL = ModelConfig(dim=32, layers=2, heads=8, kv_heads=4, ffn=48, vocab=64, head_dim=16, rope_base=10_000.0)
-SCALED = {"rope_factor": 8.0, "rope_low": 1.0, "rope_high": 4.0, "rope_original": 32}  # most of the test's positions are beyond
+MODEL = ModelConfig(
+    dim=32, layers=2, heads=8, kv_heads=4, ffn=48, vocab=64, head_dim=16, rope_base=10_000.0
+)
+SCALED = {
+    "rope_factor": 8.0,
+    "rope_low": 1.0,
+    "rope_high": 4.0,
+    "rope_original": 32,
+}  # most of the test's positions are beyond
 S = 64
 
 
@@ -47,7 +58,9 @@ def random_weights(config: ModelConfig, dtype=torch.float32, seed=2) -> dict[str
     """Of a size that matters: fresh ones hardly attend, and norms are all one."""
     g = torch.Generator().manual_seed(seed)
     return {
-        name: ((torch.randn(shape, generator=g) * 0.25) + (1.0 if len(shape) == 1 else 0.0)).to(dtype)
+        name: ((torch.randn(shape, generator=g) * 0.25) + (1.0 if len(shape) == 1 else 0.0)).to(
+            dtype
+        )
         for name, shape in shapes(config).items()
     }
 
@@ -69,7 +82,9 @@ def theirs(config: ModelConfig, weights) -> "transformers.LlamaForCausalLM":
             eos_token_id=None,
         )
     ).eval()  # fmt: skip
-    state = {("" if name.startswith("lm_head") else "model.") + name: w for name, w in weights.items()}
+    state = {
+        ("" if name.startswith("lm_head") else "model.") + name: w for name, w in weights.items()
+    }
     missing, unexpected = llama.load_state_dict(state, strict=False)
     assert not unexpected and set(missing) <= ({"lm_head.weight"} if config.tied else set())
     return llama.to(next(iter(weights.values())).dtype)
@@ -144,11 +159,22 @@ def test_transformers_loads_what_we_write(folders, tmp_path):
         assert not (tmp_path / f"{case}.partial").exists()
         assert len(list(out.glob("model-*.safetensors"))) > 1
         llama, info = transformers.LlamaForCausalLM.from_pretrained(out, output_loading_info=True)
-        assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-        assert llama.dtype == torch.float32 and llama.config.eos_token_id == 3 and llama.config.bos_token_id is None
+        assert not any(
+            info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        ), info
+        assert (
+            llama.dtype == torch.float32
+            and llama.config.eos_token_id == 3
+            and llama.config.bos_token_id is None
+        )
         with torch.no_grad():
-            assert torch.equal(llama(tokens()).logits, want) or (llama(tokens()).logits - want).abs().max() < 1e-5
-        assert model_config(out) == replace(config, rope_original=config.rope_original if config.rope_factor != 1 else 8192)
+            assert (
+                torch.equal(llama(tokens()).logits, want)
+                or (llama(tokens()).logits - want).abs().max() < 1e-5
+            )
+        assert model_config(out) == replace(
+            config, rope_original=config.rope_original if config.rope_factor != 1 else 8192
+        )
 
 
 # ---- files
@@ -169,15 +195,25 @@ def all_of(folder: Path):
 def test_round_trip_is_bitwise(tied, tmp_path):
     """transformers' files -> ours -> Hugging Face's again, in the dtype that they have; through both commands."""
     config = replace(MODEL, tied=tied, **SCALED)
-    theirs(config, random_weights(config, torch.bfloat16)).save_pretrained(tmp_path / "hf", max_shard_size="10KB")
+    theirs(config, random_weights(config, torch.bfloat16)).save_pretrained(
+        tmp_path / "hf", max_shard_size="10KB"
+    )
     (tmp_path / "hf" / "tokenizer.json").write_text("{}")
     assert (tmp_path / "hf" / "model.safetensors.index.json").exists()
     assert convert.main(["from-hf", str(tmp_path / "hf"), str(tmp_path / "run")]) == 0
     assert convert.main(["to-hf", str(tmp_path / "run"), str(tmp_path / "back")]) == 0
     same(all_of(tmp_path / "hf"), all_of(tmp_path / "back"))
-    for path in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-00000000", tmp_path / "back"):
+    for path in (
+        tmp_path / "run",
+        tmp_path / "run" / "checkpoints" / "step-00000000",
+        tmp_path / "back",
+    ):
         source = open_model(path)
-        assert source.model == config and source.weights.dtype == torch.bfloat16 and source.seqlen == 256
+        assert (
+            source.model == config
+            and source.weights.dtype == torch.bfloat16
+            and source.seqlen == 256
+        )
         for name, shape in shapes(config).items():
             want = Weights(tmp_path / "hf")(name, torch.Size(shape))
             assert torch.equal(weights_for(path, config)(name, torch.Size(shape)), want)
@@ -189,7 +225,10 @@ def save_three(world, config, folder):
     mesh = Mesh.make(Shape(cp=2))
     attend = Attend(config, mesh)
     engine = build(config, mesh, attend)
-    mine, labels = (ringx.shard(x, group=mesh.cp, layout=attend.layout) for x in (tokens(), tokens().roll(-1, 1)))
+    mine, labels = (
+        ringx.shard(x, group=mesh.cp, layout=attend.layout)
+        for x in (tokens(), tokens().roll(-1, 1))
+    )
     where = ringx.positions(S, group=mesh.cp, layout=attend.layout)
     saved = []
     with Checkpoints(folder, world) as checkpoints:
@@ -215,7 +254,12 @@ def test_to_hf_takes_the_newest_good_checkpoint_of_any_mesh(tmp_path):
         got = all_of(tmp_path / out)
         same({name.removeprefix("model."): x for name, x in got.items()}, want)
     assert not torch.equal(states[0]["lm_head.weight"], states[1]["lm_head.weight"])
-    assert convert.main(["to-hf", str(folder / "step-00000002"), str(tmp_path / "bf16"), "--dtype", "bf16"]) == 0
+    assert (
+        convert.main(
+            ["to-hf", str(folder / "step-00000002"), str(tmp_path / "bf16"), "--dtype", "bf16"]
+        )
+        == 0
+    )
     got = all_of(tmp_path / "bf16")
     assert torch.equal(got["lm_head.weight"], states[1]["lm_head.weight"].bfloat16())
     assert json.loads((tmp_path / "bf16" / "config.json").read_text())["torch_dtype"] == "bfloat16"
@@ -236,14 +280,19 @@ def test_reads_lazily_one_file_or_many(tmp_path):
     for file in (tmp_path / "many").glob("model-*.safetensors"):
         if "model.norm.weight" not in load_file(file):
             file.unlink()
-    assert torch.equal(stored("norm.weight", weights["norm.weight"].shape), weights["norm.weight"])  # reads no other file
+    assert torch.equal(
+        stored("norm.weight", weights["norm.weight"].shape), weights["norm.weight"]
+    )  # reads no other file
 
 
 def test_what_is_left_out(tmp_path):
     """Frequencies that old files hold, and the output projection that is tied anyway."""
     save(tmp_path / "hf", MODEL, random_weights(MODEL), torch.float32)
     file = tmp_path / "hf" / "model.safetensors"
-    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8), "lm_head.weight": torch.ones(MODEL.vocab, MODEL.dim)}
+    extra = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+        "lm_head.weight": torch.ones(MODEL.vocab, MODEL.dim),
+    }
     save_file(load_file(file) | extra, file)
     Weights(tmp_path / "hf").check(shapes(MODEL))
     with pytest.raises(ValueError, match=r"lm_head\.weight is missing"):
@@ -255,30 +304,64 @@ def test_tokenizer_goes_along(tmp_path):
 
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.train_from_iterator(["some text to learn from, some text"], trainers.BpeTrainer(vocab_size=60, special_tokens=["</s>"]))
+    made.train_from_iterator(
+        ["some text to learn from, some text"],
+        trainers.BpeTrainer(vocab_size=60, special_tokens=["</s>"]),
+    )
     made.save(str(tmp_path / "tokenizer.json"))
-    save(tmp_path / "hf", MODEL, random_weights(MODEL), torch.float32, tokenizer=tmp_path / "tokenizer.json", bos=0, eos=[0, 5])
+    save(
+        tmp_path / "hf",
+        MODEL,
+        random_weights(MODEL),
+        torch.float32,
+        tokenizer=tmp_path / "tokenizer.json",
+        bos=0,
+        eos=[0, 5],
+    )
     source = open_model(tmp_path / "hf")
     assert (source.bos, source.eos) == (0, (0, 5))
     text = "some more text"
     ids = made.encode(text).ids
     assert open_tokenizer(source.tokenizer).encode(text) == ids
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "hf").encode(text, add_special_tokens=False) == ids
+    assert (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "hf").encode(
+            text, add_special_tokens=False
+        )
+        == ids
+    )
 
 
 # ---- configurations
 
 
 BASE = {
-    **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64},
-    **{"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 48, "rms_norm_eps": 1e-5},
+    **{
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "vocab_size": 64,
+    },
+    **{
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "intermediate_size": 48,
+        "rms_norm_eps": 1e-5,
+    },
     "tie_word_embeddings": True,
 }
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 
 
 def config_of(tmp_path, **changes):
-    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in (BASE | changes).items() if v != "absent"}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({k: v for k, v in (BASE | changes).items() if v != "absent"})
+    )
     return model_config(tmp_path)
 
 
@@ -297,26 +380,49 @@ def test_rope_in_both_spellings(rope, tmp_path):
 
 
 def test_defaults_are_those_of_transformers(tmp_path):
-    got = config_of(tmp_path, num_key_value_heads="absent", tie_word_embeddings="absent", rms_norm_eps="absent", head_dim=None)
-    theirs = transformers.LlamaConfig(**{k: BASE[k] for k in ("hidden_size", "num_attention_heads")})
-    assert got.kv_heads == theirs.num_key_value_heads == 8 and got.tied is theirs.tie_word_embeddings is False
+    got = config_of(
+        tmp_path,
+        num_key_value_heads="absent",
+        tie_word_embeddings="absent",
+        rms_norm_eps="absent",
+        head_dim=None,
+    )
+    theirs = transformers.LlamaConfig(
+        **{k: BASE[k] for k in ("hidden_size", "num_attention_heads")}
+    )
+    assert (
+        got.kv_heads == theirs.num_key_value_heads == 8
+        and got.tied is theirs.tie_word_embeddings is False
+    )
     assert got.norm_eps == theirs.rms_norm_eps and got.head_dim == theirs.head_dim == 4
     assert got.rope_base == 10_000.0 and got.rope_factor == 1.0
     assert config_of(tmp_path, rope_scaling=None, rope_theta=7.0).rope_base == 7.0
-    assert config_of(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 7.0}).rope_base == 7.0
+    assert (
+        config_of(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 7.0}).rope_base
+        == 7.0
+    )
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, r"MistralForCausalLM \(mistral\) is not Llama"),
+        (
+            {"architectures": ["MistralForCausalLM"], "model_type": "mistral"},
+            r"MistralForCausalLM \(mistral\) is not Llama",
+        ),
         ({"model_type": "qwen2"}, "qwen2"),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
         ({"mlp_bias": True}, "mlp_bias=True is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, only 'silu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "RoPE of type 'linear' is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "RoPE of type 'yarn' is not supported"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "RoPE of type 'linear' is not supported",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+            "RoPE of type 'yarn' is not supported",
+        ),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor is missing"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"hidden_size": "absent"}, "hidden_size is missing"),
@@ -326,7 +432,9 @@ def test_defaults_are_those_of_transformers(tmp_path):
 def test_configurations_that_are_refused(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message) as refusal:
         config_of(tmp_path, **changes)
-    assert str(refusal.value).startswith(str(tmp_path / "config.json")) and "\n" not in str(refusal.value)
+    assert str(refusal.value).startswith(str(tmp_path / "config.json")) and "\n" not in str(
+        refusal.value
+    )
 
 
 # ---- mistakes
@@ -343,15 +451,25 @@ def edit(folder, **changes):
     tensors = all_of(folder) | changes
     for file in folder.glob("model*"):
         file.unlink()
-    save_file({name: x for name, x in tensors.items() if x is not None}, folder / "model.safetensors")
+    save_file(
+        {name: x for name, x in tensors.items() if x is not None}, folder / "model.safetensors"
+    )
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_named(written):
-    names = {"model.norm.weight": None, "model.extra": torch.ones(1), "model.layers.1.mlp.up_proj.weight": torch.ones(3, 4)}
+    names = {
+        "model.norm.weight": None,
+        "model.extra": torch.ones(1),
+        "model.layers.1.mlp.up_proj.weight": torch.ones(3, 4),
+    }
     edit(written, **names)
     with pytest.raises(ValueError) as refusal:
         Weights(written).check(shapes(MODEL))
-    for part in ("norm.weight is missing", "extra is unexpected", "layers.1.mlp.up_proj.weight is [3, 4], not [48, 32]"):
+    for part in (
+        "norm.weight is missing",
+        "extra is unexpected",
+        "layers.1.mlp.up_proj.weight is [3, 4], not [48, 32]",
+    ):
         assert part in str(refusal.value)
     with pytest.raises(ValueError, match=r"norm\.weight is missing"):
         Weights(written)("norm.weight", torch.Size([32]))
@@ -362,8 +480,15 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(written):
 
 
 def test_weights_for_another_model_are_refused(written):
-    assert weights_for(written, replace(MODEL, rope_base=1e6, rope_factor=2.0)) is not None  # a longer context
-    for change in ({"heads": 4, "kv_heads": 2, "head_dim": 32}, {"vocab": 128}, {"norm_eps": 1e-6}, {"tied": False}):
+    assert (
+        weights_for(written, replace(MODEL, rope_base=1e6, rope_factor=2.0)) is not None
+    )  # a longer context
+    for change in (
+        {"heads": 4, "kv_heads": 2, "head_dim": 32},
+        {"vocab": 128},
+        {"norm_eps": 1e-6},
+        {"tied": False},
+    ):
         with pytest.raises(ValueError, match=f"has {next(iter(change))} "):
             weights_for(written, replace(MODEL, **change))
 
@@ -414,18 +539,26 @@ def test_mistakes_are_one_line_and_exit_2(written, tmp_path, capsys):
         (["from-hf", tmp_path / "pickled", out], "only pytorch_model.bin, which is not read"),
         (["from-hf", written, other], "is there already"),
         (["to-hf", tmp_path / "run", other], "is there already"),
-        (["to-hf", tmp_path / "run", out, "--step", "5"], "step-00000005 is not there; there are step-00000000, step-00000007"),
+        (
+            ["to-hf", tmp_path / "run", out, "--step", "5"],
+            "step-00000005 is not there; there are step-00000000, step-00000007",
+        ),
         (["to-hf", tmp_path / "run", out, "--step", "7"], "step-00000007' is no checkpoint"),
         (["to-hf", written, out, "--step", "5"], "--step 5"),
         (["to-hf", tmp_path / "run", out, "--dtype", "int4"], "--dtype"),
         (["to-hf", tmp_path / "run", out, "--max-shard-size", "big"], "max_shard_size='big'"),
-        (["to-hf", tmp_path / "run", out, "--tokenizer", tmp_path / "no.json"], "no.json is not there"),
+        (
+            ["to-hf", tmp_path / "run", out, "--tokenizer", tmp_path / "no.json"],
+            "no.json is not there",
+        ),
         ([], "to-hf|from-hf"),
     ):
         with pytest.raises(SystemExit) as stop:
             convert.main([str(a) for a in arguments])
         printed = capsys.readouterr()
-        assert stop.value.code == 2 and printed.err.count("\n") == 1 and message in printed.err, printed.err
+        assert stop.value.code == 2 and printed.err.count("\n") == 1 and message in printed.err, (
+            printed.err
+        )
         assert not out.exists() and not (tmp_path / "out.partial").exists()
 
 
@@ -441,6 +574,12 @@ def test_a_checkpoint_of_something_else(tmp_path):
 
 
 def test_runs_as_a_file(written, tmp_path):
-    command = [sys.executable, "apps/gpt/convert.py", "from-hf", str(written), str(tmp_path / "run")]
+    command = [
+        sys.executable,
+        "apps/gpt/convert.py",
+        "from-hf",
+        str(written),
+        str(tmp_path / "run"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "parameters" in done.stdout, done.stderr

@@ -22,17 +22,31 @@ from apps.gpt.data.prepare import prepare
 from apps.gpt.huggingface import open_model, save, shapes
 from apps.gpt.model import Llama
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # pytest undoes the filter of checkpoint.py
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:torch.distributed is disabled"
+)  # pytest undoes the filter of checkpoint.py
 
 MODEL = ModelConfig(
-    dim=32, layers=2, heads=8, kv_heads=4, ffn=48, vocab=300, head_dim=16, rope_base=10_000.0, rope_factor=8.0, rope_original=32
+    dim=32,
+    layers=2,
+    heads=8,
+    kv_heads=4,
+    ffn=48,
+    vocab=300,
+    head_dim=16,
+    rope_base=10_000.0,
+    rope_factor=8.0,
+    rope_original=32,
 )
 
 
 def random_weights(config: ModelConfig, seed=2) -> dict[str, torch.Tensor]:
     """Of a size that matters: fresh ones hardly attend, and norms are all one."""
     g = torch.Generator().manual_seed(seed)
-    return {n: torch.randn(shape, generator=g) * 0.25 + (len(shape) == 1) for n, shape in shapes(config).items()}
+    return {
+        n: torch.randn(shape, generator=g) * 0.25 + (len(shape) == 1)
+        for n, shape in shapes(config).items()
+    }
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -60,13 +74,21 @@ PROMPT = [5, 17, 250, 3, 99]
 
 
 def test_greedy_equals_transformers(folder):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed: nothing to compare with")
-    theirs = transformers.LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
-    want = theirs.generate(torch.tensor([PROMPT]), do_sample=False, max_new_tokens=60, pad_token_id=0)[0, len(PROMPT) :].tolist()
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed: nothing to compare with"
+    )
+    theirs = transformers.LlamaForCausalLM.from_pretrained(
+        folder, attn_implementation="eager"
+    ).eval()
+    want = theirs.generate(
+        torch.tensor([PROMPT]), do_sample=False, max_new_tokens=60, pad_token_id=0
+    )[0, len(PROMPT) :].tolist()
     assert len(want) == 60 and len(set(want)) > 5
     assert generate.generate(model_of(folder), PROMPT, 60, temperature=0) == want
     theirs.generation_config.eos_token_id = end = want[20]
-    short = theirs.generate(torch.tensor([PROMPT]), do_sample=False, max_new_tokens=60, pad_token_id=0)[0, len(PROMPT) :].tolist()
+    short = theirs.generate(
+        torch.tensor([PROMPT]), do_sample=False, max_new_tokens=60, pad_token_id=0
+    )[0, len(PROMPT) :].tolist()
     assert short == want[: want.index(end) + 1]
     assert generate.generate(model_of(folder), PROMPT, 60, temperature=0, eos=[end]) == short
 
@@ -88,7 +110,9 @@ def test_cached_logits_equal_recomputation(folder):
 
 def test_sampled_tokens_equal_those_without_cache(folder):
     model = model_of(folder, torch.float64)
-    got = generate.generate(model, PROMPT, 20, temperature=0.7, top_p=0.9, generator=torch.Generator().manual_seed(3))
+    got = generate.generate(
+        model, PROMPT, 20, temperature=0.7, top_p=0.9, generator=torch.Generator().manual_seed(3)
+    )
     again, tokens = torch.Generator().manual_seed(3), list(PROMPT)
     with torch.no_grad():
         for _ in range(20):
@@ -96,7 +120,9 @@ def test_sampled_tokens_equal_those_without_cache(folder):
             p = generate.probabilities(logits, 0.7, 0.9)
             tokens.append(int(torch.multinomial(p, 1, generator=again)))
     assert got == tokens[len(PROMPT) :]
-    assert got != generate.generate(model, PROMPT, 20, temperature=0.7, top_p=0.9, generator=torch.Generator().manual_seed(4))
+    assert got != generate.generate(
+        model, PROMPT, 20, temperature=0.7, top_p=0.9, generator=torch.Generator().manual_seed(4)
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
@@ -111,14 +137,26 @@ def test_probabilities_by_their_definition(temperature, top_p):
         total += p[i]
         if total >= top_p:
             break
-    want = torch.tensor([p[i] / total if i in kept else 0.0 for i in range(len(p))], dtype=torch.float64)
+    want = torch.tensor(
+        [p[i] / total if i in kept else 0.0 for i in range(len(p))], dtype=torch.float64
+    )
     got = generate.probabilities(torch.tensor(logits, dtype=torch.float64), temperature, top_p)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
 
 
 def test_likeliest_token_and_ties():
-    assert generate.probabilities(torch.tensor([0.0, 2.0, 2.0, 1.0]), 0, 0.5).tolist() == [0, 1, 0, 0]
-    assert generate.probabilities(torch.zeros(4), 1.0, 0.5).tolist() == [0.5, 0.5, 0, 0]  # the fewest that have half
+    assert generate.probabilities(torch.tensor([0.0, 2.0, 2.0, 1.0]), 0, 0.5).tolist() == [
+        0,
+        1,
+        0,
+        0,
+    ]
+    assert generate.probabilities(torch.zeros(4), 1.0, 0.5).tolist() == [
+        0.5,
+        0.5,
+        0,
+        0,
+    ]  # the fewest that have half
     assert generate.probabilities(torch.full((100_000,), 3.0).bfloat16(), 1.0, 1.0).min() > 0
 
 
@@ -128,7 +166,9 @@ class Fixed(Llama):
     logits = torch.tensor([0.0, 1.0, 2.0, 1.5, -1.0])
 
     def __init__(self):
-        super().__init__(ModelConfig(dim=5, layers=0 + 1, heads=1, kv_heads=1, ffn=2, vocab=5, head_dim=2), sdpa)
+        super().__init__(
+            ModelConfig(dim=5, layers=0 + 1, heads=1, kv_heads=1, ffn=2, vocab=5, head_dim=2), sdpa
+        )
         with torch.no_grad():
             for p in self.parameters():
                 p.zero_()
@@ -143,7 +183,9 @@ def test_what_is_drawn_has_that_distribution():
     model, n = Fixed(), 1000
     p = generate.probabilities(Fixed.logits, 0.8, 0.9)
     assert (p > 0).sum() == 3
-    drawn = generate.generate(model, [1], n, temperature=0.8, top_p=0.9, generator=torch.Generator().manual_seed(0))
+    drawn = generate.generate(
+        model, [1], n, temperature=0.8, top_p=0.9, generator=torch.Generator().manual_seed(0)
+    )
     counts = torch.tensor(drawn).bincount(minlength=5).double()
     assert (counts[p == 0] == 0).all()
     chi2 = ((counts - n * p) ** 2 / (n * p))[p > 0].sum()
@@ -169,7 +211,9 @@ def test_options_that_make_no_sense(wrong, message):
 def test_text_comes_in_whole_characters():
     text = "aé – 漢字 🙂 end"
     tokenizer = ByteTokenizer()
-    pieces = list(generate.texts(tokenizer, iter([*tokenizer.encode(text), 290, tokenizer.eos])))  # 290: no token of its
+    pieces = list(
+        generate.texts(tokenizer, iter([*tokenizer.encode(text), 290, tokenizer.eos]))
+    )  # 290: no token of its
     assert "".join(pieces) == text and "漢" in pieces and "🙂" in pieces
     cut = tokenizer.encode("é")[:1]
     assert "".join(generate.texts(tokenizer, iter(cut))) == "\ufffd"
@@ -177,7 +221,15 @@ def test_text_comes_in_whole_characters():
 
 def test_the_command_prints_the_text(folder, capsys):
     tokenizer, prompt = ByteTokenizer(), "some é"
-    arguments = [str(folder), "--prompt", prompt, "--tokens=30", "--temperature=0", "--tokenizer=bytes", "--device=cpu"]
+    arguments = [
+        str(folder),
+        "--prompt",
+        prompt,
+        "--tokens=30",
+        "--temperature=0",
+        "--tokenizer=bytes",
+        "--device=cpu",
+    ]
     assert generate.main(arguments) == 0
     want = generate.generate(model_of(folder), tokenizer.encode(prompt), 30, temperature=0, eos=[0])
     shown = tokenizer.decode([i for i in want if i < tokenizer.vocab])
@@ -202,7 +254,9 @@ def test_mistakes_of_generate_are_one_line_and_exit_2(folder, tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             generate.main([str(a) for a in arguments])
         printed = capsys.readouterr()
-        assert stop.value.code == 2 and printed.err.count("\n") == 1 and message in printed.err, printed.err
+        assert stop.value.code == 2 and printed.err.count("\n") == 1 and message in printed.err, (
+            printed.err
+        )
 
 
 # ---- evaluation
@@ -213,8 +267,14 @@ def text(tmp_path_factory):
     """Prepared bytes of random words, a tenth held back."""
     at = tmp_path_factory.mktemp("text")
     g = torch.Generator().manual_seed(0)
-    words = ["".join(chr(97 + int(c)) for c in torch.randint(0, 26, (5,), generator=g)) for _ in range(40)]
-    lines = [" ".join(words[int(i)] for i in torch.randint(0, 40, (12,), generator=g)) for _ in range(120)]
+    words = [
+        "".join(chr(97 + int(c)) for c in torch.randint(0, 26, (5,), generator=g))
+        for _ in range(40)
+    ]
+    lines = [
+        " ".join(words[int(i)] for i in torch.randint(0, 40, (12,), generator=g))
+        for _ in range(120)
+    ]
     (at / "text.txt").write_text("\n".join(lines))
     prepare([at / "text.txt"], at / "tokens", tokenizer="bytes", val_fraction=0.1)
     return at / "tokens"
@@ -237,7 +297,9 @@ def test_evaluation_equals_a_direct_computation(world, layout, folder, text):
     with torch.no_grad():
         model = model_of(folder, torch.float64)
         want = {c: direct(model, tokens, 128, 3, c) for c in (*contexts, 128)}
-    for got in run(world, lambda _: evaluate.evaluate(model_of(folder, torch.float64), tokens, **options)):
+    for got in run(
+        world, lambda _: evaluate.evaluate(model_of(folder, torch.float64), tokens, **options)
+    ):
         assert sorted(got) == [8, 32, 64, 128]
         for context, mean in got.items():
             torch.testing.assert_close(mean, want[context].mean(0), rtol=0, atol=1e-10)
@@ -245,7 +307,9 @@ def test_evaluation_equals_a_direct_computation(world, layout, folder, text):
     assert len(rows) == 4 * 9
     for (context, start, end), row in rows.items():
         assert math.isclose(row["loss"], want[context][:, start:end].mean().item(), rel_tol=1e-10)
-        assert math.isclose(row["perplexity"], math.exp(row["loss"])) and row["tokens"] == 3 * (end - start)
+        assert math.isclose(row["perplexity"], math.exp(row["loss"])) and row["tokens"] == 3 * (
+            end - start
+        )
     assert rows[8, 0, 1]["loss"] == pytest.approx(rows[128, 0, 1]["loss"])  # no other context yet
     assert abs(rows[8, 64, 128]["loss"] - rows[128, 64, 128]["loss"]) > 1e-3
 
@@ -278,23 +342,45 @@ def test_table_fits_100_columns():
 
 @pytest.mark.parametrize("folder", [True], indirect=True, ids=["tied"])
 def test_the_command_on_two_processes_equals_one(folder, text, tmp_path):
-    arguments = f"--data {text} --seqlen 96 --windows 2 --contexts 48,12 --dtype fp64 --device cpu".split()
+    arguments = (
+        f"--data {text} --seqlen 96 --windows 2 --contexts 48,12 --dtype fp64 --device cpu".split()
+    )
     found = []
     for nproc in (1, 2):
         out = tmp_path / str(nproc)
-        command = [sys.executable, "apps/gpt/evaluate.py", str(folder), *arguments, "--out", str(out), "--nproc", str(nproc)]
+        command = [
+            sys.executable,
+            "apps/gpt/evaluate.py",
+            str(folder),
+            *arguments,
+            "--out",
+            str(out),
+            "--nproc",
+            str(nproc),
+        ]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
-        assert f"2 windows of 96 tokens of {open_dataset(text).source} (val), {nproc} rank(s)" in done.stdout
+        assert (
+            f"2 windows of 96 tokens of {open_dataset(text).source} (val), {nproc} rank(s)"
+            in done.stdout
+        )
         found.append(json.loads((out / "evaluation.json").read_text()))
-        assert f"{found[-1]['rows'][-1]['loss']:.4f}" in done.stdout and "perplexity of all" in done.stdout
+        assert (
+            f"{found[-1]['rows'][-1]['loss']:.4f}" in done.stdout
+            and "perplexity of all" in done.stdout
+        )
     one, two = (r["rows"] for r in found)
     assert len(one) == len(two) == 3 * 9
     for a, b in zip(one, two, strict=True):
         assert math.isclose(a.pop("loss"), b.pop("loss"), rel_tol=1e-10)
         assert math.isclose(a.pop("perplexity"), b.pop("perplexity"), rel_tol=1e-8) and a == b
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: no figures")
-    assert {p.name for p in out.iterdir()} == {"evaluation.json", "perplexity.png", "perplexity.svg", "perplexity.csv"}
+    assert {p.name for p in out.iterdir()} == {
+        "evaluation.json",
+        "perplexity.png",
+        "perplexity.svg",
+        "perplexity.csv",
+    }
 
 
 def test_mistakes_of_evaluate_are_one_line_and_exit_2(folder, text, tmp_path, capsys):
@@ -321,4 +407,6 @@ def test_mistakes_of_evaluate_are_one_line_and_exit_2(folder, text, tmp_path, ca
         with pytest.raises(SystemExit) as stop:
             sys.exit(evaluate.main([*arguments, "--device", "cpu"]))
         printed = capsys.readouterr()
-        assert stop.value.code == 2 and printed.err.count("\n") == 1 and message in printed.err, printed.err
+        assert stop.value.code == 2 and printed.err.count("\n") == 1 and message in printed.err, (
+            printed.err
+        )

@@ -27,7 +27,9 @@ def problem():
 
 
 def whole(x, head, labels, reduction="sum"):
-    return F.cross_entropy(F.linear(x, head).flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction=reduction)
+    return F.cross_entropy(
+        F.linear(x, head).flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction=reduction
+    )
 
 
 def graded(loss, x, head, labels):
@@ -44,7 +46,9 @@ def test_equals_torch_on_whole_logits(chunk, problem):
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     each = token_losses(*problem, chunk=chunk)
-    torch.testing.assert_close(each.flatten(), whole(*problem, reduction="none"), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        each.flatten(), whole(*problem, reduction="none"), rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -71,7 +75,9 @@ def test_vocabulary_cut_over_ranks(world, problem):
         for a, b in zip((out, dx, dw), want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(logits, F.linear(x, head), rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(each.flatten(), whole(*problem, reduction="none"), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            each.flatten(), whole(*problem, reduction="none"), rtol=1e-12, atol=1e-12
+        )
 
 
 def test_large_logits_neither_overflow_nor_lose_the_label(problem):
@@ -93,9 +99,14 @@ def test_in_bfloat16_sums_are_of_fp32(problem):
 
 def test_logits_never_exist_all_at_once():
     tokens, vocab, width, chunk = 512, 4096, 16, 32
-    x, head = torch.randn(1, tokens, width, requires_grad=True), torch.randn(vocab, width, requires_grad=True)
+    x, head = (
+        torch.randn(1, tokens, width, requires_grad=True),
+        torch.randn(vocab, width, requires_grad=True),
+    )
     labels = torch.randint(vocab, (1, tokens))
-    peak, _ = peak_bytes(lambda: head_loss(x, head, labels, chunk=chunk).backward(), torch.device("cpu"))
+    peak, _ = peak_bytes(
+        lambda: head_loss(x, head, labels, chunk=chunk).backward(), torch.device("cpu")
+    )
     kept = 4 * (2 * tokens * width + 4 * vocab * width)  # dx, dW and their copies on the way back
     assert peak <= kept + 3 * chunk * vocab * 4 < tokens * vocab * 4 / 2
 

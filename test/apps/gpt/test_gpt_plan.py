@@ -48,7 +48,9 @@ def measure(rank: int, c: Config, shape: Shape) -> tuple[int, float, float]:
     attend = Attend(c, mesh)
     _, micro, passes = c.plan_batch(shape)
     watch = Lifetimes()
-    engine = build(c, mesh, attend, weights=lambda name, size: torch.full(size, 0.01), allocating=watch)
+    engine = build(
+        c, mesh, attend, weights=lambda name, size: torch.full(size, 0.01), allocating=watch
+    )
     attend.check = False
     with watch:
         size = (micro, attend.layout.size(mesh.cp_rank))
@@ -89,15 +91,23 @@ def test_peak_and_bytes_of_attention_are_those_of_a_real_run(shape, changes):
     c = config().changed(changes)
     real, plan = measured(c, shape)[0], make_plan(c, shape)
     assert plan.memory.peak == pytest.approx(real[0], rel=0.03)
-    sent = [sum(plan.sent.get(f"attention {direction}", {}).values()) for direction in ("forward", "backward")]
+    sent = [
+        sum(plan.sent.get(f"attention {direction}", {}).values())
+        for direction in ("forward", "backward")
+    ]
     assert sent == pytest.approx(real[1:])
 
 
 @pytest.mark.parametrize("algorithm", ringx.algorithms())
 def test_bytes_equal_closed_forms(algorithm):
-    shape, c = Shape(4, 1, 2), config(algorithm=algorithm, checkpointing="selective", global_batch=4)
+    shape, c = (
+        Shape(4, 1, 2),
+        config(algorithm=algorithm, checkpointing="selective", global_batch=4),
+    )
     plans = [make_plan(c, shape, rank) for rank in range(4)]
-    form = ringx.algorithms()[algorithm].bytes(2, 512, MODEL.heads, MODEL.kv_heads, MODEL.head_dim, 4, 4, True, "zigzag")
+    form = ringx.algorithms()[algorithm].bytes(
+        2, 512, MODEL.heads, MODEL.kv_heads, MODEL.head_dim, 4, 4, True, "zigzag"
+    )
     for direction, want in zip(("forward", "backward"), form, strict=True):
         got = [sum(p.sent[f"attention {direction}"].values()) for p in plans]
         assert sum(got) / 4 == pytest.approx(MODEL.layers * want)
@@ -118,7 +128,9 @@ def test_what_is_kept_equals_closed_forms(engine):
     tensors = 2 + 9 * MODEL.layers + 1
     assert plan.memory.parameters == plan.memory.gradients == 4 * number
     assert plan.memory.optimizer == 2 * 4 * number + 4 * tensors  # and each one's count of steps
-    assert plan.memory.remote_blocks == 2 * 2 * 512 * MODEL.kv_heads * MODEL.head_dim * 4 // 2  # all keys and values of a sequence
+    assert (
+        plan.memory.remote_blocks == 2 * 2 * 512 * MODEL.kv_heads * MODEL.head_dim * 4 // 2
+    )  # all keys and values of a sequence
     if engine == "ddp":
         assert plan.sent["gradients"] == {"all_reduce": 2 * 4 * number * 3 / 4}
 
@@ -135,9 +147,15 @@ def test_passes_are_multiplied():
 def test_a_rank_of_four_holds_little_more_than_one_process_with_its_tokens():
     """With four times the tokens on four ranks: memory per rank does not grow with the sequence."""
     model = replace(MODEL, kv_heads=1)
-    alone, four = (config(model, seqlen=s, global_batch=1, checkpointing="selective", mlp_tiles=2) for s in (512, 2048))
+    alone, four = (
+        config(model, seqlen=s, global_batch=1, checkpointing="selective", mlp_tiles=2)
+        for s in (512, 2048)
+    )
     assert max(r[0] for r in measured(four, Shape(4))) <= 1.15 * measured(alone, Shape())[0][0]
-    alone, four = (config(model, seqlen=s, global_batch=1, checkpointing="selective", mlp_tiles=2) for s in (2048, 8192))
+    alone, four = (
+        config(model, seqlen=s, global_batch=1, checkpointing="selective", mlp_tiles=2)
+        for s in (2048, 8192)
+    )
     assert make_plan(four, Shape(4)).memory.peak <= 1.15 * make_plan(alone, Shape()).memory.peak
 
 
@@ -150,7 +168,9 @@ def test_8b_at_a_million_tokens_on_4096_ranks():
     assert plan.tokens == 32 * 2**20
     # shards are padded, and a dimension of 1,024 cannot be cut over 4,096 ranks: rank 0 has a row of it
     assert 1 < plan.memory.parameters / (plan.parameters * 4 / 4096) < 1.5
-    assert plan.memory.remote_blocks == 2 * 2**20 * 8 * 128 * 2  # keys and values of the whole sequence in bf16
+    assert (
+        plan.memory.remote_blocks == 2 * 2**20 * 8 * 128 * 2
+    )  # keys and values of the whole sequence in bf16
     assert 10 * gib < plan.memory.peak < 64 * gib
     form = ringx.algorithms()["ringx3"].bytes(1, 2**20, 32, 8, 128, 128, 2, True)
     assert sum(plan.sent["attention forward"].values()) == 4 * form[0]
@@ -202,7 +222,9 @@ def test_lifetimes_heed_resized_storages():
 
 def plain(q, k, v):
     heads = (x.transpose(1, 2) for x in (q, k, v))
-    return torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).transpose(1, 2)
+    return torch.nn.functional.scaled_dot_product_attention(
+        *heads, is_causal=True, enable_gqa=True
+    ).transpose(1, 2)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -211,7 +233,10 @@ def test_flops_and_parameters_are_those_that_torch_counts(tied):
     llama = Llama.make(model, plain, seed=0, dtype=torch.float32)
     assert parameters(model).total == sum(p.numel() for p in llama.parameters())
     S = 256
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # those of its kernel for CPUs it does not know
+    with (
+        FlopCounterMode(display=False) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):  # those of its kernel for CPUs it does not know
         llama(torch.zeros(2, S, dtype=torch.long), torch.arange(S)).sum().backward()
     per_token = flops_per_token(model, S)
     assert counter.get_total_flops() == 2 * S * per_token.full

@@ -36,12 +36,20 @@ def record(height, width, degrees=360.0, times=48):
     from where they are."""
     lat, lon = np.linspace(70, -60, height), np.arange(width) * degrees / width
     time = np.datetime64("2001-01-01", "ns") + np.arange(times) * np.timedelta64(6, "h")
-    angle = 2 * np.pi * (lon[None] / degrees - np.arange(times)[:, None] / 15)[:, None] + lat[:, None] / 30
+    angle = (
+        2 * np.pi * (lon[None] / degrees - np.arange(times)[:, None] / 15)[:, None]
+        + lat[:, None] / 30
+    )
     noise = np.random.default_rng(0).standard_normal((2, times, height, width)) / 10
     grid = ("latitude", "longitude")
-    fields = {n: (("time", *grid), (f(angle) + e).astype("f4")) for n, f, e in zip("uv", (np.sin, np.cos), noise, strict=True)}
+    fields = {
+        n: (("time", *grid), (f(angle) + e).astype("f4"))
+        for n, f, e in zip("uv", (np.sin, np.cos), noise, strict=True)
+    }
     static = np.random.default_rng(1).random((height, width)).astype("f4")
-    return xr.Dataset({**fields, "lsm": (grid, static)}, {"time": time, "latitude": lat, "longitude": lon})
+    return xr.Dataset(
+        {**fields, "lsm": (grid, static)}, {"time": time, "latitude": lat, "longitude": lon}
+    )
 
 
 class Opened:
@@ -50,8 +58,15 @@ class Opened:
     def __init__(self, folder, data, **how):
         data.to_netcdf(folder / "a.nc")
         self.config, self.fields = DataConfig(**how), open_fields(folder / "a.nc")
-        made = statistics(self.fields, parts_of(self.fields, self.config)["train"], self.config.hours(), cache=None)
-        self.train, self.val = (samples_of(self.fields, self.config, made, part) for part in ("train", "val"))
+        made = statistics(
+            self.fields,
+            parts_of(self.fields, self.config)["train"],
+            self.config.hours(),
+            cache=None,
+        )
+        self.train, self.val = (
+            samples_of(self.fields, self.config, made, part) for part in ("train", "val")
+        )
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +77,9 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two_leads(tmp_path_factory):
-    return Opened(tmp_path_factory.mktemp("leads"), record(16, 32), leads="12,6", history="6", base="damped")
+    return Opened(
+        tmp_path_factory.mktemp("leads"), record(16, 32), leads="12,6", history="6", base="damped"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +90,11 @@ def region(tmp_path_factory):
 
 def config(data, model=None, mesh=None, **changes) -> Config:
     c = Config(
-        "test", replace(MODEL, **(model or {})), data.config, replace(TRAIN, **changes), replace(MeshConfig(), **(mesh or {}))
+        "test",
+        replace(MODEL, **(model or {})),
+        data.config,
+        replace(TRAIN, **changes),
+        replace(MeshConfig(), **(mesh or {})),
     )
     return fitted(c, data.fields, data.train)
 
@@ -88,8 +109,13 @@ def trained(shape: Shape, c: Config, data, **how):
         train(c, data.train, mesh, engine, attend, on_step=records.append, **how)
         named = list(engine.module.named_parameters())
         # cloned: what nobody looks at is never waited for, and keeps its process group (and threads) alive
-        whole = {n: (p.full_tensor().clone() if hasattr(p, "full_tensor") else p).detach() for n, p in named}
-        parts = {n: (p.to_local() if hasattr(p, "to_local") else p).detach().clone() for n, p in named}
+        whole = {
+            n: (p.full_tensor().clone() if hasattr(p, "full_tensor") else p).detach()
+            for n, p in named
+        }
+        parts = {
+            n: (p.to_local() if hasattr(p, "to_local") else p).detach().clone() for n, p in named
+        }
         return records, whole, parts, (mesh.cp_rank, mesh.tp_rank, mesh.dp_rank)
 
     return run(shape.world_size, rank, timeout=120)
@@ -134,11 +160,16 @@ def plain_vit(p, x, c: ModelConfig):
 
     def norm(name, x):
         x = x - x.mean(-1, keepdim=True)
-        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * p[f"{name}.weight"] + p[f"{name}.bias"]
+        return (
+            x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * p[f"{name}.weight"]
+            + p[f"{name}.bias"]
+        )
 
     def attention(name, x):
         B, S, _ = x.shape
-        q, k, v = (linear(f"{name}.{n}_proj", x).view(B, S, c.heads, -1).transpose(1, 2) for n in "qkv")
+        q, k, v = (
+            linear(f"{name}.{n}_proj", x).view(B, S, c.heads, -1).transpose(1, 2) for n in "qkv"
+        )
         seen = (q @ k.transpose(2, 3) / math.sqrt(c.dim // c.heads)).softmax(-1)
         return linear(f"{name}.o_proj", (seen @ v).transpose(1, 2).reshape(B, S, -1))
 
@@ -151,14 +182,19 @@ def plain_vit(p, x, c: ModelConfig):
             for i in range(n):
                 for half, number in enumerate(divmod(token, columns)):
                     angle = number / 10_000 ** (i / n)
-                    places[token, 2 * half * n + i], places[token, (2 * half + 1) * n + i] = math.sin(angle), math.cos(angle)
+                    places[token, 2 * half * n + i], places[token, (2 * half + 1) * n + i] = (
+                        math.sin(angle),
+                        math.cos(angle),
+                    )
     x = linear("embed", plain_patches(x, c.patch, c.periodic)) + places
     for i in range(c.layers):
         x = x + attention(f"layers.{i}.attn", norm(f"layers.{i}.norm_attn", x))
         h = linear(f"layers.{i}.mlp.up_proj", norm(f"layers.{i}.norm_mlp", x))
         x = x + linear(f"layers.{i}.mlp.down_proj", h * 0.5 * (1 + torch.erf(h / math.sqrt(2))))
     x = linear("head", norm("norm", x)).transpose(1, 2)
-    return F.fold(x, (rows * c.patch, columns * c.patch), c.patch, stride=c.patch)[..., : c.height, : c.width]
+    return F.fold(x, (rows * c.patch, columns * c.patch), c.patch, stride=c.patch)[
+        ..., : c.height, : c.width
+    ]
 
 
 def plain_errors(p, samples, t0s, m):
@@ -170,7 +206,8 @@ def plain_errors(p, samples, t0s, m):
 
 
 @pytest.mark.parametrize(
-    "data, patch, positions", [("two_leads", 3, "learned"), ("small", 4, "sinusoidal"), ("region", 8, "learned")]
+    "data, patch, positions",
+    [("two_leads", 3, "learned"), ("small", 4, "sinusoidal"), ("region", 8, "learned")],
 )
 def test_equals_a_plain_vit(data, patch, positions, request):
     """The whole recipe once more: patches, attention, loss, clipping and schedule written out, torch's own AdamW."""
@@ -178,10 +215,17 @@ def test_equals_a_plain_vit(data, patch, positions, request):
     c = config(data, {"patch": patch, "positions": positions}, clip=0.2)
     m, t = c.model, c.train
     records, got, *_ = alone(c, data)
-    p = {name: torch.nn.Parameter(first_weight(name, x.shape, m, t.seed).double()) for name, x in got.items()}
-    matrices, others = ([x for x in p.values() if (x.dim() > 1) == wanted] for wanted in (True, False))
+    p = {
+        name: torch.nn.Parameter(first_weight(name, x.shape, m, t.seed).double())
+        for name, x in got.items()
+    }
+    matrices, others = (
+        [x for x in p.values() if (x.dim() > 1) == wanted] for wanted in (True, False)
+    )
     optimizer = torch.optim.AdamW(
-        [{"params": matrices}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.95), weight_decay=0.1
+        [{"params": matrices}, {"params": others, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+        weight_decay=0.1,
     )
     for step, r in enumerate(records):
         loss = plain_errors(p, data.train, data.train.rows(step, 2, t.seed), m).mean()
@@ -190,7 +234,11 @@ def test_equals_a_plain_vit(data, patch, positions, request):
         norm = torch.cat([x.grad.flatten() for x in p.values()]).norm().item()
         for x in p.values():
             x.grad *= min(1.0, 0.2 / norm)
-        lr = 1e-2 * (step + 1) / 3 if step < 3 else 1e-2 * (0.55 + 0.45 * math.cos(math.pi * (step - 2) / 17))
+        lr = (
+            1e-2 * (step + 1) / 3
+            if step < 3
+            else 1e-2 * (0.55 + 0.45 * math.cos(math.pi * (step - 2) / 17))
+        )
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -263,7 +311,11 @@ def divided(small):
     return alone(config(small), small)
 
 
-@pytest.mark.parametrize("shape, engine", [(Shape(2), "ddp"), (Shape(2, 1, 2), "ddp"), (Shape(2, 1, 2, 2), "fsdp")], ids=str)
+@pytest.mark.parametrize(
+    "shape, engine",
+    [(Shape(2), "ddp"), (Shape(2, 1, 2), "ddp"), (Shape(2, 1, 2, 2), "fsdp")],
+    ids=str,
+)
 def test_replicas_stay_bitwise_the_same_for_twenty_steps(shape, engine, small, divided):
     """Of what several ranks hold: with DDP everything, with replicas of shards what has the same cp rank."""
     ranks = trained(shape, config(small, mesh={"dp_engine": engine}), small)
@@ -288,7 +340,10 @@ def test_any_order_of_the_axes(small):
     "shape, how",
     [
         (Shape(2), {"optimizer": "lamb", "checkpointing": "full", "mlp_tiles": 5}),
-        (Shape(2, 2), {"checkpointing": "selective", "mlp_tiles": 3, "micro_batch": 1}),  # 33 tokens, 17 between the matrices
+        (
+            Shape(2, 2),
+            {"checkpointing": "selective", "mlp_tiles": 3, "micro_batch": 1},
+        ),  # 33 tokens, 17 between the matrices
         (Shape(1, 2), {"optimizer": "lamb", "micro_batch": 1}),
     ],
     ids=str,
@@ -306,16 +361,24 @@ def two_steps(small):
 
 
 @pytest.mark.parametrize(
-    "algorithm, layout", [*((a, "contiguous") for a in ringx.algorithms()), ("ringx3", "zigzag"), ("ringx4", "striped")]
+    "algorithm, layout",
+    [*((a, "contiguous") for a in ringx.algorithms()), ("ringx3", "zigzag"), ("ringx4", "striped")],
 )
 def test_every_algorithm_and_layout(algorithm, layout, small, two_steps, monkeypatch):
     seen, attention = [], ringx.attention
-    monkeypatch.setattr(ringx, "attention", lambda *qkv, **kw: (seen.append(kw), attention(*qkv, **kw))[1])
+    monkeypatch.setattr(
+        ringx, "attention", lambda *qkv, **kw: (seen.append(kw), attention(*qkv, **kw))[1]
+    )
     overlap = layout == "contiguous"
     c = config(small, {"patch": 3}, steps=2, algorithm=algorithm, layout=layout, overlap=overlap)
     for rank in trained(Shape(2), c, small):
         expect_same(two_steps, rank)
-    want = {"algorithm": algorithm, "layout": ringx.Sharding(66, 2, layout), "overlap": overlap, "causal": False}
+    want = {
+        "algorithm": algorithm,
+        "layout": ringx.Sharding(66, 2, layout),
+        "overlap": overlap,
+        "causal": False,
+    }
     assert len(seen) == 2 * 2 * 2 and all(kw.items() >= want.items() for kw in seen)
 
 
@@ -335,9 +398,15 @@ def test_seed_changes_weights_and_order(small):
 def test_fp32_and_bf16_keep_fp32_parameters(engine, small, monkeypatch):
     wide = alone(config(small, steps=6), small)
     seen, attention = [], ringx.attention
-    monkeypatch.setattr(ringx, "attention", lambda q, k, v, **kw: (seen.append(q.dtype), attention(q, k, v, **kw))[1])
+    monkeypatch.setattr(
+        ringx,
+        "attention",
+        lambda q, k, v, **kw: (seen.append(q.dtype), attention(q, k, v, **kw))[1],
+    )
     for dtype, tolerance in (("float32", 1e-4), ("bfloat16", 3e-2)):
-        got = trained(Shape(2), config(small, steps=6, dtype=dtype, mesh={"dp_engine": engine}), small)[0]
+        got = trained(
+            Shape(2), config(small, steps=6, dtype=dtype, mesh={"dp_engine": engine}), small
+        )[0]
         assert {p.dtype for p in got[1].values()} == {torch.float32}
         for x, y in zip(wide[0], got[0], strict=True):
             assert math.isclose(x["loss"], y["loss"], rel_tol=tolerance)
@@ -357,10 +426,14 @@ def test_validation_equals_that_of_a_plain_vit_on_any_mesh(two_leads):
     assert last["val_loss"] == pytest.approx(errors.mean().item(), rel=1e-10)
 
     inputs = torch.from_numpy(data.val.get(starts)[0]).double()
-    forecast = data.val.to_fields(plain_vit(one[1], inputs, c.model).unflatten(1, (2, 2)).numpy(), starts)
+    forecast = data.val.to_fields(
+        plain_vit(one[1], inputs, c.model).unflatten(1, (2, 2)).numpy(), starts
+    )
     weights = (w := np.cos(np.deg2rad(np.linspace(70, -60, 16)))) / w.mean()
     for i, lead in enumerate((12, 6)):
-        squares = (forecast[:, i] - data.fields.read(starts + lead // 6)).astype(float) ** 2 * weights[:, None]
+        squares = (forecast[:, i] - data.fields.read(starts + lead // 6)).astype(
+            float
+        ) ** 2 * weights[:, None]
         for name, value in zip("uv", np.sqrt(squares.mean((0, 2, 3))), strict=True):
             assert last[f"val_rmse/{name}+{lead}h"] == pytest.approx(value, rel=1e-5)
     assert sum(key.startswith("val_rmse/") for key in last) == 4
@@ -429,7 +502,10 @@ def test_fewer_tokens_than_tp(tmp_path):
 
 
 @pytest.mark.parametrize("periodic", [True, False])
-@pytest.mark.parametrize("height, width, patch", [(16, 32, 4), (16, 32, 3), (33, 49, 1), (33, 49, 8), (5, 7, 5), (1, 9, 1)])
+@pytest.mark.parametrize(
+    "height, width, patch",
+    [(16, 32, 4), (16, 32, 3), (33, 49, 1), (33, 49, 8), (5, 7, 5), (1, 9, 1)],
+)
 def test_join_is_the_inverse_of_cut(height, width, patch, periodic):
     p = Patches(height, width, patch, periodic)
     x = torch.arange(2.0 * 3 * height * width).view(2, 3, height, width)
@@ -457,13 +533,19 @@ def test_a_grid_goes_on_around_the_globe_or_as_it_ends():
 def test_what_is_added_has_no_weight(height, width, patch):
     p = Patches(height, width, patch, periodic=True)
     ones = p.cut_weights(torch.ones(height))
-    assert ones.shape == (p.tokens, patch**2) and ones.sum() == height * width and set(ones.unique().tolist()) <= {0.0, 1.0}
+    assert (
+        ones.shape == (p.tokens, patch**2)
+        and ones.sum() == height * width
+        and set(ones.unique().tolist()) <= {0.0, 1.0}
+    )
     cosine = np.cos(np.linspace(-1.5, 1.5, height))
     weights = p.cut_weights(torch.from_numpy(cosine / cosine.mean()))
     assert weights.sum().item() == pytest.approx(height * width, rel=1e-14)
     assert torch.equal(weights != 0, ones != 0)
     below = p.cut_weights(torch.arange(1.0, height + 1))
-    assert torch.equal(p.join(below)[0], torch.arange(1.0, height + 1)[:, None].expand(height, width))
+    assert torch.equal(
+        p.join(below)[0], torch.arange(1.0, height + 1)[:, None].expand(height, width)
+    )
     some = torch.tensor([p.tokens - 1, 0])
     assert torch.equal(p.cut_weights(torch.ones(height), some), ones[some])
 
@@ -475,11 +557,31 @@ def test_what_is_added_has_no_weight(height, width, patch):
     "sizes, model, changes, words",
     [
         ((1, 3, 1), {}, {}, "tp=3 does not divide heads=4 of the model; take a smaller --tp."),
-        ((1, 4, 1), {"ffn": 18}, {}, "tp=4 does not divide ffn=18 of the model; take a smaller --tp."),
-        ((33, 1, 1), {}, {}, "cp=33 is more than the 32 tokens of a field; take a smaller --cp or --patch."),
-        ((1, 2, 1), {}, {"mesh": {"dp_engine": "ddp"}}, "dp_engine=ddp cannot be combined with tp=2; use --dp-engine fsdp."),
+        (
+            (1, 4, 1),
+            {"ffn": 18},
+            {},
+            "tp=4 does not divide ffn=18 of the model; take a smaller --tp.",
+        ),
+        (
+            (33, 1, 1),
+            {},
+            {},
+            "cp=33 is more than the 32 tokens of a field; take a smaller --cp or --patch.",
+        ),
+        (
+            (1, 2, 1),
+            {},
+            {"mesh": {"dp_engine": "ddp"}},
+            "dp_engine=ddp cannot be combined with tp=2; use --dp-engine fsdp.",
+        ),
         ((2, 2, 1), {}, {"mlp_tiles": 9}, "mlp_tiles=9 is more than the tokens that a rank holds."),
-        ((1, 1, 3), {}, {}, "global_batch=2 must be a multiple of dp=3: each group takes equally many samples."),
+        (
+            (1, 1, 3),
+            {},
+            {},
+            "global_batch=2 must be a multiple of dp=3: each group takes equally many samples.",
+        ),
     ],
 )
 def test_meshes_that_do_not_fit(sizes, model, changes, words, small):
@@ -489,7 +591,9 @@ def test_meshes_that_do_not_fit(sizes, model, changes, words, small):
 
 
 def test_the_mlp_follows_the_width():
-    assert replace(PRESETS["tiny"].model, dim=64).hidden == 256 and replace(MODEL, dim=64).hidden == 24
+    assert (
+        replace(PRESETS["tiny"].model, dim=64).hidden == 256 and replace(MODEL, dim=64).hidden == 24
+    )
 
 
 def test_the_most_that_fits(small):
@@ -505,13 +609,28 @@ def test_the_most_that_fits(small):
         ("--patch 9", "patch=9 must be at most 8."),
         ("--patch 0", "patch=0 must be at least 1."),
         ("--leads 0", "leads='0' must be different whole numbers of hours above 0, such as 6,24."),
-        ("--leads 6,6", "leads='6,6' must be different whole numbers of hours above 0, such as 6,24."),
-        ("--leads day", "leads='day' must be different whole numbers of hours above 0, such as 6,24."),
+        (
+            "--leads 6,6",
+            "leads='6,6' must be different whole numbers of hours above 0, such as 6,24.",
+        ),
+        (
+            "--leads day",
+            "leads='day' must be different whole numbers of hours above 0, such as 6,24.",
+        ),
         ("--heads 5", "heads=5 must divide dim=96."),
-        ("--dim 90 --heads 5 --positions sinusoidal", "dim=90 must be a multiple of 4 for sinusoidal positions."),
+        (
+            "--dim 90 --heads 5 --positions sinusoidal",
+            "dim=90 must be a multiple of 4 for sinusoidal positions.",
+        ),
         ("--tp 3", "tp=3 does not divide heads=4 of the model; take a smaller --tp."),
-        ("--tp 2 --dp-engine ddp", "dp_engine=ddp cannot be combined with tp=2; use --dp-engine fsdp."),
-        ("--cp 513", "cp=513 is more than the 512 tokens of a field; take a smaller --cp or --patch."),
+        (
+            "--tp 2 --dp-engine ddp",
+            "dp_engine=ddp cannot be combined with tp=2; use --dp-engine fsdp.",
+        ),
+        (
+            "--cp 513",
+            "cp=513 is more than the 512 tokens of a field; take a smaller --cp or --patch.",
+        ),
     ],
 )
 def test_the_command_refuses(flags, words, capsys):
@@ -524,5 +643,7 @@ def test_unknown_positions():
     with pytest.raises(ValueError) as caught:
         ModelConfig(positions="rotary")
     assert str(caught.value) == "positions='rotary' is unknown. Known: learned, sinusoidal."
-    with pytest.raises(ValueError, match=r"positions='learnt' is unknown\. Did you mean 'learned'\?"):
+    with pytest.raises(
+        ValueError, match=r"positions='learnt' is unknown\. Did you mean 'learned'\?"
+    ):
         ModelConfig(positions="learnt")

@@ -53,7 +53,13 @@ def small(tmp_path_factory):
 def start(*words: object) -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     command = [sys.executable, *map(str, words)]
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True, **pipes)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        **pipes,
+    )
 
 
 def train(*words: object) -> int:
@@ -69,7 +75,11 @@ def parameters(out, step) -> dict[str, torch.Tensor]:
     """Of a checkpoint, read without this repository's code."""
     path = Path(out) / "checkpoints" / f"step-{step:08d}"
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    state = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in stored.items() if k.startswith("model.")}
+    state = {
+        k: torch.empty(m.size, dtype=m.properties.dtype)
+        for k, m in stored.items()
+        if k.startswith("model.")
+    }
     dcp.load(state, checkpoint_id=path, no_dist=True)
     assert state
     return state
@@ -88,11 +98,19 @@ def alone(tmp_path_factory, small, data):
 
 def test_what_a_run_leaves_behind(alone, data):
     records = read_metrics(alone)
-    assert [r["step"] for r in records] == list(range(12)) and all(r["tokens_per_s"] > 0 for r in records)
-    assert [r["tokens"] for r in records] == [(i + 1) * 2 * 4 * 6 for i in range(12)]  # 2 samples of 8 x 12 points, 2 x 2 a token
+    assert [r["step"] for r in records] == list(range(12)) and all(
+        r["tokens_per_s"] > 0 for r in records
+    )
+    assert [r["tokens"] for r in records] == [
+        (i + 1) * 2 * 4 * 6 for i in range(12)
+    ]  # 2 samples of 8 x 12 points, 2 x 2 a token
     samples = 60 * 70 // 100 - 1
-    assert [r["epoch"] for r in records] == pytest.approx([(i + 1) / -(-samples // 2) for i in range(12)])
-    assert [p.name for p in sorted((alone / "checkpoints").iterdir())] == [f"step-{n:08d}" for n in (3, 6, 9, 12)]
+    assert [r["epoch"] for r in records] == pytest.approx(
+        [(i + 1) / -(-samples // 2) for i in range(12)]
+    )
+    assert [p.name for p in sorted((alone / "checkpoints").iterdir())] == [
+        f"step-{n:08d}" for n in (3, 6, 9, 12)
+    ]
     (session,) = read_sessions(alone)
     assert session["config"]["model"]["height"] == 8 and session["config"]["model"]["width"] == 12
     assert session["data"]["channels"] == ["t2m", "u10"] and session["data"]["step_hours"] == 6
@@ -103,14 +121,29 @@ def test_what_a_run_leaves_behind(alone, data):
 def test_torchrun_as_the_issue_names_it(data, tmp_path):
     """The file, not the module, on two ranks of one context: the losses are those of one process."""
     out, one = tmp_path / "run", tmp_path / "one"
-    words = ["--data", data, "--patch", 1, "--steps", 20, "--global-batch", 4, "--seed", 0, "--dtype", "float32"]
+    words = [
+        "--data",
+        data,
+        "--patch",
+        1,
+        "--steps",
+        20,
+        "--global-batch",
+        4,
+        "--seed",
+        0,
+        "--dtype",
+        "float32",
+    ]
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "apps/vit/train.py"]
     process = start(*torchrun, *words, "--cp", 2, "--tp", 1, "--dp", 1, "--out", out)
     assert train(*words, "--out", one) == 0
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in records] == list(range(20)) and all("tokens_per_s" in r for r in records)
+    assert [r["step"] for r in records] == list(range(20)) and all(
+        "tokens_per_s" in r for r in records
+    )
     assert losses(out) == pytest.approx(losses(one), rel=1e-5)
     assert "cp 2 x tp 1 x dp 1" in said and "60 times x 2 channels x 8 x 12 points" in said
     assert f"loss {records[0]['loss']:.4f} -> {records[-1]['loss']:.4f}" in said
@@ -121,7 +154,11 @@ def test_killed_it_goes_on_bitwise(alone, small, data, tmp_path):
     out = tmp_path / "run"
     process = start("-m", "apps.vit.train", "--config", small, "--data", data, "--out", out)
     end = time.monotonic() + 90
-    while process.poll() is None and time.monotonic() < end and not (out / "checkpoints" / "step-00000003").exists():
+    while (
+        process.poll() is None
+        and time.monotonic() < end
+        and not (out / "checkpoints" / "step-00000003").exists()
+    ):
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, process.communicate()[0]
@@ -132,7 +169,9 @@ def test_killed_it_goes_on_bitwise(alone, small, data, tmp_path):
     assert 0 < second["start_step"] <= kept and second["start_step"] % 3 == 0
     assert losses(out) == losses(alone)
     one, other = parameters(alone, 12), parameters(out, 12)
-    assert one.keys() == other.keys() and all(torch.equal(p, other[name]) for name, p in one.items())
+    assert one.keys() == other.keys() and all(
+        torch.equal(p, other[name]) for name, p in one.items()
+    )
 
 
 def test_another_mesh_goes_on(alone, tmp_path, capfd):
@@ -155,13 +194,32 @@ def test_epochs(small, data, tmp_path):
     out = tmp_path / "run"
     times = ["--train-times", "0/20", "--val-times", "20/40", "--test-times", "40/60"]
     assert (
-        train("--config", small, "--data", data, "--out", out, "--epochs", 2, "--leads", "6,24", "--global-batch", 3, *times) == 0
+        train(
+            "--config",
+            small,
+            "--data",
+            data,
+            "--out",
+            out,
+            "--epochs",
+            2,
+            "--leads",
+            "6,24",
+            "--global-batch",
+            3,
+            *times,
+        )
+        == 0
     )
     records = read_metrics(out)
-    assert len(records) == 2 * 6 and records[5]["epoch"] == 1 and records[-1]["epoch"] == 2  # 16 samples: 4 steps to the last lead
+    assert (
+        len(records) == 2 * 6 and records[5]["epoch"] == 1 and records[-1]["epoch"] == 2
+    )  # 16 samples: 4 steps to the last lead
     scores = {f"val_rmse/{name}+{lead}h" for name in ("t2m", "u10") for lead in (6, 24)}
     for i, record in enumerate(records):
-        assert scores | {"val_loss"} <= record.keys() if i in (5, 11) else not scores & record.keys()
+        assert (
+            scores | {"val_loss"} <= record.keys() if i in (5, 11) else not scores & record.keys()
+        )
     before, after = (records[i]["val_loss"] for i in (5, 11))
     assert np.isfinite(before) and after < before
     assert load(str(out / "config.yaml")).train.steps == 12
@@ -188,14 +246,23 @@ def test_configurations_by_name(name, capsys):
     if name == "dp_p8":
         assert (c.mesh.cp, c.mesh.tp) == (1, 1)
     else:
-        assert c.mesh.cp > 1 and c.mesh.tp > 1 and name == f"mp_p{c.model.patch}_ringx" and c.train.algorithm.startswith("ringx")
+        assert (
+            c.mesh.cp > 1
+            and c.mesh.tp > 1
+            and name == f"mp_p{c.model.patch}_ringx"
+            and c.train.algorithm.startswith("ringx")
+        )
         assert c.mesh.fit(8 * c.mesh.cp * c.mesh.tp).dp == 8  # what is left
     args = ["--config", name, "--estimate"]
     shape = configure(parser().parse_args(args))[1]
     assert (shape.cp, shape.tp, shape.dp) == (c.mesh.cp, c.mesh.tp, 1)
     assert main([*args, "--layers", "1"]) == 0
     said = capsys.readouterr().out
-    assert f"{name}: " in said and f"on {shape.world_size} ranks (fsdp)" in said and "peak, of which" in said
+    assert (
+        f"{name}: " in said
+        and f"on {shape.world_size} ranks (fsdp)" in said
+        and "peak, of which" in said
+    )
     remote = next(line for line in said.splitlines() if "of other ranks' blocks" in line).split()
     assert (float(remote[0]) > 0) == (shape.cp > 1)
 
@@ -229,7 +296,10 @@ def test_a_resumed_run_keeps_the_mesh_that_is_asked_for(alone, tmp_path):
         ("--preset tiny --config mp_p2_ringx", "--preset and --config: give one"),
         ("--preset huge", "preset='huge' is unknown"),
         ("--config mp_p3_ringx", "names: dp_p8"),
-        ("--config 2.6b-p2", "no such name in apps/vit/configs; names: dp_p8"),  # a dot, but no file
+        (
+            "--config 2.6b-p2",
+            "no such name in apps/vit/configs; names: dp_p8",
+        ),  # a dot, but no file
         ("--config {tmp}/missing.yaml", "cannot be read"),
         ("--config {tmp}/bad.yaml", "model has no field 'depth'"),
         ("--config mp_p2_ringx --nproc 6", "ranks, but there are 6"),
@@ -250,7 +320,10 @@ def test_a_resumed_run_keeps_the_mesh_that_is_asked_for(alone, tmp_path):
         ("--resume {tmp}/nowhere", "there is no such folder"),
         ("--out {tmp}/bad.yaml", "cannot be written: File exists"),
         ("--estimate --data {tmp}/missing.nc", "missing.nc does not exist"),
-        ("--estimate --preset 2.6b-p2 --leads 6,24", "--leads: without --data an estimate is of 2.6b-p2's own channels"),
+        (
+            "--estimate --preset 2.6b-p2 --leads 6,24",
+            "--leads: without --data an estimate is of 2.6b-p2's own channels",
+        ),
         ("--frobnicate", "--frobnicate"),
     ],
 )
@@ -271,7 +344,9 @@ def spoilt(folder: Path) -> None:
     """Files with one thing wrong with each."""
     good = weather(times=40)
     good.to_netcdf(folder / "good.nc")
-    (folder / "cut.nc").write_bytes((folder / "good.nc").read_bytes()[: (folder / "good.nc").stat().st_size // 2])
+    (folder / "cut.nc").write_bytes(
+        (folder / "good.nc").read_bytes()[: (folder / "good.nc").stat().st_size // 2]
+    )
     classic = good[["latitude", "longitude", "time", "t2m"]]
     classic.to_netcdf(folder / "classic.nc", format="NETCDF3_64BIT", unlimited_dims=[])
     (folder / "text.nc").write_text("hello\n")
@@ -300,7 +375,10 @@ def bad(tmp_path_factory):
         ("none.nc", "none.nc does not exist"),
         ("timeless.nc", "timeless.nc: it has no times"),
         ("rows.nc", "rows.nc: no dimension is a latitude"),
-        ("nan.nc", "nan.nc: channel u10 is missing (or infinite) at 96 of 96 points at 2001-01-30T00:00:00"),
+        (
+            "nan.nc",
+            "nan.nc: channel u10 is missing (or infinite) at 96 of 96 points at 2001-01-30T00:00:00",
+        ),
         ("nan_later.nc --val-every 1", "channel u10 is missing (or infinite) at 96 of 96 points"),
         ("nan_later.nc --epochs 2", "channel u10 is missing (or infinite) at 96 of 96 points"),
         ("constant.nc", "channel u10 is 1 everywhere in train"),
@@ -316,13 +394,18 @@ def bad(tmp_path_factory):
             "--train-times, --val-times, --test-times: train='5/5' is empty or backwards",
         ),
         ("good.nc --train-times 0/20", "val is not given"),
-        ("good.nc --train-times 0/20 --val-times 20/21 --test-times 21/40 --val-every 1", "val has 1 times (20/21), too few"),
+        (
+            "good.nc --train-times 0/20 --val-times 20/21 --test-times 21/40 --val-every 1",
+            "val has 1 times (20/21), too few",
+        ),
         ("good.nc --leads 600", "train has 28 times (0/28), too few for a lead of 600 h"),
         ("good.nc --leads 7", "leads: 7 h is no positive multiple of the record's step, 6 h"),
         ("good.nc --cp 1 --patch 8 --mlp-tiles 9", "mlp_tiles=9 is more than the tokens"),
     ],
 )
-def test_data_that_cannot_be_used_is_named_before_the_first_step(arguments, message, small, bad, tmp_path, capsys):
+def test_data_that_cannot_be_used_is_named_before_the_first_step(
+    arguments, message, small, bad, tmp_path, capsys
+):
     words = ["--config", small, "--out", tmp_path / "out", "--data", *f"{bad}/{arguments}".split()]
     assert train(*words) == 2
     printed = capsys.readouterr()
@@ -344,7 +427,11 @@ def test_all_ranks_refuse_a_file_and_one_says_it(small, bad, tmp_path, capfd):
     job, _ = configure(parser().parse_args([*map(str, words)]))
     assert ringx.launch.run(work, 2, job, device="cpu", timeout=60) == [2, 2]
     printed = capfd.readouterr()
-    assert printed.err.count("channel u10 is missing") == 1 and "Traceback" not in printed.err and "step" not in printed.out
+    assert (
+        printed.err.count("channel u10 is missing") == 1
+        and "Traceback" not in printed.err
+        and "step" not in printed.out
+    )
 
 
 @pytest.mark.parametrize(
@@ -360,7 +447,10 @@ def test_all_ranks_refuse_a_file_and_one_says_it(small, bad, tmp_path, capfd):
         ("--global-batch 4", "give --global-batch 2"),
         ("--dim 64", "the checkpoint is of another model: its dim is 32, here 64"),
         ("--data {other}", "read other data than other.nc"),
-        ("--train-times 0/30 --val-times 30/40 --test-times 40/60", "the checkpoint's run has train_times"),
+        (
+            "--train-times 0/30 --val-times 30/40 --test-times 40/60",
+            "the checkpoint's run has train_times",
+        ),
     ],
 )
 def test_checkpoints_that_do_not_fit(arguments, message, alone, tmp_path, capsys):

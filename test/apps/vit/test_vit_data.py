@@ -37,11 +37,24 @@ def record(times=48, start="2001-01-30", step=6, height=5, width=8, seed=0, lat=
     noise += 3 * np.sin(np.arange(times) * step * 2 * np.pi / 24)[:, None, None, None]
     return xr.Dataset(
         {
-            "t2m": (("time", "latitude", "longitude"), (280 + noise[:, 0]).astype("f4"), {"units": "K", "long_name": "warmth"}),
-            "z": (("time", "level", "latitude", "longitude"), (5e4 + 99 * noise[:, 1:]).astype("f4"), {"units": "m2 s-2"}),
+            "t2m": (
+                ("time", "latitude", "longitude"),
+                (280 + noise[:, 0]).astype("f4"),
+                {"units": "K", "long_name": "warmth"},
+            ),
+            "z": (
+                ("time", "level", "latitude", "longitude"),
+                (5e4 + 99 * noise[:, 1:]).astype("f4"),
+                {"units": "m2 s-2"},
+            ),
             "lsm": (("latitude", "longitude"), rng.random((len(lat), len(lon))).astype("f4")),
         },
-        {"time": time, "latitude": lat, "longitude": lon, "level": ("level", [500, 850], {"units": "hPa"})},
+        {
+            "time": time,
+            "latitude": lat,
+            "longitude": lon,
+            "level": ("level", [500, 850], {"units": "hPa"}),
+        },
     )
 
 
@@ -64,7 +77,9 @@ def refusal(call, *args, **kwargs) -> str:
     return text
 
 
-def write_years(folder: Path, years=(2001, 2002), rows=None, shape=(3, 6, 8)) -> dict[int, np.ndarray]:
+def write_years(
+    folder: Path, years=(2001, 2002), rows=None, shape=(3, 6, 8)
+) -> dict[int, np.ndarray]:
     folder.mkdir(parents=True, exist_ok=True)
     values = {}
     for year in years:
@@ -85,8 +100,15 @@ def test_every_format_gives_what_was_written(tmp_path, kind):
     _ = data.to_zarr(path) if kind == "zarr" else data.to_netcdf(path, format=kind)
     fields = open_fields(path)
     assert fields.channels == ("t2m", "z500", "z850")
-    assert fields.units == {"t2m": "K", "z500": "m2 s-2", "z850": "m2 s-2"} and fields.long_names["t2m"] == "warmth"
-    assert fields.step_hours == 6 and len(fields) == 48 and fields.times.dtype == np.dtype("datetime64[s]")
+    assert (
+        fields.units == {"t2m": "K", "z500": "m2 s-2", "z850": "m2 s-2"}
+        and fields.long_names["t2m"] == "warmth"
+    )
+    assert (
+        fields.step_hours == 6
+        and len(fields) == 48
+        and fields.times.dtype == np.dtype("datetime64[s]")
+    )
     assert (fields.times == data.time.values).all() and fields.grid.periodic
     np.testing.assert_array_equal(fields.static["lsm"], data.lsm.values)
     got = fields.read([7, 3, 4, 3])  # any order, twice
@@ -96,19 +118,27 @@ def test_every_format_gives_what_was_written(tmp_path, kind):
 
 
 def test_weatherbench2_names(tmp_path):
-    data = record(lat=[-60, -30, 0, 30, 60]).rename(t2m="2m_temperature", z="geopotential", lsm="land_sea_mask")
+    data = record(lat=[-60, -30, 0, 30, 60]).rename(
+        t2m="2m_temperature", z="geopotential", lsm="land_sea_mask"
+    )
     data = data.transpose("time", "level", "longitude", "latitude")  # as WeatherBench 2 has it
     data.to_zarr(tmp_path / "1959-2023-6h-8x5.zarr")
     fields = open_fields(tmp_path)  # a folder with a store in it
-    assert fields.channels == ("2m_temperature", "geopotential500", "geopotential850") and set(fields.static) == {"land_sea_mask"}
-    north_first = data.transpose("time", "level", "latitude", "longitude").sortby("latitude", ascending=False)
+    assert fields.channels == ("2m_temperature", "geopotential500", "geopotential850") and set(
+        fields.static
+    ) == {"land_sea_mask"}
+    north_first = data.transpose("time", "level", "latitude", "longitude").sortby(
+        "latitude", ascending=False
+    )
     np.testing.assert_array_equal(fields.read([5])[0, 2], north_first.geopotential.values[5, 1])
     np.testing.assert_array_equal(fields.static["land_sea_mask"], north_first.land_sea_mask.values)
 
 
 def test_cds_names_and_pascals(tmp_path):
     data = record().rename(time="valid_time", level="plev", latitude="lat", longitude="lon")
-    data = data.assign_coords(plev=("plev", [50000.0, 85000.0], {"units": "Pa"})).expand_dims(number=[0])
+    data = data.assign_coords(plev=("plev", [50000.0, 85000.0], {"units": "Pa"})).expand_dims(
+        number=[0]
+    )
     data["time_bnds"] = (("valid_time", "bnds"), np.zeros((48, 2)))
     fields = opened(tmp_path, data)
     assert fields.channels == ("t2m", "z500", "z850") and fields.read([0, 1]).shape == (2, 3, 5, 8)
@@ -117,9 +147,13 @@ def test_cds_names_and_pascals(tmp_path):
 
 def test_packed_netcdf3_is_decoded(tmp_path):
     data = record()[["t2m"]]
-    packing = {"t2m": {"dtype": "i2", "scale_factor": 0.001, "add_offset": 280.0, "_FillValue": -32768}}
+    packing = {
+        "t2m": {"dtype": "i2", "scale_factor": 0.001, "add_offset": 280.0, "_FillValue": -32768}
+    }
     data.to_netcdf(tmp_path / "a.nc", format="NETCDF3_CLASSIC", encoding=packing)
-    np.testing.assert_allclose(open_fields(tmp_path / "a.nc").read([4])[0, 0], data.t2m.values[4], atol=6e-4)
+    np.testing.assert_allclose(
+        open_fields(tmp_path / "a.nc").read([4])[0, 0], data.t2m.values[4], atol=6e-4
+    )
 
 
 def test_orientation(tmp_path):
@@ -136,12 +170,22 @@ def test_orientation(tmp_path):
 
 def test_several_files_are_one_record(tmp_path):
     data = record()
-    for name, part in (("c", slice(0, 10)), ("a", slice(10, 11)), ("b", slice(11, 48))):  # names say nothing of the order
+    for name, part in (
+        ("c", slice(0, 10)),
+        ("a", slice(10, 11)),
+        ("b", slice(11, 48)),
+    ):  # names say nothing of the order
         data.isel(time=part).to_netcdf(tmp_path / f"{name}.nc")
-    for paths in (tmp_path, str(tmp_path / "*.nc"), [tmp_path / "a.nc", tmp_path / "b.nc", tmp_path / "c.nc"]):
+    for paths in (
+        tmp_path,
+        str(tmp_path / "*.nc"),
+        [tmp_path / "a.nc", tmp_path / "b.nc", tmp_path / "c.nc"],
+    ):
         fields = open_fields(paths)
         assert (fields.times == data.time.values).all()
-        np.testing.assert_array_equal(fields.read([47, *range(8, 13)]), stacked(data)[[47, *range(8, 13)]])
+        np.testing.assert_array_equal(
+            fields.read([47, *range(8, 13)]), stacked(data)[[47, *range(8, 13)]]
+        )
     data[["lsm"]].rename(lsm="orography").to_netcdf(tmp_path / "constant.nc")
     assert set(open_fields(tmp_path).static) == {"lsm", "orography"}
 
@@ -153,7 +197,9 @@ def test_selection(tmp_path):
     np.testing.assert_array_equal(fields.read([2])[0], stacked(data)[2, [2, 0]])
     file = tmp_path / "a.nc"
     assert open_fields(file, variables=["z850", "z500"]).channels == ("z850", "z500")
-    np.testing.assert_array_equal(open_fields(file, variables=["z850", "z500"]).read([2])[0], stacked(data)[2, [2, 1]])
+    np.testing.assert_array_equal(
+        open_fields(file, variables=["z850", "z500"]).read([2])[0], stacked(data)[2, [2, 1]]
+    )
     text = refusal(open_fields, file, variables=["u10"])
     assert "'u10'" in text and "t2m, z500, z850" in text
     assert "500, 850" in refusal(open_fields, file, levels=[700])
@@ -210,10 +256,17 @@ def test_yearly_hdf5(tmp_path):
     (tmp_path / "stats").mkdir()
     np.save(tmp_path / "stats" / "global_means.npy", np.arange(3.0).reshape(1, 3, 1, 1))
     np.save(tmp_path / "stats" / "global_stds.npy", np.arange(1.0, 4).reshape(1, 3, 1, 1))
-    fields = open_fields(tmp_path, channel_names=["u10", "v10", "t2m"], variables=["t2m", "u10"])  # the folder above
+    fields = open_fields(
+        tmp_path, channel_names=["u10", "v10", "t2m"], variables=["t2m", "u10"]
+    )  # the folder above
     assert fields.channels == ("t2m", "u10") and fields.step_hours == 24 and len(fields) == 731
-    assert str(fields.times[0]) == "2003-01-01T00:00:00" and str(fields.times[-1]) == "2004-12-31T00:00:00"
-    np.testing.assert_array_equal(fields.grid.lat, [90, 60, 30, 0, -30, -60])  # the south pole is cut off
+    assert (
+        str(fields.times[0]) == "2003-01-01T00:00:00"
+        and str(fields.times[-1]) == "2004-12-31T00:00:00"
+    )
+    np.testing.assert_array_equal(
+        fields.grid.lat, [90, 60, 30, 0, -30, -60]
+    )  # the south pole is cut off
     np.testing.assert_array_equal(fields.grid.lon, np.arange(8) * 45.0)
     whole = np.concatenate(list(values.values()))
     np.testing.assert_array_equal(fields.read([364, 365, 2]), whole[[364, 365, 2]][:, [2, 0]])
@@ -231,7 +284,11 @@ def test_hdf5_grids_and_times(tmp_path):
         f["time"].attrs["units"] = "hours since 1990-05-01"
         f["lat"], f["lon"], f["channel"] = [10.0, 20.0], [0.0, 1.0], [b"msl"]
     part = open_fields(tmp_path / "part.h5")
-    assert str(part.times[2]) == "1990-05-01T06:00:00" and part.channels == ("msl",) and part.grid.lat.tolist() == [20, 10]
+    assert (
+        str(part.times[2]) == "1990-05-01T06:00:00"
+        and part.channels == ("msl",)
+        and part.grid.lat.tolist() == [20, 10]
+    )
 
 
 def test_hdf5_refusals(tmp_path):
@@ -265,11 +322,19 @@ def test_months_are_no_times():
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda d: d.isel(time=[0, 1, 2, 4, 5]), ["unevenly", "12 h", "2001-01-30T12:00:00", "6 h elsewhere"]),
+        (
+            lambda d: d.isel(time=[0, 1, 2, 4, 5]),
+            ["unevenly", "12 h", "2001-01-30T12:00:00", "6 h elsewhere"],
+        ),
         (lambda d: d.isel(time=[0, 1, 1, 2]), ["twice", "2001-01-30T06:00:00"]),
         (lambda d: d.isel(time=slice(None, None, -1)), ["after a later time"]),
         (lambda d: d.isel(time=[0]), ["two times"]),
-        (lambda d: d.assign_coords(time=d.time.values[0] + np.arange(48) * np.timedelta64(90, "m")), ["whole hours", "1.5 h"]),
+        (
+            lambda d: d.assign_coords(
+                time=d.time.values[0] + np.arange(48) * np.timedelta64(90, "m")
+            ),
+            ["whole hours", "1.5 h"],
+        ),
         (lambda d: d.assign_coords(time=np.arange(48)), ["time has no dates"]),
         (lambda d: d.convert_calendar("noleap"), ["noleap", "convert_calendar"]),
         (lambda d: d.isel(latitude=[0, 2, 1, 3, 4]), ["latitude neither"]),
@@ -324,7 +389,10 @@ def test_damaged_and_missing_files(tmp_path):
 
 
 def test_damage_that_shows_on_reading(tmp_path):
-    record().to_netcdf(tmp_path / "a.nc", encoding={"t2m": {"zlib": True, "fletcher32": True, "chunksizes": (48, 5, 8)}})
+    record().to_netcdf(
+        tmp_path / "a.nc",
+        encoding={"t2m": {"zlib": True, "fletcher32": True, "chunksizes": (48, 5, 8)}},
+    )
     fields = open_fields(tmp_path / "a.nc")
     content = bytearray((tmp_path / "a.nc").read_bytes())
     with h5py.File(tmp_path / "a.nc") as f:
@@ -346,7 +414,11 @@ def test_identity(tmp_path):
     ]
     data.to_zarr(tmp_path / "a.zarr")
     store = open_fields(tmp_path / "a.zarr")
-    chunk = next(f for f in (tmp_path / "a.zarr" / "t2m").rglob("*") if f.is_file() and not f.name.startswith((".", "zarr")))
+    chunk = next(
+        f
+        for f in (tmp_path / "a.zarr" / "t2m").rglob("*")
+        if f.is_file() and not f.name.startswith((".", "zarr"))
+    )
     before = store.identity
     chunk.write_bytes(chunk.read_bytes() + b"x")
     others += [before, open_fields(tmp_path / "a.zarr").identity]
@@ -356,7 +428,9 @@ def test_identity(tmp_path):
 def test_grid():
     grid = Grid(np.array([90.0, 45, 0, -45, -90]), np.arange(8) * 45.0)
     root = np.sqrt(0.5)
-    np.testing.assert_allclose(grid.weights(), np.array([0, root, 1, root, 0]) * 5 / (1 + 2 * root), atol=1e-15)
+    np.testing.assert_allclose(
+        grid.weights(), np.array([0, root, 1, root, 0]) * 5 / (1 + 2 * root), atol=1e-15
+    )
     assert grid.weights()[0] == 0 and grid.periodic and grid.shape == (5, 8)
     assert not Grid(grid.lat, np.arange(8) * 40.0).periodic
 
@@ -373,7 +447,10 @@ def test_read_outside(tmp_path):
 @pytest.fixture(scope="module")
 def years(tmp_path_factory) -> Fields:
     """Three years, every 12 hours, a month at its start and its end cut off."""
-    return opened(tmp_path_factory.mktemp("years"), record(times=2 * 1010, start="2001-02-01", step=12, height=2, width=2))
+    return opened(
+        tmp_path_factory.mktemp("years"),
+        record(times=2 * 1010, start="2001-02-01", step=12, height=2, width=2),
+    )
 
 
 @pytest.mark.parametrize(
@@ -384,7 +461,11 @@ def years(tmp_path_factory) -> Fields:
         ("2003", "2003-01-01T00", "2003-11-07T12"),
         ("2001-03/2001-03", "2001-03-01T00", "2001-03-31T12"),
         ("2001-03-05/2001-03-06", "2001-03-05T00", "2001-03-06T12"),
-        ("2001-03-05T12/2001-03-06T12", "2001-03-05T12", "2001-03-06T00"),  # a time of day is not part of it
+        (
+            "2001-03-05T12/2001-03-06T12",
+            "2001-03-05T12",
+            "2001-03-06T00",
+        ),  # a time of day is not part of it
         ("0/1500", "2001-02-01T00", "2003-02-20T12"),
         ("2001-02-01T06:00Z / 2002", "2001-02-01T12", "2002-12-31T12"),
         ("0/02001", "2001-02-01T00", "2003-10-29T00"),  # an index of four digits
@@ -401,7 +482,10 @@ def test_ends_of_splits(years, text, first, last):
 def test_default_splits_are_in_order(years):
     parts = splits(years)
     assert [(s.start, s.stop) for s in parts.values()] == [(0, 1414), (1414, 1717), (1717, 2020)]
-    assert list(parts) == ["train", "val", "test"] == [s.name for s in parts.values()] and len(parts["val"]) == 303
+    assert (
+        list(parts) == ["train", "val", "test"] == [s.name for s in parts.values()]
+        and len(parts["val"]) == 303
+    )
 
 
 @pytest.mark.parametrize(
@@ -410,7 +494,10 @@ def test_default_splits_are_in_order(years):
         (("0/10", "9/20", "20/30"), ["train", "val", "overlap"]),
         (("2001", "2002", "2002-12/2003"), ["val", "test", "overlap", "2002-12-01"]),
         (("10/10", "20/30", "30/40"), ["train='10/10' is empty"]),
-        (("0/10", "30/20", "30/40"), ["val='30/20'", "backwards", "0/2020 (2001-02-01T00:00:00 to 2003-11-07T12:00:00"]),
+        (
+            ("0/10", "30/20", "30/40"),
+            ["val='30/20'", "backwards", "0/2020 (2001-02-01T00:00:00 to 2003-11-07T12:00:00"],
+        ),
         (("0/10", "10/20", "20/02021"), ["test", "outside", "0/2020"]),
         (("2000/2001", "2002", "2003"), ["train='2000/2001'", "2000 is outside"]),
         (("2001", "2002", "2003/2004"), ["test", "2004 is outside"]),
@@ -435,32 +522,49 @@ def damped(a, b) -> float:
     return float(np.linalg.lstsq(a.reshape(-1, 1), b.reshape(-1), rcond=None)[0][0])
 
 
-@pytest.mark.parametrize("piece", [1, 3 * 8 * 40 * 5, 2**26])  # bytes: one time, five times, all at once
+@pytest.mark.parametrize(
+    "piece", [1, 3 * 8 * 40 * 5, 2**26]
+)  # bytes: one time, five times, all at once
 def test_statistics_are_xarrays(tmp_path, monkeypatch, piece):
     monkeypatch.setattr("apps.vit.data.statistics.PIECE", piece)
     data = record()
     fields = opened(tmp_path, data)
     told: list[tuple[int, int]] = []
-    got = statistics(fields, Split(2, 41), (6, 18), cache=None, progress=lambda *at: told.append(at))
+    got = statistics(
+        fields, Split(2, 41), (6, 18), cache=None, progress=lambda *at: told.append(at)
+    )
     assert told[-1] == (78, 78) and got.leads == (6, 18) and got.channels == fields.channels
-    t2m, z = data.t2m.astype("f8").isel(time=slice(2, 41)), data.z.astype("f8").isel(time=slice(2, 41))
-    x = xr.concat([t2m, z.sel(level=500), z.sel(level=850)], "channel", coords="minimal", compat="override")
+    t2m, z = (
+        data.t2m.astype("f8").isel(time=slice(2, 41)),
+        data.z.astype("f8").isel(time=slice(2, 41)),
+    )
+    x = xr.concat(
+        [t2m, z.sel(level=500), z.sel(level=850)], "channel", coords="minimal", compat="override"
+    )
     dims = ("time", "latitude", "longitude")
     np.testing.assert_allclose(got.mean, x.mean(dims), rtol=1e-12)
     np.testing.assert_allclose(got.std, x.std(dims), rtol=1e-11)
     hourly = x.groupby("time.hour").mean("time")
     assert got.slots.tolist() == [0, 21600, 43200, 64800] and got.climate.shape == (1, 4, 3, 5, 8)
     np.testing.assert_allclose(got.climate[0], hourly.transpose("hour", "channel", ...), rtol=2e-7)
-    np.testing.assert_array_equal(got.climatology(fields.times[[3, 4, 47]]), got.climate[0][[3, 0, 3]])
+    np.testing.assert_array_equal(
+        got.climatology(fields.times[[3, 4, 47]]), got.climate[0][[3, 0, 3]]
+    )
     anomalies = (x.groupby("time.hour") - hourly).transpose("time", "channel", ...).values
     for i, lag in enumerate((1, 3)):
         change = (x.shift(time=-lag) - x).std(dims)
         np.testing.assert_allclose(got.std_change[i], change, rtol=1e-11)
         a, b = anomalies[:-lag], anomalies[lag:]
-        np.testing.assert_allclose(got.damping[i], [damped(a[:, c], b[:, c]) for c in range(3)], rtol=1e-4)
-        assert got.damping_map[i, 2, 1, 3] == pytest.approx(damped(a[:, 2, 1, 3], b[:, 2, 1, 3]), rel=1e-3)
+        np.testing.assert_allclose(
+            got.damping[i], [damped(a[:, c], b[:, c]) for c in range(3)], rtol=1e-4
+        )
+        assert got.damping_map[i, 2, 1, 3] == pytest.approx(
+            damped(a[:, 2, 1, 3], b[:, 2, 1, 3]), rel=1e-3
+        )
         left = b - got.damping[i][:, None, None] * a
-        np.testing.assert_allclose(got.std_damped[i], np.sqrt(np.square(left).mean((0, 2, 3))), rtol=1e-4)
+        np.testing.assert_allclose(
+            got.std_damped[i], np.sqrt(np.square(left).mean((0, 2, 3))), rtol=1e-4
+        )
 
 
 def test_climatology_by_month(tmp_path):
@@ -478,9 +582,15 @@ def test_climatology_by_month(tmp_path):
         return got.climatology(np.array([time], "datetime64[s]"))[0, 0]
 
     np.testing.assert_allclose(got.climate[6, 1, 0], july, rtol=1e-6)
-    np.testing.assert_allclose(at("2003-08-01T12"), july + (august - july) * 16 / 31, rtol=1e-6)  # 16 of 31 days after July 16.5
-    np.testing.assert_allclose(at("2002-01-01T12"), december + (january - december) * 16 / 31, rtol=1e-6)
-    np.testing.assert_allclose(at("2001-12-31T12"), december + (january - december) * 15 / 31, rtol=1e-6)
+    np.testing.assert_allclose(
+        at("2003-08-01T12"), july + (august - july) * 16 / 31, rtol=1e-6
+    )  # 16 of 31 days after July 16.5
+    np.testing.assert_allclose(
+        at("2002-01-01T12"), december + (january - december) * 16 / 31, rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        at("2001-12-31T12"), december + (january - december) * 15 / 31, rtol=1e-6
+    )
 
 
 def test_short_of_two_years_there_are_no_months(years):
@@ -503,23 +613,38 @@ def test_statistics_refusals(tmp_path):
     holes = data.copy(deep=True)
     holes["z"][20, 1, :2, 3] = np.nan
     text = refusal(statistics, opened(tmp_path, holes), Split(0, 40), (6,), cache=None)
-    assert "z850" in text and "2 of 40 points" in text and "2001-02-04T00:00:00" in text and "--variables" in text
+    assert (
+        "z850" in text
+        and "2 of 40 points" in text
+        and "2001-02-04T00:00:00" in text
+        and "--variables" in text
+    )
     flat = opened(tmp_path, data.assign(z=data.z * 0 + np.float32(0.1)), "b.nc")
     assert "z500 is 0.1 everywhere" in refusal(statistics, flat, Split(0, 40), (6,), cache=None)
     still = opened(tmp_path, data.assign(t2m=data.t2m * 0 + data.lsm), "c.nc")
-    assert "t2m does not change in time" in refusal(statistics, still, Split(0, 40), (6,), cache=None)
+    assert "t2m does not change in time" in refusal(
+        statistics, still, Split(0, 40), (6,), cache=None
+    )
     fields = opened(tmp_path, data)
     assert "12:00 UTC" in refusal(statistics, fields, Split(0, 2, "train"), (6,), cache=None)
     text = refusal(statistics, fields, Split(0, 4, "train"), (6, 24), cache=None)
     assert "train has 4 times" in text and "lead of 24 h" in text
-    for leads, word in (((), "empty"), ((7,), "7 h"), ((0,), "0 h"), ((-6,), "-6 h"), ((6, 6), "twice")):
+    for leads, word in (
+        ((), "empty"),
+        ((7,), "7 h"),
+        ((0,), "0 h"),
+        ((-6,), "-6 h"),
+        ((6, 6), "twice"),
+    ):
         assert word in refusal(statistics, fields, Split(0, 40), leads, cache=None)
     got = statistics(fields, Split(0, 40), (6,), cache=None)
     assert "03:00:00" in refusal(got.climatology, fields.times[:1] + np.timedelta64(3, "h"))
 
 
 def same(a: Statistics, b: Statistics) -> bool:
-    return all(np.array_equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+    return all(
+        np.array_equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True)
+    )
 
 
 def test_cache(tmp_path, monkeypatch, capsys):
@@ -563,26 +688,48 @@ def test_inputs_and_targets(prepared):
     channels = ["t2m", "z500", "z850"]
     assert samples.input_names == (
         *channels,
-        *("time_of_day:sin", "time_of_day:cos", "time_of_year:sin", "time_of_year:cos", "latitude:sin", "static:lsm"),
+        *(
+            "time_of_day:sin",
+            "time_of_day:cos",
+            "time_of_year:sin",
+            "time_of_year:cos",
+            "latitude:sin",
+            "static:lsm",
+        ),
         *(f"climatology:{c}+{lead}h" for lead in (6, 24) for c in channels),
         *(f"climatology:{c}" for c in channels),
     )
     by_name = dict(zip(samples.input_names, inputs.swapaxes(0, 1), strict=True))
     x = stacked(data).astype("f8")
-    np.testing.assert_allclose(by_name["z850"], (x[t0s, 2] - stats.mean[2]) / stats.std[2], atol=2e-5)
+    np.testing.assert_allclose(
+        by_name["z850"], (x[t0s, 2] - stats.mean[2]) / stats.std[2], atol=2e-5
+    )
     time = data.time[t0s]
     hour = (time.dt.hour + data.longitude / 15) * 2 * np.pi / 24
     for name, f in (("sin", np.sin), ("cos", np.cos)):
-        np.testing.assert_allclose(by_name[f"time_of_day:{name}"], f(hour).values[:, None, :].repeat(5, 1), atol=1e-6)
+        np.testing.assert_allclose(
+            by_name[f"time_of_day:{name}"], f(hour).values[:, None, :].repeat(5, 1), atol=1e-6
+        )
         year = (time.dt.dayofyear - 1 + time.dt.hour / 24) / 365.2425 * 2 * np.pi
         np.testing.assert_allclose(by_name[f"time_of_year:{name}"][:, 4, 7], f(year), atol=1e-6)
-    np.testing.assert_allclose(by_name["latitude:sin"][1, :, 2], np.sin(np.deg2rad(data.latitude)), atol=1e-7)
-    np.testing.assert_allclose(by_name["static:lsm"][0], (data.lsm - data.lsm.mean()) / data.lsm.std(), atol=1e-5)
+    np.testing.assert_allclose(
+        by_name["latitude:sin"][1, :, 2], np.sin(np.deg2rad(data.latitude)), atol=1e-7
+    )
+    np.testing.assert_allclose(
+        by_name["static:lsm"][0], (data.lsm - data.lsm.mean()) / data.lsm.std(), atol=1e-5
+    )
     usual = stats.climatology(fields.times[t0s + 4])[:, 1]
-    np.testing.assert_allclose(by_name["climatology:z500+24h"], (usual - stats.mean[1]) / stats.std[1], atol=2e-5)
+    np.testing.assert_allclose(
+        by_name["climatology:z500+24h"], (usual - stats.mean[1]) / stats.std[1], atol=2e-5
+    )
     usual = stats.climatology(fields.times[t0s])[:, 0]
-    np.testing.assert_allclose(by_name["climatology:t2m"], (usual - stats.mean[0]) / stats.std[0], atol=2e-5)
-    change = np.stack([x[t0s + 1] - x[t0s], x[t0s + 4] - x[t0s]], 1) / stats.std_change[[0, 2], :, None, None]
+    np.testing.assert_allclose(
+        by_name["climatology:t2m"], (usual - stats.mean[0]) / stats.std[0], atol=2e-5
+    )
+    change = (
+        np.stack([x[t0s + 1] - x[t0s], x[t0s + 4] - x[t0s]], 1)
+        / stats.std_change[[0, 2], :, None, None]
+    )
     np.testing.assert_allclose(target, change, atol=2e-5)
     back = samples.to_fields(target, t0s)
     assert back.dtype == np.float32
@@ -592,13 +739,28 @@ def test_inputs_and_targets(prepared):
 
 def test_history_is_seen_and_the_damped_anomaly_corrected(prepared):
     data, fields, stats = prepared
-    samples = Samples(fields, Split(200, 250, "val"), stats, (24, 6), ("climatology",), history=(12, 6), base="damped")
-    assert len(samples) == 44 and samples.starts(6)[[0, -1]].tolist() == [202, 245]  # all times of a sample lie in the part
+    samples = Samples(
+        fields,
+        Split(200, 250, "val"),
+        stats,
+        (24, 6),
+        ("climatology",),
+        history=(12, 6),
+        base="damped",
+    )
+    assert len(samples) == 44 and samples.starts(6)[[0, -1]].tolist() == [
+        202,
+        245,
+    ]  # all times of a sample lie in the part
     x, t0s = stacked(data).astype("f8"), np.array([210, 203])
     inputs, target = samples.get(t0s)
-    assert samples.input_names[3:9] == tuple(f"{c} since -{hours}h" for hours in (12, 6) for c in ("t2m", "z500", "z850"))
+    assert samples.input_names[3:9] == tuple(
+        f"{c} since -{hours}h" for hours in (12, 6) for c in ("t2m", "z500", "z850")
+    )
     by_name = dict(zip(samples.input_names, inputs.swapaxes(0, 1), strict=True))
-    np.testing.assert_allclose(by_name["z500 since -12h"], (x[t0s, 1] - x[t0s - 2, 1]) / stats.std_change[1, 1], atol=2e-5)
+    np.testing.assert_allclose(
+        by_name["z500 since -12h"], (x[t0s, 1] - x[t0s - 2, 1]) / stats.std_change[1, 1], atol=2e-5
+    )
     np.testing.assert_array_equal(samples.inputs_of(samples.seen(t0s), t0s), inputs)
 
     def usual(t):
@@ -610,20 +772,32 @@ def test_history_is_seen_and_the_damped_anomaly_corrected(prepared):
         left = (x[t0s + steps] - simple[-1]) / stats.std_damped[i][:, None, None]
         np.testing.assert_allclose(target[:, len(simple) - 1], left, atol=5e-5)
     np.testing.assert_allclose(samples.to_fields(target * 0, t0s), np.stack(simple, 1), rtol=2e-7)
-    np.testing.assert_allclose(samples.to_fields(target, t0s), np.stack([x[t0s + 4], x[t0s + 1]], 1), rtol=2e-7)
+    np.testing.assert_allclose(
+        samples.to_fields(target, t0s), np.stack([x[t0s + 4], x[t0s + 1]], 1), rtol=2e-7
+    )
 
-    whole = Samples(fields, Split(200, 250, "val"), stats, (6, 24), (), base="none")  # nothing is corrected: the fields themselves
+    whole = Samples(
+        fields, Split(200, 250, "val"), stats, (6, 24), (), base="none"
+    )  # nothing is corrected: the fields themselves
     target = whole.get(t0s)[1]
-    want = (np.stack([x[t0s + 1], x[t0s + 4]], 1) - stats.mean[:, None, None]) / stats.std[:, None, None]
+    want = (np.stack([x[t0s + 1], x[t0s + 4]], 1) - stats.mean[:, None, None]) / stats.std[
+        :, None, None
+    ]
     np.testing.assert_allclose(target, want, atol=2e-5)
-    np.testing.assert_allclose(whole.to_fields(target, t0s), np.stack([x[t0s + 1], x[t0s + 4]], 1), rtol=1e-6)
+    np.testing.assert_allclose(
+        whole.to_fields(target, t0s), np.stack([x[t0s + 1], x[t0s + 4]], 1), rtol=1e-6
+    )
 
     valid = Samples(fields, Split(0, 10, "first"), stats, (6,), where="valid", history=(24,))
     assert valid.starts(6).tolist() == [4, 5, 6, 7, 8] and "t0=3" in refusal(valid.get, [3])
     assert "history: 7 h" in refusal(Samples, fields, Split(0, 40), stats, (6,), history=(7,))
-    assert "lead 18 h is not in the statistics" in refusal(Samples, fields, Split(0, 40), stats, (6,), history=(18,))
+    assert "lead 18 h is not in the statistics" in refusal(
+        Samples, fields, Split(0, 40), stats, (6,), history=(18,)
+    )
     assert "base='best'" in refusal(Samples, fields, Split(0, 40), stats, (6,), base="best")
-    assert "too few for a lead of 24 h and a history of 24 h" in refusal(Samples, fields, Split(0, 8), stats, (24,), history=(24,))
+    assert "too few for a lead of 24 h and a history of 24 h" in refusal(
+        Samples, fields, Split(0, 8), stats, (24,), history=(24,)
+    )
 
 
 def test_where_samples_lie(prepared):
@@ -632,9 +806,16 @@ def test_where_samples_lie(prepared):
     assert len(inside) == 46 and inside.starts(6).tolist() == list(range(200, 246))
     assert "t0=246" in refusal(inside.get, [246]) and "t0=199" in refusal(inside.get, [199])
     valid = Samples(fields, Split(296, 300, "test"), stats, (6, 24), where="valid")
-    assert valid.starts(6).tolist() == [295, 296, 297, 298] and valid.starts(24).tolist() == [292, 293, 294, 295]
+    assert valid.starts(6).tolist() == [295, 296, 297, 298] and valid.starts(24).tolist() == [
+        292,
+        293,
+        294,
+        295,
+    ]
     _, target = valid.get([298])
-    assert np.isfinite(target[0, 0]).all() and np.isnan(target[0, 1]).all()  # the record ends before 298 + 4
+    assert (
+        np.isfinite(target[0, 0]).all() and np.isnan(target[0, 1]).all()
+    )  # the record ends before 298 + 4
     first = Samples(fields, Split(0, 10, "first"), stats, (24,), where="valid")
     assert first.starts(24).tolist() == [0, 1, 2, 3, 4, 5]
     assert "no order" in refusal(valid.order, 0, 0)
@@ -652,9 +833,17 @@ def test_order_is_a_function_of_the_step(prepared):
     for batch in (1, 7, 46, 100):  # also more than an epoch
         rows = np.concatenate([samples.rows(step, batch, 5) for step in range(len(three) // batch)])
         np.testing.assert_array_equal(rows, three[: len(rows)])
-    elsewhere = Samples(fields, Split(100, 150), stats, (6, 24), inputs=())  # as many samples: the same order
+    elsewhere = Samples(
+        fields, Split(100, 150), stats, (6, 24), inputs=()
+    )  # as many samples: the same order
     np.testing.assert_array_equal(elsewhere.order(2, 5) - 100, samples.order(2, 5) - 200)
-    assert samples.order(0, 5)[:5].tolist() == [207, 221, 232, 214, 222]  # frozen: a run must go on with any numpy
+    assert samples.order(0, 5)[:5].tolist() == [
+        207,
+        221,
+        232,
+        214,
+        222,
+    ]  # frozen: a run must go on with any numpy
     assert "step=-1" in refusal(samples.rows, -1, 4, 0)
 
 
@@ -687,7 +876,9 @@ def test_samples_refusals(tmp_path, prepared):
     assert "lsm is missing at 1 of 40" in refusal(Samples, damaged, split, stats, (6,), ("static",))
     samples = Samples(damaged, split, stats, (6,))
     samples.get([228])
-    assert "t2m is missing (or infinite) at 1 of 40 points at 2001-03-28T12" in refusal(samples.get, [229])
+    assert "t2m is missing (or infinite) at 1 of 40 points at 2001-03-28T12" in refusal(
+        samples.get, [229]
+    )
     assert "prediction has shape" in refusal(samples.to_fields, np.zeros((1, 1, 3, 5, 7)), [228])
 
 
@@ -695,7 +886,9 @@ def test_a_static_field_without_contrast_is_zero(tmp_path):
     data = record()
     data["lsm"] = data.lsm * 0 + np.float32(0.3)
     fields = opened(tmp_path, data)
-    samples = Samples(fields, Split(0, 40), statistics(fields, Split(0, 40), (6,), cache=None), (6,), ("static",))
+    samples = Samples(
+        fields, Split(0, 40), statistics(fields, Split(0, 40), (6,), cache=None), (6,), ("static",)
+    )
     assert (samples.get([0])[0][:, 3] == 0).all()
 
 
@@ -706,7 +899,12 @@ def test_a_static_field_without_contrast_is_zero(tmp_path):
 def test_era5_baselines():
     """Known figures: persistence, climatology and the damped anomaly on the valid hours 576..743, trained on the first 504."""
     fields = open_fields(ERA5)
-    assert fields.channels == ("t2m",) and fields.grid.shape == (33, 49) and len(fields) == 744 and fields.step_hours == 1
+    assert (
+        fields.channels == ("t2m",)
+        and fields.grid.shape == (33, 49)
+        and len(fields) == 744
+        and fields.step_hours == 1
+    )
     assert not fields.grid.periodic and fields.units["t2m"] == "K"
     parts = splits(fields, "0/504", "504/576", "576/744")
     stats = statistics(fields, parts["train"], (1, 3, 6), cache=None)
@@ -719,4 +917,7 @@ def test_era5_baselines():
         x, truth = (fields.read(t)[:, 0].astype("f8") for t in (t0, t0 + lead))
         before, usual = (stats.climatology(fields.times[t])[:, 0] for t in (t0, t0 + lead))
         forecasts = (x, usual, usual + stats.damping[i, 0] * (x - before))
-        assert tuple(round(float(np.sqrt((weights * (f - truth) ** 2).mean())), 3) for f in forecasts) == known[lead]
+        assert (
+            tuple(round(float(np.sqrt((weights * (f - truth) ** 2).mean())), 3) for f in forecasts)
+            == known[lead]
+        )

@@ -25,14 +25,28 @@ def made(channels=("u10", "z500"), lat=None, lon=None):
     """Forecasts whose number says where they are: target 100 c + 10 t + l, forecast 1 more at the equator's side."""
     lat = np.array([60.0, 30.0, 0.0, -30.0]) if lat is None else lat
     lon = np.arange(8) * 45.0 if lon is None else lon
-    dataset = xr.Dataset(coords={"time": TIMES, "lead_time": np.array(LEADS, "m8[h]").astype("m8[ns]"), "latitude": lat})
+    dataset = xr.Dataset(
+        coords={
+            "time": TIMES,
+            "lead_time": np.array(LEADS, "m8[h]").astype("m8[ns]"),
+            "latitude": lat,
+        }
+    )
     dataset = dataset.assign_coords(longitude=lon)
     shape = (len(TIMES), len(LEADS), len(lat), len(lon))
-    base = 10.0 * np.arange(len(TIMES))[:, None, None, None] + np.arange(len(LEADS))[:, None, None] + np.zeros(shape)
+    base = (
+        10.0 * np.arange(len(TIMES))[:, None, None, None]
+        + np.arange(len(LEADS))[:, None, None]
+        + np.zeros(shape)
+    )
     for c, name in enumerate(channels):
         attrs = {"units": "m s-1", "long_name": f"field {name}"}
         dataset[f"{name}_truth"] = (maps.DIMS, base + 100 * c, attrs)
-        dataset[name] = (maps.DIMS, base + 100 * c + np.where(lat == lat[0], -3.0, 1.0)[:, None], attrs)
+        dataset[name] = (
+            maps.DIMS,
+            base + 100 * c + np.where(lat == lat[0], -3.0, 1.0)[:, None],
+            attrs,
+        )
     return dataset
 
 
@@ -48,7 +62,13 @@ def score_rows(channels=("u10", "z500")):
 def spectra_rows(channels=("u10", "z500")):
     energy = np.array([5.0, 4.0, 2.0, 1.0, 0.5])
     kinds = (("truth", 1.0), ("model", 0.5), ("persistence", 2.0))
-    return [r for v in channels for lead in LEADS for f, by in kinds for r in spectrum_rows(v, lead, f, by * lead * energy)]
+    return [
+        r
+        for v in channels
+        for lead in LEADS
+        for f, by in kinds
+        for r in spectrum_rows(v, lead, f, by * lead * energy)
+    ]
 
 
 def left(folder, *channels):
@@ -71,7 +91,12 @@ def texts(fig):
 
 def meshes(fig):
     """Of the panels, not of their colour bars."""
-    return [m for ax in fig.axes[:3] for m in ax.collections if isinstance(m, matplotlib.collections.QuadMesh)]
+    return [
+        m
+        for ax in fig.axes[:3]
+        for m in ax.collections
+        if isinstance(m, matplotlib.collections.QuadMesh)
+    ]
 
 
 # ---- maps
@@ -84,7 +109,9 @@ def test_a_map_shows_target_forecast_and_difference():
     where = dict(time=1, lead_time=2)
     np.testing.assert_array_equal(target.get_array(), dataset.z500_truth.isel(where))
     np.testing.assert_array_equal(forecast.get_array(), dataset.z500.isel(where))
-    np.testing.assert_array_equal(difference.get_array(), (dataset.z500 - dataset.z500_truth).isel(where))
+    np.testing.assert_array_equal(
+        difference.get_array(), (dataset.z500 - dataset.z500_truth).isel(where)
+    )
     assert target.get_clim() == forecast.get_clim() == (109.0, 113.0)  # of both together
     assert difference.get_clim() == (-3.0, 3.0)
     assert target.get_cmap().name == "viridis" and difference.get_cmap().name == "RdBu_r"
@@ -97,11 +124,23 @@ def test_a_map_says_what_it_shows():
     rmse = math.sqrt((error**2).weighted(np.cos(np.deg2rad(dataset.latitude))).mean())
     said = texts(maps.draw_maps(dataset, "u10", 1, 2))
     title = f"field u10 (u10), RMSE {rmse:.4g} m s-1\ninitial time 2020-01-31 18:00 UTC, valid 2020-02-03 18:00 UTC, lead 72 h"
-    labels = {"target", "forecast", "forecast - target", "latitude (degrees north)", "longitude (degrees east)"}
+    labels = {
+        "target",
+        "forecast",
+        "forecast - target",
+        "latitude (degrees north)",
+        "longitude (degrees east)",
+    }
     assert {title, "u10 (m s-1)", "difference (m s-1)"} | labels <= set(said)
     numbers = maps.map_numbers(dataset, "u10", 1, 2)
-    assert numbers["rmse"] == pytest.approx(rmse) and numbers["bias"] == pytest.approx(float(weighted.mean()))
-    assert (numbers["difference_min"], numbers["difference_max"], numbers["lead_hours"]) == (-3.0, 1.0, 72)
+    assert numbers["rmse"] == pytest.approx(rmse) and numbers["bias"] == pytest.approx(
+        float(weighted.mean())
+    )
+    assert (numbers["difference_min"], numbers["difference_max"], numbers["lead_hours"]) == (
+        -3.0,
+        1.0,
+        72,
+    )
 
 
 def test_the_first_row_is_drawn_in_the_north_whatever_the_order_of_dimensions():
@@ -134,7 +173,10 @@ def test_an_exact_forecast_and_one_with_gaps_can_be_drawn():
     assert meshes(maps.draw_maps(dataset, "u10", 0, 0))[1].get_array().mask[:, 0].all()
     assert math.isnan(maps.map_numbers(dataset, "u10", 0, 0)["rmse"])
     dataset["u10"] = dataset.u10 * np.nan
-    with pytest.raises(ValueError, match="the forecast of u10 from 2020-01-31 00:00 UTC, lead 6 h, has no finite value"):
+    with pytest.raises(
+        ValueError,
+        match="the forecast of u10 from 2020-01-31 00:00 UTC, lead 6 h, has no finite value",
+    ):
         maps.draw_maps(dataset, "u10", 0, 0)
 
 
@@ -149,10 +191,14 @@ def test_coastlines_come_round_the_globe():
 
 def cartopy(monkeypatch, natural_earth):
     """A stand-in: one shape of two lines."""
-    lines = [types.SimpleNamespace(coords=[(0, 50), (1, 51)]), types.SimpleNamespace(coords=[(2, 50, 7), (3, 51, 7)])]
+    lines = [
+        types.SimpleNamespace(coords=[(0, 50), (1, 51)]),
+        types.SimpleNamespace(coords=[(2, 50, 7), (3, 51, 7)]),
+    ]
     shapes = [types.SimpleNamespace(geoms=lines)]
     reader = types.SimpleNamespace(
-        natural_earth=natural_earth, Reader=lambda file: types.SimpleNamespace(geometries=lambda: shapes)
+        natural_earth=natural_earth,
+        Reader=lambda file: types.SimpleNamespace(geometries=lambda: shapes),
     )
     monkeypatch.setitem(sys.modules, "cartopy", types.ModuleType("cartopy"))
     monkeypatch.setitem(sys.modules, "cartopy.io", types.SimpleNamespace(shapereader=reader))
@@ -175,7 +221,10 @@ def test_without_coastlines_the_reason_is_said(monkeypatch, folder):
     with pytest.raises(ValueError, match="no route to host"):
         maps.coastlines(made())
     monkeypatch.setitem(sys.modules, "cartopy.io", None)
-    assert next(iter(maps.draw(folder, folder / "out", variable="u10", lead=6))) == "no coastlines: cartopy is not installed"
+    assert (
+        next(iter(maps.draw(folder, folder / "out", variable="u10", lead=6)))
+        == "no coastlines: cartopy is not installed"
+    )
 
 
 # ---- curves
@@ -185,12 +234,19 @@ def test_skill_has_a_panel_for_each_variable_and_a_line_for_each_forecast():
     fig = maps.draw_skill(score_rows())
     assert [ax.get_title() for ax in fig.axes] == ["u10", "z500"]
     for ax in fig.axes:
-        assert ax.get_ylabel() == "RMSE (m s-1)" and ax.get_xlabel() == "lead time (h)" and ax.get_ylim()[0] == 0
+        assert (
+            ax.get_ylabel() == "RMSE (m s-1)"
+            and ax.get_xlabel() == "lead time (h)"
+            and ax.get_ylim()[0] == 0
+        )
         assert [line.get_label() for line in ax.lines] == list(FORECASTS)
         for i, line in enumerate(ax.lines):
             np.testing.assert_array_equal(line.get_xdata(), LEADS)
             np.testing.assert_allclose(line.get_ydata(), np.sqrt(LEADS) * (1 + i))
-        assert all(len({getattr(line, f"get_{what}")() for line in ax.lines}) == 5 for what in ("marker", "color"))
+        assert all(
+            len({getattr(line, f"get_{what}")() for line in ax.lines}) == 5
+            for what in ("marker", "color")
+        )
     assert [t.get_text() for t in fig.legends[0].texts] == list(FORECASTS)
 
 
@@ -207,10 +263,15 @@ def test_spectra_are_logarithmic_with_wavelengths_above():
         (above,) = ax.child_axes
         assert above.get_xlabel() == "zonal wavelength at the equator (km)"
         fig.draw_without_rendering()
-        at = above.transData.transform((20000, 0))[0], ax.transData.transform((40030.17 / 20000, 1))[0]
+        at = (
+            above.transData.transform((20000, 0))[0],
+            ax.transData.transform((40030.17 / 20000, 1))[0],
+        )
         assert at[0] == pytest.approx(at[1], abs=0.01)  # pixels
         assert [t.get_text() for t in above.get_xticklabels()] == ["20,000"]
-    with pytest.raises(ValueError, match="lead=7 is in none of the spectra, which have 6, 24, 72 hours"):
+    with pytest.raises(
+        ValueError, match="lead=7 is in none of the spectra, which have 6, 24, 72 hours"
+    ):
         maps.draw_spectra(spectra_rows(), 7)
 
 
@@ -256,7 +317,10 @@ def test_leads_in_hours_as_plain_numbers_need_units(tmp_path):
     ("spoil", "message"),
     [
         (lambda d: d.rename(lead_time="step"), "no dimension with coordinates 'lead_time'"),
-        (lambda d: d.drop_vars(["u10_truth", "z500_truth"]), "no pair of variables NAME and NAME_truth"),
+        (
+            lambda d: d.drop_vars(["u10_truth", "z500_truth"]),
+            "no pair of variables NAME and NAME_truth",
+        ),
         (lambda d: d.isel(time=0, drop=True), "no dimension with coordinates 'time'"),
     ],
 )
@@ -280,35 +344,56 @@ def test_the_command_draws_first_and_last_lead_skill_and_spectra(tmp_path, capsy
     assert maps.main([str(tmp_path), "--out", str(out)]) == 0
     stems = [f"map_z500_2020-01-31-00-00_{h}h" for h in (6, 72)]
     stems += ["skill", "spectra_6h", "spectra_72h"]
-    assert {p.name for p in out.iterdir()} == {f"{s}.{e}" for s in stems for e in ("png", "svg", "csv")}
+    assert {p.name for p in out.iterdir()} == {
+        f"{s}.{e}" for s in stems for e in ("png", "svg", "csv")
+    }
     for stem in stems:
-        assert (out / f"{stem}.png").read_bytes().startswith(b"\x89PNG") and (out / f"{stem}.png").stat().st_size > 5000
+        assert (out / f"{stem}.png").read_bytes().startswith(b"\x89PNG") and (
+            out / f"{stem}.png"
+        ).stat().st_size > 5000
         assert "</svg>" in (out / f"{stem}.svg").read_text()
     lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if "coastlines" not in line] == [f"{out / s}.png, .svg, .csv" for s in stems]
+    assert [line for line in lines if "coastlines" not in line] == [
+        f"{out / s}.png, .svg, .csv" for s in stems
+    ]
     (row,) = table(out / "map_z500_2020-01-31-00-00_72h.csv")
     assert (
-        float(row["rmse"]) == maps.map_numbers(made(["z500"]), "z500", 0, 2)["rmse"] and row["valid_time"] == "2020-02-03 00:00 UTC"
+        float(row["rmse"]) == maps.map_numbers(made(["z500"]), "z500", 0, 2)["rmse"]
+        and row["valid_time"] == "2020-02-03 00:00 UTC"
     )
-    assert len(table(out / "skill.csv")) == 3 * 5 and {r["lead_hours"] for r in table(out / "spectra_72h.csv")} == {"72"}
+    assert len(table(out / "skill.csv")) == 3 * 5 and {
+        r["lead_hours"] for r in table(out / "spectra_72h.csv")
+    } == {"72"}
 
 
 def test_the_command_draws_what_is_asked_for(folder):
     out = folder / "figures"
     asked = ["--variable", "z500", "--time", "2020-01-31T18:00", "--lead", "24"]
     assert maps.main([str(folder), "--out", str(out), *asked]) == 0
-    assert {p.stem for p in out.iterdir()} == {"map_z500_2020-01-31-18-00_24h", "skill", "spectra_24h"}
-    assert {r["variable"] for name in ("skill", "spectra_24h") for r in table(out / f"{name}.csv")} == {"z500"}
+    assert {p.stem for p in out.iterdir()} == {
+        "map_z500_2020-01-31-18-00_24h",
+        "skill",
+        "spectra_24h",
+    }
+    assert {
+        r["variable"] for name in ("skill", "spectra_24h") for r in table(out / f"{name}.csv")
+    } == {"z500"}
 
 
-def test_many_variables_make_several_figures_and_lacking_files_are_said(tmp_path, capsys, monkeypatch):
+def test_many_variables_make_several_figures_and_lacking_files_are_said(
+    tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(maps, "PANELS", 2)
     monkeypatch.setattr(maps, "VARIABLES", 1)
     names = ["a", "b", "c"]
     left(tmp_path, *names)
     (tmp_path / "spectra.csv").unlink()
     assert maps.main([str(tmp_path), "--out", str(tmp_path / "out"), "--lead", "6"]) == 0
-    assert {p.name for p in (tmp_path / "out").glob("*.png")} == {"map_a_2020-01-31-00-00_6h.png", "skill_1.png", "skill_2.png"}
+    assert {p.name for p in (tmp_path / "out").glob("*.png")} == {
+        "map_a_2020-01-31-00-00_6h.png",
+        "skill_1.png",
+        "skill_2.png",
+    }
     drawn = [{r["variable"] for r in table(tmp_path / "out" / f"skill_{i}.csv")} for i in (1, 2)]
     assert drawn == [{"a", "b"}, {"c"}]
     said = capsys.readouterr().out
@@ -319,7 +404,10 @@ def test_many_variables_make_several_figures_and_lacking_files_are_said(tmp_path
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (["--variable", "z50"], "variable='z50' is unknown. Did you mean 'z500'? Known: u10, z500."),
+        (
+            ["--variable", "z50"],
+            "variable='z50' is unknown. Did you mean 'z500'? Known: u10, z500.",
+        ),
         (
             ["--time", "2020-02-01"],
             "time='2020-02-01' is none of the 2 initial times from 2020-01-31 00:00 UTC to 2020-01-31 18:00",

@@ -30,7 +30,9 @@ from apps.vit.train import configure, main, parser
 from ringx.launch.mesh import Mesh, Shape
 from ringx.measure.peak import Lifetimes
 
-MODEL = ModelConfig(dim=128, layers=2, heads=4, ffn=384, height=32, width=64, in_channels=15, out_channels=4)  # 512 tokens
+MODEL = ModelConfig(
+    dim=128, layers=2, heads=4, ffn=384, height=32, width=64, in_channels=15, out_channels=4
+)  # 512 tokens
 
 
 @pytest.fixture(autouse=True)
@@ -52,12 +54,22 @@ def measure(rank: int, c: Config, shape: Shape) -> tuple[int, float, float]:
     attend, points = Attend(c, mesh), m.patch**2
     _, micro, passes = c.plan_batch(shape)
     watch = Lifetimes()
-    engine = build(c, mesh, attend, weights=lambda name, size: torch.full(size, 0.01), allocating=watch)
+    engine = build(
+        c, mesh, attend, weights=lambda name, size: torch.full(size, 0.01), allocating=watch
+    )
     attend.check = False
     with watch:
         tokens = attend.layout.size(mesh.cp_rank)
-        fields = [torch.zeros(micro, tokens, channels * points) for channels in (m.in_channels, m.out_channels)]
-        batch = (fields[0], torch.zeros(tokens, dtype=torch.long), fields[1], torch.ones(tokens, points))
+        fields = [
+            torch.zeros(micro, tokens, channels * points)
+            for channels in (m.in_channels, m.out_channels)
+        ]
+        batch = (
+            fields[0],
+            torch.zeros(tokens, dtype=torch.long),
+            fields[1],
+            torch.ones(tokens, points),
+        )
         for _ in range(2):
             gc.collect()
             watch.peak = watch.now
@@ -81,9 +93,17 @@ def measured(c: Config, shape: Shape) -> list[tuple[int, float, float]]:
     ("shape", "model", "changes"),
     [
         (Shape(), {}, {}),
-        (Shape(), {"patch": 3, "positions": "sinusoidal"}, {"checkpointing": "selective", "mlp_tiles": 4, "dtype": "bfloat16"}),
+        (
+            Shape(),
+            {"patch": 3, "positions": "sinusoidal"},
+            {"checkpointing": "selective", "mlp_tiles": 4, "dtype": "bfloat16"},
+        ),
         (Shape(2), {}, {"checkpointing": "full", "dtype": "bfloat16", "algorithm": "ringx4"}),
-        (Shape(1, 1, 2), {"patch": 4}, {"checkpointing": "selective", "dp_engine": "ddp", "dtype": "bfloat16"}),
+        (
+            Shape(1, 1, 2),
+            {"patch": 4},
+            {"checkpointing": "selective", "dp_engine": "ddp", "dtype": "bfloat16"},
+        ),
         (
             Shape(2, 2),
             {"patch": 3, "positions": "sinusoidal", "layers": 1},
@@ -96,7 +116,10 @@ def test_peak_and_bytes_of_attention_are_those_of_a_real_run(shape, model, chang
     c = config(replace(MODEL, **model)).changed(changes)
     real, plan = measured(c, shape)[0], make_plan(c, shape)
     assert plan.memory.peak == pytest.approx(real[0], rel=0.03)
-    sent = [sum(plan.sent.get(f"attention {direction}", {}).values()) for direction in ("forward", "backward")]
+    sent = [
+        sum(plan.sent.get(f"attention {direction}", {}).values())
+        for direction in ("forward", "backward")
+    ]
     assert sent == pytest.approx(real[1:])
     assert (shape.cp > 1) == (sent[0] > 0)
 
@@ -104,7 +127,10 @@ def test_peak_and_bytes_of_attention_are_those_of_a_real_run(shape, model, chang
 @pytest.mark.parametrize("algorithm", ringx.algorithms())
 def test_bytes_equal_closed_forms(algorithm):
     model = replace(MODEL, layers=1)
-    shape, c = Shape(4, 1, 2), config(model, algorithm=algorithm, checkpointing="selective", global_batch=4)
+    shape, c = (
+        Shape(4, 1, 2),
+        config(model, algorithm=algorithm, checkpointing="selective", global_batch=4),
+    )
     plans = [make_plan(c, shape, rank) for rank in range(4)]
     form = ringx.algorithms()[algorithm].bytes(2, 512, 4, 4, 32, 4, 4, False, "contiguous")
     for direction, want in zip(("forward", "backward"), form, strict=True):
@@ -134,14 +160,19 @@ def test_what_is_kept_equals_closed_forms(engine, dtype, size):
 
 def test_passes_are_multiplied():
     once, many = (make_plan(config(global_batch=n, micro_batch=2), Shape(2)) for n in (2, 10))
-    assert (once.passes, many.passes) == (1, 5) and many.flops_full == pytest.approx(5 * once.flops_full)
+    assert (once.passes, many.passes) == (1, 5) and many.flops_full == pytest.approx(
+        5 * once.flops_full
+    )
     for purpose in ("attention forward", "attention backward"):
         assert sum(many.sent[purpose].values()) == 5 * sum(once.sent[purpose].values())
     assert many.sent["gradients"] == once.sent["gradients"]
 
 
 def test_refused():
-    with pytest.raises(ValueError, match="dp_engine=zero2: memory and bytes of DeepSpeed's engines cannot be estimated"):
+    with pytest.raises(
+        ValueError,
+        match="dp_engine=zero2: memory and bytes of DeepSpeed's engines cannot be estimated",
+    ):
         make_plan(config(mesh={"dp_engine": "zero2"}), Shape(2))
     with pytest.raises(ValueError, match="tp=3 does not divide heads=4"):
         make_plan(config(), Shape(1, 3))
@@ -180,7 +211,12 @@ def test_known_sizes():
     rows, columns = simulate.Sphere(simulate.DEFAULT.truncation).shape
     for name in ("tiny", "5m", "90m", "300m"):
         m = planned("--preset", name).model
-        assert (m.height, m.width, m.in_channels, m.out_channels) == (rows, columns, 15, 3) and m.periodic
+        assert (m.height, m.width, m.in_channels, m.out_channels) == (
+            rows,
+            columns,
+            15,
+            3,
+        ) and m.periodic
     assert 4e6 < parameters(planned("--preset", "5m").model).total < 6e6
     assert 80e6 < parameters(planned("--preset", "90m").model).total < 100e6
     assert 270e6 < parameters(planned("--preset", "300m").model).total < 330e6
@@ -190,14 +226,21 @@ def plain(q, k, v):
     return scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
-@pytest.mark.parametrize("changes", [{"patch": 2}, {"patch": 3, "positions": "sinusoidal"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"patch": 2}, {"patch": 3, "positions": "sinusoidal"}], ids=str
+)
 def test_flops_are_those_that_torch_counts(changes):
     """The convention takes 6 for each number of a matrix; nobody asks for the gradient of the fields, which is 2 of the first's."""
     model = replace(MODEL, **changes)
     vit, points, S = ViT(model, plain), model.patch**2, model.patches().tokens
     per_token = flops_per_token(model)
     assert per_token.full == per_token.causal
-    batch = torch.zeros(2, S, 15 * points), torch.arange(S), torch.zeros(2, S, 4 * points), torch.ones(S, points)
+    batch = (
+        torch.zeros(2, S, 15 * points),
+        torch.arange(S),
+        torch.zeros(2, S, 4 * points),
+        torch.ones(S, points),
+    )
     first = 2 * model.dim * 15 * points
     for asked in (True, False):
         batch[0].requires_grad_(asked)
@@ -209,7 +252,10 @@ def test_flops_are_those_that_torch_counts(changes):
 
 def test_flops_of_a_step_are_shared_by_the_ranks():
     plan = make_plan(config(global_batch=4), Shape(2, 1, 2))
-    assert plan.tokens == 4 * 512 and plan.flops_full == plan.flops_causal == flops_per_token(MODEL).full * 4 * 512 / 4
+    assert (
+        plan.tokens == 4 * 512
+        and plan.flops_full == plan.flops_causal == flops_per_token(MODEL).full * 4 * 512 / 4
+    )
 
 
 # ---- the command
@@ -228,7 +274,10 @@ def test_the_command_makes_no_data(flag, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "statistics", refuse)
     assert main(["--preset", "tiny", "--cp", "2", "--dp", "2", flag]) == 0
     said = capsys.readouterr().out
-    assert "tiny: 391,884 parameters on 4 ranks (fsdp); memory of rank 0:" in said and "peak, of which:" in said
+    assert (
+        "tiny: 391,884 parameters on 4 ranks (fsdp); memory of rank 0:" in said
+        and "peak, of which:" in said
+    )
     assert ("attention forward" in said and "cp 2 x tp 1 x dp 2" in said) == (flag == "--dry-run")
     assert not list(tmp_path.iterdir())
 
@@ -240,8 +289,13 @@ def test_a_file_gives_its_sizes_and_is_not_read(times, year, tmp_path, monkeypat
     time = np.datetime64("2001-01-01", "ns") + np.arange(times) * np.timedelta64(6, "h")
     grid, lat, lon = ("latitude", "longitude"), np.linspace(60, 40, 10), np.arange(14.0)
     rng = np.random.default_rng(0)
-    fields = {name: (("time", *grid), rng.random((times, 10, 14)).astype("f4")) for name in ("u", "v")}
-    record = xr.Dataset(fields | {"lsm": (grid, rng.random((10, 14)))}, {"time": time, "latitude": lat, "longitude": lon})
+    fields = {
+        name: (("time", *grid), rng.random((times, 10, 14)).astype("f4")) for name in ("u", "v")
+    }
+    record = xr.Dataset(
+        fields | {"lsm": (grid, rng.random((10, 14)))},
+        {"time": time, "latitude": lat, "longitude": lon},
+    )
     record.to_netcdf(tmp_path / "a.nc")
     flags = ["--data", str(tmp_path / "a.nc"), "--leads", "6,12,18", "--patch", "4"]
     with monkeypatch.context() as patched:
@@ -252,10 +306,15 @@ def test_a_file_gives_its_sizes_and_is_not_read(times, year, tmp_path, monkeypat
         assert (m.in_channels, m.out_channels) == (2 + 2 + year + 1 + 1 + 2 * 4, 2 * 3)
         assert main([*flags, "--cp", "3", "--dry-run"]) == 0
         said = capsys.readouterr().out
-        assert f"in_channels: {m.in_channels}\n" in said and "a step: 16 samples, 192 tokens, 1 passes" in said
+        assert (
+            f"in_channels: {m.in_channels}\n" in said
+            and "a step: 16 samples, 192 tokens, 1 passes" in said
+        )
         few = planned(*flags, "--variables", "v", "--inputs", "latitude").model
         assert (few.in_channels, few.out_channels) == (2, 3)
-        large = planned("--preset", "2.6b-p4", *flags[:2]).model  # the file's sizes, not the preset's
+        large = planned(
+            "--preset", "2.6b-p4", *flags[:2]
+        ).model  # the file's sizes, not the preset's
         assert (large.height, large.width, large.out_channels) == (10, 14, 2)
         with pytest.raises(SystemExit):
             main([*flags, "--cp", "13", "--estimate"])
@@ -263,7 +322,9 @@ def test_a_file_gives_its_sizes_and_is_not_read(times, year, tmp_path, monkeypat
         assert capsys.readouterr().err == f"apps.vit.train: error: {words}\n"
     c = planned(*flags)
     opened = train.open_record(flags[1], c.data)
-    made = train.statistics(opened, train.parts_of(opened, c.data)["train"], c.data.hours(), cache=None)
+    made = train.statistics(
+        opened, train.parts_of(opened, c.data)["train"], c.data.hours(), cache=None
+    )
     assert train.fitted(c, opened, train.samples_of(opened, c.data, made, "train")).model == c.model
 
 
@@ -277,8 +338,16 @@ def test_thousands_of_ranks(capsys):
     assert "a step: 128 samples, 33,177,600 tokens, 1 passes; of this rank:" in said
     total = parameters(replace(preset("2.6b-p1").model, layers=3)).total
     assert f"2.6b-p1: {total:,} parameters on 4096 ranks (fsdp); memory of rank 0:" in said
-    assert "    3.96 GiB  of other ranks' blocks in attention, at most at once" in said  # 2 x 259,200 x 4,096 in bf16
-    for words in ("peak, of which:", "attention forward (all_gather)", "attention backward", "sent, of which:", "FLOPs"):
+    assert (
+        "    3.96 GiB  of other ranks' blocks in attention, at most at once" in said
+    )  # 2 x 259,200 x 4,096 in bf16
+    for words in (
+        "peak, of which:",
+        "attention forward (all_gather)",
+        "attention backward",
+        "sent, of which:",
+        "FLOPs",
+    ):
         assert words in said, words
     assert said.count("= ranks") == 16 and "... and 112 more groups" in said
 
@@ -288,7 +357,9 @@ def test_a_large_plan_in_numbers():
     c = preset("2.6b-p2")
     c = replace(c, model=replace(c.model, layers=2))
     plan = make_plan(c, c.mesh.fit(8))
-    assert plan.tokens == 64_800 and plan.layers == 2 and plan.parameters == parameters(c.model).total
+    assert (
+        plan.tokens == 64_800 and plan.layers == 2 and plan.parameters == parameters(c.model).total
+    )
     assert plan.memory.parameters == pytest.approx(plan.parameters * 4 / 8, rel=0.01)
     assert plan.memory.remote_blocks == 2 * 64_800 * 4096 * 2  # keys and values of a field in bf16
     form = ringx.algorithms()["ringx3"].bytes(1, 64_800, 32, 32, 128, 8, 2, False)

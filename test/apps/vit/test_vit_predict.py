@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from helpers.ranks import run
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),  # pytest undoes the filter of checkpoint.py
+    pytest.mark.filterwarnings(
+        "ignore:torch.distributed is disabled"
+    ),  # pytest undoes the filter of checkpoint.py
     pytest.mark.filterwarnings("ignore:Consolidated metadata"),
 ]
 xr = pytest.importorskip("xarray")
@@ -68,14 +70,31 @@ def weather(times=240, lat=None, lon=None):
 
 def trained(out, data, *words):
     """A run of the trainer in `out`."""
-    size = ["--layers", 1, "--heads", 4, "--warmup", 2, "--val-every", 0, "--no-tensorboard", "--device", "cpu"]
+    size = [
+        "--layers",
+        1,
+        "--heads",
+        4,
+        "--warmup",
+        2,
+        "--val-every",
+        0,
+        "--no-tensorboard",
+        "--device",
+        "cpu",
+    ]
     assert train.main([str(w) for w in ("--data", data, "--out", out, *size, *words)]) == 0
     return out
 
 
 def forecast(run, out, *words):
     """Runs the command here; with --nproc, the ranks are processes."""
-    assert predict.main([str(w) for w in ("--checkpoint", run, "--out", out, "--device", "cpu", *words)]) == 0
+    assert (
+        predict.main(
+            [str(w) for w in ("--checkpoint", run, "--out", out, "--device", "cpu", *words)]
+        )
+        == 0
+    )
     return out
 
 
@@ -93,9 +112,35 @@ def data(folder):
 @pytest.fixture(scope="module")
 def trained_run(folder, data):
     """Trained on 2 tp ranks, in float64; a patch does not divide the grid; sees the past and corrects the damped anomaly."""
-    steps = ["--steps", 24, "--save-every", 12, "--global-batch", 8, "--lr", "5e-3", "--dtype", "float64"]
+    steps = [
+        "--steps",
+        24,
+        "--save-every",
+        12,
+        "--global-batch",
+        8,
+        "--lr",
+        "5e-3",
+        "--dtype",
+        "float64",
+    ]
     task = ["--leads", "6,24", "--history", "6,12", "--base", "damped"]
-    return trained(folder / "run", data, *task, "--dim", 32, "--patch", 3, *steps, "--nproc", 2, "--cp", 1, "--tp", 2)
+    return trained(
+        folder / "run",
+        data,
+        *task,
+        "--dim",
+        32,
+        "--patch",
+        3,
+        *steps,
+        "--nproc",
+        2,
+        "--cp",
+        1,
+        "--tp",
+        2,
+    )
 
 
 class Rows(list):
@@ -135,7 +180,11 @@ def lines(path):
 def parameters(checkpoint):
     """Of a checkpoint, read without this repository's code."""
     stored = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    state = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in stored.items() if k.startswith("model.")}
+    state = {
+        k: torch.empty(m.size, dtype=m.properties.dtype)
+        for k, m in stored.items()
+        if k.startswith("model.")
+    }
     dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
     return {k.removeprefix("model."): v for k, v in state.items()}
 
@@ -154,13 +203,21 @@ class Oracle:
         self.fields = open_fields(data)
         parts = splits(self.fields)
         made = statistics(self.fields, parts["train"], sorted({*LEADS, *HISTORY}), cache=None)
-        about = {"inputs": [name for name in INPUTS if name != "static"], "history": HISTORY, "base": "damped"}
+        about = {
+            "inputs": [name for name in INPUTS if name != "static"],
+            "history": HISTORY,
+            "base": "damped",
+        }
         self.samples = Samples(self.fields, parts["test"], made, LEADS, where="valid", **about)
-        assert (parts["train"].start, parts["train"].stop) == (0, 168) and range(parts["test"].start, parts["test"].stop) == TEST
+        assert (parts["train"].start, parts["train"].stop) == (0, 168) and range(
+            parts["test"].start, parts["test"].stop
+        ) == TEST
 
     def __call__(self, t0s, *seen):
         """[n, L, C, H, W] if that were the fields at t0s, 6 h before, and 12 h before."""
-        x = self.patches.cut(torch.from_numpy(self.samples.inputs_of(np.stack(seen, 1), t0s))).double()
+        x = self.patches.cut(
+            torch.from_numpy(self.samples.inputs_of(np.stack(seen, 1), t0s))
+        ).double()
         with torch.no_grad():
             out = self.patches.join(self.model(x, torch.arange(self.patches.tokens)))
         prediction = out.unflatten(1, (len(LEADS), len(CHANNELS))).float().numpy()
@@ -214,13 +271,27 @@ def test_fields_are_those_of_the_whole_model(one, oracle, record):
         np.testing.assert_allclose(got[name].values, want[:, :, c], rtol=0, atol=1e-6 * std)
         assert np.abs(got[name] - record[name].values[t0s][:, None]).max() > std  # no persistence
         for i, lead in enumerate(LEADS):
-            np.testing.assert_array_equal(got[f"{name}_truth"].values[:, i], record[name].values[t0s + lead // 6])
+            np.testing.assert_array_equal(
+                got[f"{name}_truth"].values[:, i], record[name].values[t0s + lead // 6]
+            )
 
 
 @pytest.fixture(scope="module")
 def eight(folder, trained_run):
     return forecast(
-        trained_run, folder / "eight", "--nproc", 8, "--cp", 8, "--save", 1000, "--rollout", 24, "--batch", 64, "--no-maps"
+        trained_run,
+        folder / "eight",
+        "--nproc",
+        8,
+        "--cp",
+        8,
+        "--save",
+        1000,
+        "--rollout",
+        24,
+        "--batch",
+        64,
+        "--no-maps",
     )
 
 
@@ -228,7 +299,9 @@ def test_eight_ranks_have_the_fields_and_scores_of_one(one, eight, record):
     """66 tokens over 8 processes; the checkpoint is of 2 tp ranks."""
     got, want = opened(eight), opened(one[0])
     for name in CHANNELS:
-        np.testing.assert_allclose(got[name].values, want[name].values, rtol=0, atol=1e-5 * float(record[name].std()))
+        np.testing.assert_allclose(
+            got[name].values, want[name].values, rtol=0, atol=1e-5 * float(record[name].std())
+        )
         np.testing.assert_array_equal(got[f"{name}_truth"].values, want[f"{name}_truth"].values)
     expect_same_lines(eight, one[0], leads=(6, 12, 18, 24))
 
@@ -246,11 +319,26 @@ def expect_same_lines(got, want, leads):
 
 
 def test_times_shared_out_give_the_same_scores(one, folder, trained_run):
-    out = forecast(trained_run, folder / "two", "--nproc", 2, "--cp", 1, "--rollout", ROLLOUT, "--no-maps", "--batch", 5)
+    out = forecast(
+        trained_run,
+        folder / "two",
+        "--nproc",
+        2,
+        "--cp",
+        1,
+        "--rollout",
+        ROLLOUT,
+        "--no-maps",
+        "--batch",
+        5,
+    )
     expect_same_lines(out, one[0], leads=range(6, ROLLOUT + 1, 6))
     assert len(lines(out / "spectra.csv")) == len(lines(one[0] / "spectra.csv"))
     for a, b in zip(lines(out / "spectra.csv"), lines(one[0] / "spectra.csv"), strict=True):
-        assert float(a.pop("energy")) == pytest.approx(float(b.pop("energy")), rel=2 * DIGITS) and a == b
+        assert (
+            float(a.pop("energy")) == pytest.approx(float(b.pop("energy")), rel=2 * DIGITS)
+            and a == b
+        )
     whole, some = opened(one[0]), opened(out)
     assert some.sizes["time"] == 4  # spread evenly, from the first to the last
     assert (some.time.values == whole.time.values[[0, 10, 21, 31]]).all()
@@ -260,11 +348,23 @@ def test_times_shared_out_give_the_same_scores(one, folder, trained_run):
 def test_cp_and_dp_together_score_as_one_to_all_digits(one, trained_run, tmp_path, monkeypatch):
     """On threads: their rows are seen before they are rounded."""
     rows = Rows().catch(monkeypatch)
-    words = ["--checkpoint", str(trained_run), "--out", str(tmp_path), "--no-maps", "--device", "cpu", "--batch", "3"]
+    words = [
+        "--checkpoint",
+        str(trained_run),
+        "--out",
+        str(tmp_path),
+        "--no-maps",
+        "--device",
+        "cpu",
+        "--batch",
+        "3",
+    ]
     job = replace(predict.configure(predict.parser().parse_args(words)), cp=2)
 
     def work(rank):
-        return predict.work(World(rank, 4, rank, 4, torch.device("cpu"), "gloo", "threads", "", 0), job)
+        return predict.work(
+            World(rank, 4, rank, 4, torch.device("cpu"), "gloo", "threads", "", 0), job
+        )
 
     assert run(4, work) == [0] * 4
     wanted = [r for r in one[1].values() if r.lead_hours in LEADS and r.forecast != "roll-out"]
@@ -273,7 +373,9 @@ def test_cp_and_dp_together_score_as_one_to_all_digits(one, trained_run, tmp_pat
     ]
     for got, want in zip(rows, wanted, strict=True):
         for key in ("rmse", "acc", "bias", "rmse_mean_of_roots"):
-            assert getattr(got, key) == pytest.approx(getattr(want, key), rel=1e-8, abs=1e-9, nan_ok=True), (want, key)
+            assert getattr(got, key) == pytest.approx(
+                getattr(want, key), rel=1e-8, abs=1e-9, nan_ok=True
+            ), (want, key)
 
 
 # ---- scores
@@ -309,15 +411,22 @@ def simple(record, climatology, name, lead, kind):
 def expect_row(row, want):
     assert row.times == 36 and row.units == {"t2m": "K", "u10": "m s-1"}[row.variable]
     for key, value in want.items():
-        assert getattr(row, key) == pytest.approx(value, rel=1e-6, abs=1e-9, nan_ok=True), (row, key)
+        assert getattr(row, key) == pytest.approx(value, rel=1e-6, abs=1e-9, nan_ok=True), (
+            row,
+            key,
+        )
 
 
 def test_scores_of_the_model_by_hand(one, oracle, record, climatology):
     for i, lead in enumerate(LEADS):
-        t0s = start_times(lead)  # the first lie before the test times, the last behind those that are saved
+        t0s = start_times(
+            lead
+        )  # the first lie before the test times, the last behind those that are saved
         ahead = oracle(t0s, *oracle.past(t0s))[:, i]
         for c, name in enumerate(CHANNELS):
-            expect_row(one[1][name, lead, "model"], expected(record, climatology, name, lead, ahead[:, c]))
+            expect_row(
+                one[1][name, lead, "model"], expected(record, climatology, name, lead, ahead[:, c])
+            )
 
 
 @pytest.mark.parametrize("kind", SIMPLE)
@@ -331,7 +440,9 @@ def test_scores_of_simple_forecasts_by_hand(kind, one, record, climatology):
 
 def test_the_model_has_learnt_something(one):
     for name, lead in itertools.product(CHANNELS, LEADS):
-        assert one[1][name, lead, "model"].rmse < 0.95 * min(one[1][name, lead, kind].rmse for kind in SIMPLE)
+        assert one[1][name, lead, "model"].rmse < 0.95 * min(
+            one[1][name, lead, kind].rmse for kind in SIMPLE
+        )
 
 
 def test_the_file_of_scores(one):
@@ -361,11 +472,16 @@ def test_a_roll_out_is_the_model_fed_with_its_forecasts(one, oracle, record, cli
     for k in range(1, ROLLOUT // 6 + 1):
         state = oracle.fed_back(start_times(6 * k), k)
         for c, name in enumerate(CHANNELS):
-            expect_row(one[1][name, 6 * k, "roll-out"], expected(record, climatology, name, 6 * k, state[:, c]))
+            expect_row(
+                one[1][name, 6 * k, "roll-out"],
+                expected(record, climatology, name, 6 * k, state[:, c]),
+            )
     for name in CHANNELS:
         first, model = (one[1][name, 6, kind] for kind in ("roll-out", "model"))
         assert replace(first, forecast="model") == model
-        assert one[1][name, 24, "roll-out"].rmse != pytest.approx(one[1][name, 24, "model"].rmse, rel=1e-4)
+        assert one[1][name, 24, "roll-out"].rmse != pytest.approx(
+            one[1][name, 24, "model"].rmse, rel=1e-4
+        )
 
 
 def test_the_second_step_of_a_roll_out_by_hand(one, oracle):
@@ -375,7 +491,11 @@ def test_the_second_step_of_a_roll_out_by_hand(one, oracle):
     now, before, _ = oracle.past(t0)
     second = oracle(t0 + 1, first, now, before)[:, 0]
     np.testing.assert_allclose(oracle.fed_back(t0, 2), second, rtol=0, atol=1e-4)
-    for wrong in (oracle(t0, first, now, before), oracle(t0 + 1, first, before, now), oracle(t0 + 1, now, before, first)):
+    for wrong in (
+        oracle(t0, first, now, before),
+        oracle(t0 + 1, first, before, now),
+        oracle(t0 + 1, now, before, first),
+    ):
         assert np.abs(wrong[:, 0] - second).max() > 1e-2
 
 
@@ -383,7 +503,11 @@ def test_the_second_step_of_a_roll_out_by_hand(one, oracle):
 
 
 def energies(out, forecast, name, lead):
-    rows = [r for r in lines(out / "spectra.csv") if (r["variable"], r["forecast"], r["lead_hours"]) == (name, forecast, str(lead))]
+    rows = [
+        r
+        for r in lines(out / "spectra.csv")
+        if (r["variable"], r["forecast"], r["lead_hours"]) == (name, forecast, str(lead))
+    ]
     assert [int(r["wavenumber"]) for r in rows] == list(range(17))
     return np.array([float(r["energy"]) for r in rows])
 
@@ -404,9 +528,16 @@ def test_spectra_by_hand(one, oracle, record, climatology):
             truth = record[name].values[list(TEST)]
             made = {"truth": truth, "model": ahead[:, c], "persistence": record[name].values[t0s]}
             for forecast, x in made.items():
-                np.testing.assert_allclose(energies(one[0], forecast, name, lead), energy_by_hand(x, record), rtol=1e-5)
-            squares = np.average((truth.astype("f8") ** 2).mean((0, 2)), weights=np.cos(np.deg2rad(record.latitude.values)))
-            assert energies(one[0], "truth", name, lead).sum() == pytest.approx(squares, rel=1e-5)  # Parseval
+                np.testing.assert_allclose(
+                    energies(one[0], forecast, name, lead), energy_by_hand(x, record), rtol=1e-5
+                )
+            squares = np.average(
+                (truth.astype("f8") ** 2).mean((0, 2)),
+                weights=np.cos(np.deg2rad(record.latitude.values)),
+            )
+            assert energies(one[0], "truth", name, lead).sum() == pytest.approx(
+                squares, rel=1e-5
+            )  # Parseval
 
 
 # ---- the files
@@ -414,11 +545,24 @@ def test_spectra_by_hand(one, oracle, record, climatology):
 
 def test_netcdf_is_as_cf_wants_it(one):
     got = opened(one[0])
-    assert got.attrs["Conventions"] == "CF-1.11" and "weather.nc" in got.attrs["title"] and "step-00000024" in got.attrs["source"]
-    assert (got.valid_time == got.time + got.lead_time).all() and got.valid_time.dims == ("time", "lead_time")
+    assert (
+        got.attrs["Conventions"] == "CF-1.11"
+        and "weather.nc" in got.attrs["title"]
+        and "step-00000024" in got.attrs["source"]
+    )
+    assert (got.valid_time == got.time + got.lead_time).all() and got.valid_time.dims == (
+        "time",
+        "lead_time",
+    )
     assert (got.lead_time.values == np.array(LEADS, "timedelta64[h]")).all()
-    names = {"time": "forecast_reference_time", "lead_time": "forecast_period", "valid_time": "time"}
-    assert {k: v.attrs["standard_name"] for k, v in got.coords.items()} == names | {x: x for x in SPACE}
+    names = {
+        "time": "forecast_reference_time",
+        "lead_time": "forecast_period",
+        "valid_time": "time",
+    }
+    assert {k: v.attrs["standard_name"] for k, v in got.coords.items()} == names | {
+        x: x for x in SPACE
+    }
     with netCDF4.Dataset(one[0] / "forecasts.nc") as raw:
         units = {name: v.units for name, v in raw.variables.items()}
         assert units == {
@@ -428,19 +572,34 @@ def test_netcdf_is_as_cf_wants_it(one):
         }  # fmt: skip
         for name, v in raw.variables.items():
             if name in raw.dimensions:  # a coordinate: nothing missing, in order
-                assert v.dimensions == (name,) and "_FillValue" not in v.ncattrs() and (np.diff(v[:]) != 0).all()
+                assert (
+                    v.dimensions == (name,)
+                    and "_FillValue" not in v.ncattrs()
+                    and (np.diff(v[:]) != 0).all()
+                )
                 assert len(set(np.sign(np.diff(v[:])))) == 1
             elif name != "valid_time":
-                assert v.dimensions == ("time", "lead_time", *SPACE) and v.coordinates == "valid_time" and v.dtype == "f4"
+                assert (
+                    v.dimensions == ("time", "lead_time", *SPACE)
+                    and v.coordinates == "valid_time"
+                    and v.dtype == "f4"
+                )
         assert raw["time"].calendar == raw["valid_time"].calendar == "proleptic_gregorian"
-        assert raw["t2m"].long_name == "2 metre temperature, forecast" and raw["u10_truth"].long_name == "u10, as it was"
+        assert (
+            raw["t2m"].long_name == "2 metre temperature, forecast"
+            and raw["u10_truth"].long_name == "u10, as it was"
+        )
 
 
 def test_zarr_holds_the_same_bits_and_takes_the_place_of_netcdf(one, trained_run, tmp_path):
     pytest.importorskip("zarr", reason="zarr is not installed")
     (tmp_path / "forecasts.nc").touch()  # from before
     forecast(trained_run, tmp_path, "--format", "zarr", "--save", 1000, "--no-maps")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["forecasts.zarr", "scores.csv", "spectra.csv"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "forecasts.zarr",
+        "scores.csv",
+        "spectra.csv",
+    ]
     assert (tmp_path / "forecasts.zarr" / ".zmetadata").exists()
     got = opened(tmp_path, "zarr")
     xr.testing.assert_identical(got, opened(one[0]))
@@ -450,15 +609,23 @@ def test_zarr_holds_the_same_bits_and_takes_the_place_of_netcdf(one, trained_run
 def test_chosen_times(one, trained_run, tmp_path):
     forecast(trained_run, tmp_path, "--times", "2001-02-23T06,2001-02-21T12:00Z", "--no-maps")
     whole = opened(one[0])
-    xr.testing.assert_identical(opened(tmp_path), whole.sel(time=["2001-02-21T12", "2001-02-23T06"]))
-    assert (tmp_path / "scores.csv").read_text().count("model") == len(CHANNELS) * len(LEADS)  # of all test times, as ever
+    xr.testing.assert_identical(
+        opened(tmp_path), whole.sel(time=["2001-02-21T12", "2001-02-23T06"])
+    )
+    assert (tmp_path / "scores.csv").read_text().count("model") == len(CHANNELS) * len(
+        LEADS
+    )  # of all test times, as ever
 
 
 def test_the_figures_are_there(one):
-    image = pytest.importorskip("matplotlib.image", reason="matplotlib is not installed: no figures")
+    image = pytest.importorskip(
+        "matplotlib.image", reason="matplotlib is not installed: no figures"
+    )
     maps = [f"map_{name}_2001-02-21-00-00_{lead}h" for name in CHANNELS for lead in LEADS]
     stems = [*maps, "skill", *(f"spectra_{lead}h" for lead in LEADS)]
-    assert {p.name for p in (one[0] / "maps").iterdir()} == {f"{s}.{kind}" for s in stems for kind in ("png", "svg", "csv")}
+    assert {p.name for p in (one[0] / "maps").iterdir()} == {
+        f"{s}.{kind}" for s in stems for kind in ("png", "svg", "csv")
+    }
     for stem in stems:
         pixels = image.imread(one[0] / "maps" / f"{stem}.png")
         assert min(pixels.shape[:2]) > 300 and pixels[..., :3].std() > 0.05, stem
@@ -475,7 +642,20 @@ def test_the_figures_are_there(one):
 def region(folder):
     """A run on a few degrees, whose leads are not in order, and one as long as its test part."""
     weather(80, np.linspace(60, 55, 6), np.arange(8.0)).to_netcdf(folder / "region.nc")
-    words = ["--leads", "24,6", "--history", 6, "--base", "persistence", "--dim", 16, "--steps", 1, "--global-batch", 2]
+    words = [
+        "--leads",
+        "24,6",
+        "--history",
+        6,
+        "--base",
+        "persistence",
+        "--dim",
+        16,
+        "--steps",
+        1,
+        "--global-batch",
+        2,
+    ]
     parts = ["--train-times", "0/60", "--val-times", "60/76", "--test-times", "76/80"]
     return trained(folder / "region", folder / "region.nc", *words, *parts)
 
@@ -485,14 +665,22 @@ def test_a_region_has_no_spectra(region, tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["forecasts.nc", "scores.csv"]
     assert capsys.readouterr().out.splitlines()[-1].endswith("forecasts.nc; scores.csv beside it")
     got = opened(tmp_path)
-    assert got.lead_time.values.tolist() == np.array([6, 24], "timedelta64[h]").astype("timedelta64[ns]").tolist()  # in order
+    assert (
+        got.lead_time.values.tolist()
+        == np.array([6, 24], "timedelta64[h]").astype("timedelta64[ns]").tolist()
+    )  # in order
     with xr.open_dataset(region.parent / "region.nc") as record:
         for lead in got.lead_time:
             truth = record.u10.sel(time=got.time + lead).values
             np.testing.assert_array_equal(got.u10_truth.sel(lead_time=lead).values, truth)
             now = record.u10.sel(time=got.time).values
-            np.testing.assert_allclose(got.u10.sel(lead_time=lead).values, now, rtol=0, atol=0.1)  # 1 step: hardly learnt
-    assert {(r["lead_hours"], r["times"]) for r in lines(tmp_path / "scores.csv")} == {("6", "16"), ("24", "16")}
+            np.testing.assert_allclose(
+                got.u10.sel(lead_time=lead).values, now, rtol=0, atol=0.1
+            )  # 1 step: hardly learnt
+    assert {(r["lead_hours"], r["times"]) for r in lines(tmp_path / "scores.csv")} == {
+        ("6", "16"),
+        ("24", "16"),
+    }
 
 
 def test_without_matplotlib_all_but_the_figures_is_written(region, tmp_path, monkeypatch, capsys):
@@ -511,23 +699,45 @@ def refused(capsys, *words):
     with pytest.raises(SystemExit) as stop:
         sys.exit(predict.main([str(w) for w in (*words, "--device", "cpu", "--no-maps")]))
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("apps.vit.predict: error: ") and err.count("\n") == 1, err
+    assert (
+        stop.value.code == 2
+        and err.startswith("apps.vit.predict: error: ")
+        and err.count("\n") == 1
+    ), err
     return err
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("--checkpoint nowhere", "--checkpoint nowhere: it is neither a run (no checkpoints/ in it) nor a checkpoint."),
-        ("--checkpoint {run} --step 7", "step-00000007 is not there; there are: step-00000012, step-00000024."),
-        ("--checkpoint {run}/checkpoints/step-00000012 --step 7", "--step 7: {run}/checkpoints/step-00000012 is a checkpoint"),
-        ("--checkpoint {run} --rollout 7", "--rollout 7 must be a multiple of the model's first lead, 6 h."),
+        (
+            "--checkpoint nowhere",
+            "--checkpoint nowhere: it is neither a run (no checkpoints/ in it) nor a checkpoint.",
+        ),
+        (
+            "--checkpoint {run} --step 7",
+            "step-00000007 is not there; there are: step-00000012, step-00000024.",
+        ),
+        (
+            "--checkpoint {run}/checkpoints/step-00000012 --step 7",
+            "--step 7: {run}/checkpoints/step-00000012 is a checkpoint",
+        ),
+        (
+            "--checkpoint {run} --rollout 7",
+            "--rollout 7 must be a multiple of the model's first lead, 6 h.",
+        ),
         ("--checkpoint {run} --rollout -6", "--rollout -6 must be at least 0."),
-        ("--checkpoint {run} --rollout 1008", "train has 168 times (0/168), too few for a lead of 1008 h"),
+        (
+            "--checkpoint {run} --rollout 1008",
+            "train has 168 times (0/168), too few for a lead of 1008 h",
+        ),
         ("--checkpoint {run} --cp 3", "--cp 3 does not divide the 1 ranks."),
         ("--checkpoint {run} --cp 3 --nproc 8", "--cp 3 does not divide the 8 ranks."),
         ("--checkpoint {run} --save 0", "--save 0 must be at least 1."),
-        ("--checkpoint {run} --save 2 --times 2001-01-01", "--times 2001-01-01 and --save 2: give one."),
+        (
+            "--checkpoint {run} --save 2 --times 2001-01-01",
+            "--times 2001-01-01 and --save 2: give one.",
+        ),
         ("--checkpoint {run} --times soon", "--times soon: they must be ISO times"),
         (
             "--checkpoint {run} --times 2001-01-01T00",
@@ -537,14 +747,22 @@ def refused(capsys, *words):
         ("--checkpoint {run} --part all", "'all' (choose from"),
         ("--checkpoint {run} --dtype fp46", "'fp46' (choose from"),
         ("--checkpoint {run} --data {run}/none.nc", "{run}/none.nc does not exist"),
-        ("--checkpoint {run} --data {other}", "other.nc is other data than {run}/checkpoints/step-00000024 was trained on"),
+        (
+            "--checkpoint {run} --data {other}",
+            "other.nc is other data than {run}/checkpoints/step-00000024 was trained on",
+        ),
         ("--checkpoint {run} --out {other}", "--out {other} is no folder and cannot be made"),
-        ("--checkpoint {region} --rollout 48", "--rollout 48: the model sees what was 6 h before, and forecasts every 24 h."),
+        (
+            "--checkpoint {region} --rollout 48",
+            "--rollout 48: the model sees what was 6 h before, and forecasts every 24 h.",
+        ),
         ("--checkpoint {region}", "test has 4 times (76/80), too few for a lead of 24 h"),
         ("--out {run}", "--checkpoint"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_2(words, message, trained_run, region, folder, tmp_path, capsys):
+def test_mistakes_are_one_line_and_exit_2(
+    words, message, trained_run, region, folder, tmp_path, capsys
+):
     if not (folder / "other.nc").exists():
         weather(239).to_netcdf(folder / "other.nc")
     names = {"run": trained_run, "region": region, "other": folder / "other.nc"}
@@ -568,8 +786,12 @@ def test_a_damaged_checkpoint_is_passed_over(trained_run, tmp_path, capsys):
     name = damage(newest)
     forecast(tmp_path / "run", tmp_path / "out", "--no-maps")
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith(f"checkpoint {newest} is damaged and passed over: {name} has other bytes")
-    assert said[1].startswith(f"{older}, ") and str(older) in opened(tmp_path / "out").attrs["source"]
+    assert said[0].startswith(
+        f"checkpoint {newest} is damaged and passed over: {name} has other bytes"
+    )
+    assert (
+        said[1].startswith(f"{older}, ") and str(older) in opened(tmp_path / "out").attrs["source"]
+    )
     forecast(older, tmp_path / "same", "--no-maps", "--data", trained_run.parent / "weather.nc")
     xr.testing.assert_identical(opened(tmp_path / "same"), opened(tmp_path / "out"))
     damage(older)
@@ -585,8 +807,14 @@ def test_missing_values_of_the_last_time_are_named_on_all_ranks(tmp_path, capfd)
     record = weather(80, np.linspace(60, 55, 6), np.arange(8.0))
     record["u10"][79, 0, 0] = np.nan
     record.to_netcdf(tmp_path / "a.nc")
-    run = trained(tmp_path / "run", tmp_path / "a.nc", "--dim", 16, "--steps", 1, "--global-batch", 2)
-    job = predict.configure(predict.parser().parse_args(["--checkpoint", str(run), "--out", str(tmp_path / "out"), "--nproc", "2"]))
+    run = trained(
+        tmp_path / "run", tmp_path / "a.nc", "--dim", 16, "--steps", 1, "--global-batch", 2
+    )
+    job = predict.configure(
+        predict.parser().parse_args(
+            ["--checkpoint", str(run), "--out", str(tmp_path / "out"), "--nproc", "2"]
+        )
+    )
     assert ringx.launch.run(predict.work, 2, job, device="cpu", timeout=60) == [2, 2]
     assert "channel u10 is missing (or infinite) at 1 of 48 points" in capfd.readouterr().err
 
@@ -603,6 +831,10 @@ def test_a_checkpoint_of_another_app(trained_run, tmp_path, capsys):
     listed["files"]["about.json"] = {"bytes": len(text), "crc32": f"{zlib.crc32(text):08x}"}
     manifest.write_text(json.dumps(listed))
     words = ["--checkpoint", checkpoint, "--out", tmp_path / "out"]
-    assert "run.json does not say what it was trained on; name it with --data" in refused(capsys, *words)
+    assert "run.json does not say what it was trained on; name it with --data" in refused(
+        capsys, *words
+    )
     err = refused(capsys, *words, "--data", Path(trained_run).parent / "weather.nc")
-    assert f"{checkpoint} was not written by this version of apps.vit.train" in err and "vocab" in err
+    assert (
+        f"{checkpoint} was not written by this version of apps.vit.train" in err and "vocab" in err
+    )

@@ -19,11 +19,19 @@ SIMPLE = ("persistence", "climatology", "damped anomaly")
 
 
 def rmse(run: str) -> dict[tuple[str, int, str], float]:
-    return {(r.variable, r.lead_hours, r.forecast): r.rmse for r in read_scores(FOLDER / run / "scores.csv")}
+    return {
+        (r.variable, r.lead_hours, r.forecast): r.rmse
+        for r in read_scores(FOLDER / run / "scores.csv")
+    }
 
 
 @pytest.mark.parametrize(
-    "lead, most, known", [(1, 0.40, (0.576, 1.839, 0.432)), (3, 0.99, (1.557, 1.839, 1.062)), (6, 1.60, (2.683, 1.839, 1.648))]
+    "lead, most, known",
+    [
+        (1, 0.40, (0.576, 1.839, 0.432)),
+        (3, 0.99, (1.557, 1.839, 1.062)),
+        (6, 1.60, (2.683, 1.839, 1.648)),
+    ],
 )
 def test_skill_on_real_data(lead, most, known):
     """The median of three seeds, trained with their tokens cut over two ranks, beside known figures of simple forecasts."""
@@ -40,18 +48,40 @@ def test_the_default_record_is_forecast_better_than_by_simple_means():
     found = rmse("default")
     for variable in "uvh":
         for lead in (6, 24, 72):
-            assert found[variable, lead, "model"] < min(found[variable, lead, name] for name in SIMPLE)
+            assert found[variable, lead, "model"] < min(
+                found[variable, lead, name] for name in SIMPLE
+            )
 
 
 def test_patches_were_trained_alike():
     configs = [load(str(FOLDER / f"p{p}/config.yaml")) for p in (4, 2, 1)]
     assert [c.model.patch for c in configs] == [4, 2, 1]
-    assert len({(c.train.steps, c.train.epochs, c.train.global_batch, c.train.seed, c.data, c.model.dim) for c in configs}) == 1
+    assert (
+        len(
+            {
+                (
+                    c.train.steps,
+                    c.train.epochs,
+                    c.train.global_batch,
+                    c.train.seed,
+                    c.data,
+                    c.model.dim,
+                )
+                for c in configs
+            }
+        )
+        == 1
+    )
     for p, c in zip((4, 2, 1), configs, strict=True):
-        assert sum(r.get("val_loss") is not None for r in read_metrics(FOLDER / f"p{p}")) == c.train.epochs
+        assert (
+            sum(r.get("val_loss") is not None for r in read_metrics(FOLDER / f"p{p}"))
+            == c.train.epochs
+        )
 
 
 def test_every_algorithm_was_timed_on_every_patch():
     found = json.loads((FOLDER / "time.json").read_text())
-    assert {(t["patch"], t["algorithm"]) for t in found["times"]} == {(p, a) for p in (4, 2, 1) for a in ringx.algorithms()}
+    assert {(t["patch"], t["algorithm"]) for t in found["times"]} == {
+        (p, a) for p in (4, 2, 1) for a in ringx.algorithms()
+    }
     assert found["ranks"] == 2 and all(min(t["seconds"]) > 0 for t in found["times"])

@@ -37,7 +37,10 @@ LON = np.arange(12) * 30.0
 def fields(n=9, channels=2, seed=0):
     """forecast, truth, climatology: [n, C, 8, 12] float32, one channel far from 0."""
     rng = np.random.default_rng(seed)
-    truth = rng.normal(size=(n, channels, 8, 12)).cumsum(-1) + np.array([280.0, 0.0])[:channels, None, None]
+    truth = (
+        rng.normal(size=(n, channels, 8, 12)).cumsum(-1)
+        + np.array([280.0, 0.0])[:channels, None, None]
+    )
     forecast = truth + rng.normal(size=truth.shape) + 0.2
     climatology = np.broadcast_to(truth.mean(0), truth.shape)
     return tuple(x.astype(np.float32) for x in (forecast, truth, climatology))
@@ -50,7 +53,9 @@ def scored(*xs, lat=LAT):
 
 
 def labelled(x):
-    return xr.DataArray(x.astype("f8"), dims=("time", "channel", "lat", "lon"), coords={"lat": LAT, "lon": LON})
+    return xr.DataArray(
+        x.astype("f8"), dims=("time", "channel", "lat", "lon"), coords={"lat": LAT, "lon": LON}
+    )
 
 
 # ---- scores
@@ -66,7 +71,9 @@ def test_scores_are_those_of_xarray():
     score = scored(*fields())
     squares = (f - o) ** 2
     np.testing.assert_allclose(score.rmse[0], np.sqrt(mean(squares, "time")), rtol=1e-12)
-    np.testing.assert_allclose(score.rmse_mean_of_roots[0], np.sqrt(mean(squares)).mean("time"), rtol=1e-12)
+    np.testing.assert_allclose(
+        score.rmse_mean_of_roots[0], np.sqrt(mean(squares)).mean("time"), rtol=1e-12
+    )
     np.testing.assert_allclose(score.bias[0], mean(f - o, "time"), rtol=1e-10)
     acc = mean((f - c) * (o - c)) / np.sqrt(mean((f - c) ** 2) * mean((o - c) ** 2))
     np.testing.assert_allclose(score.acc[0], acc.mean("time"), rtol=1e-12)
@@ -86,7 +93,9 @@ def test_anomaly_correlation_of_the_truth_its_opposite_and_the_climatology():
     _, o, c = (x.astype("f8") for x in fields())
     np.testing.assert_allclose(scored(o, o, c).acc, 1, rtol=1e-14)
     np.testing.assert_allclose(scored(2 * c - o, o, c).acc, -1, rtol=1e-14)
-    np.testing.assert_allclose(scored(c + 0.1 * (o - c), o, c).acc, 1, rtol=1e-12)  # of the pattern, not of its size
+    np.testing.assert_allclose(
+        scored(c + 0.1 * (o - c), o, c).acc, 1, rtol=1e-12
+    )  # of the pattern, not of its size
     assert np.isnan(scored(c, o, c).acc).all()
     assert np.isfinite(scored(c, o, c).rmse).all()
 
@@ -138,7 +147,9 @@ def test_sums_are_float64_of_float32_fields():
     big = np.full((1, 1, 8, 12), 1e5, np.float32)
     off = big.copy()
     off[..., 0] = np.nextafter(np.float32(1e5), np.float32(2e5))
-    assert scored(off, big, big).bias[0, 0] == pytest.approx(2.0**-7 / 12, rel=1e-12)  # float32 steps by 2^-7 there
+    assert scored(off, big, big).bias[0, 0] == pytest.approx(
+        2.0**-7 / 12, rel=1e-12
+    )  # float32 steps by 2^-7 there
 
 
 def test_a_forecast_that_is_not_finite_shows():
@@ -161,7 +172,9 @@ def test_a_forecast_that_is_not_finite_shows():
 def test_fields_that_do_not_fit_are_named(wrong, message):
     f, o, c = fields()
     with pytest.raises(ValueError, match=message):
-        Score(["a", "b"], [6], LAT).add(**(dict(lead_index=0, forecast=f, truth=o, climatology=c) | wrong))
+        Score(["a", "b"], [6], LAT).add(
+            **(dict(lead_index=0, forecast=f, truth=o, climatology=c) | wrong)
+        )
 
 
 def test_scores_that_make_no_sense_are_refused():
@@ -174,7 +187,12 @@ def test_scores_that_make_no_sense_are_refused():
     ):
         with pytest.raises(ValueError, match=f"^{named}"):
             Score(channels, leads, lat)
-    for other in (Score(["b"], [6], LAT), Score(["a"], [12], LAT), Score(["a"], [6], LAT[::-1]), Score(["a"], [6], LAT[1:])):
+    for other in (
+        Score(["b"], [6], LAT),
+        Score(["a"], [12], LAT),
+        Score(["a"], [6], LAT[::-1]),
+        Score(["a"], [6], LAT[1:]),
+    ):
         with pytest.raises(ValueError, match="differ"):
             Score(["a"], [6], LAT).merge(other)
 
@@ -203,7 +221,11 @@ def test_the_known_scores_of_era5():
             ("damped anomaly", damped_anomaly(x[start], climatology[start], climatology[valid], r)),
         ):
             scores[name].add(i, forecast, x[valid], climatology[valid])
-    known = {"persistence": [0.576, 1.557, 2.683], "climatology": [1.839] * 3, "damped anomaly": [0.432, 1.062, 1.648]}
+    known = {
+        "persistence": [0.576, 1.557, 2.683],
+        "climatology": [1.839] * 3,
+        "damped anomaly": [0.432, 1.062, 1.648],
+    }
     for name, wanted in known.items():
         np.testing.assert_allclose(scores[name].rmse[:, 0], wanted, atol=6e-4)
 
@@ -215,11 +237,17 @@ def test_the_known_scores_of_era5():
 def test_energies_add_up_to_the_mean_of_squares(width):
     x = np.random.default_rng(0).normal(size=(3, 2, 8, width)) + 5
     numbers, energy = spectrum(x, LAT)
-    assert numbers.tolist() == list(range(width // 2 + 1)) and energy.shape == (3, 2, width // 2 + 1)
+    assert numbers.tolist() == list(range(width // 2 + 1)) and energy.shape == (
+        3,
+        2,
+        width // 2 + 1,
+    )
     np.testing.assert_allclose(energy.sum(-1), (x**2).mean(-1) @ latitude_weights(LAT), rtol=1e-12)
 
 
-@pytest.mark.parametrize(("k", "part"), [(0, 1.0), (1, 0.5), (3, 0.5), (6, 1.0)])  # at 6 of 12 points cos is 1, -1, 1, ...
+@pytest.mark.parametrize(
+    ("k", "part"), [(0, 1.0), (1, 0.5), (3, 0.5), (6, 1.0)]
+)  # at 6 of 12 points cos is 1, -1, 1, ...
 def test_a_wave_has_its_energy_at_its_wavenumber(k, part):
     _, energy = spectrum(np.tile(3 * np.cos(np.deg2rad(k * LON)), (8, 1)), LAT)
     np.testing.assert_allclose(energy, np.where(np.arange(7) == k, 9 * part, 0), atol=1e-12)
@@ -239,7 +267,9 @@ def test_a_band_leaves_the_other_rows_out():
 
 
 def test_wavelengths_in_km():
-    np.testing.assert_allclose(zonal_wavelength(np.array([0, 1, 2])), [np.inf, 40030.17, 20015.09], rtol=1e-6)
+    np.testing.assert_allclose(
+        zonal_wavelength(np.array([0, 1, 2])), [np.inf, 40030.17, 20015.09], rtol=1e-6
+    )
     assert zonal_wavelength(np.array(4), 60.0) == pytest.approx(40030.17 / 8, rel=1e-6)
 
 
@@ -268,7 +298,9 @@ def rows(variables=("t2m", "z500"), leads=(6, 24)):
         for lead in leads:
             for i, f in enumerate(FORECASTS):
                 acc = math.nan if f == "climatology" else 0.9 - i / 10
-                made.append(Row(variable, lead, f, (1 + v) * (1.23456789 + i), acc, -1e-7, 1.0, "K", 168))
+                made.append(
+                    Row(variable, lead, f, (1 + v) * (1.23456789 + i), acc, -1e-7, 1.0, "K", 168)
+                )
     return made
 
 
@@ -282,7 +314,12 @@ def test_scores_csv_is_read_as_it_was_written(tmp_path):
     back = read_scores(path)
     assert len(back) == len(rows()) and back[0].times == 168 and math.isnan(back[2].acc)
     for a, b in zip(back, rows(), strict=True):
-        assert (a.variable, a.lead_hours, a.forecast, a.units) == (b.variable, b.lead_hours, b.forecast, b.units)
+        assert (a.variable, a.lead_hours, a.forecast, a.units) == (
+            b.variable,
+            b.lead_hours,
+            b.forecast,
+            b.units,
+        )
         assert a.rmse == pytest.approx(b.rmse, rel=5e-6)
     write_scores(path, back)  # replaced
     assert path.read_text().splitlines() == lines
@@ -296,7 +333,11 @@ def test_rows_of_a_score():
     assert [(r.variable, r.lead_hours, r.units, r.times) for r in got] == [
         ("a", 6, "K", 9), ("a", 12, "K", 0), ("b", 6, "", 9), ("b", 12, "", 0),
     ]  # fmt: skip
-    assert got[2].rmse == score.rmse[0, 1] and got[2].acc == score.acc[0, 1] and math.isnan(got[3].bias)
+    assert (
+        got[2].rmse == score.rmse[0, 1]
+        and got[2].acc == score.acc[0, 1]
+        and math.isnan(got[3].bias)
+    )
     assert got[0].rmse_mean_of_roots == score.rmse_mean_of_roots[0, 0]
     with pytest.raises(ValueError, match="'b'"):
         score.rows("model", {"a": "K"})
@@ -305,7 +346,11 @@ def test_rows_of_a_score():
 
 
 def test_spectra_csv_is_read_as_it_was_written(tmp_path):
-    made = [r for f in ("truth", "model") for r in spectrum_rows("u", 6, f, np.array([1.0, 0.123456789]))]
+    made = [
+        r
+        for f in ("truth", "model")
+        for r in spectrum_rows("u", 6, f, np.array([1.0, 0.123456789]))
+    ]
     write_spectra(tmp_path / "spectra.csv", made)
     assert (tmp_path / "spectra.csv").read_text().splitlines()[:3] == [
         "variable,lead_hours,forecast,wavenumber,energy", "u,6,truth,0,1", "u,6,truth,1,0.123457",
@@ -347,8 +392,30 @@ def test_other_files_are_no_scores(tmp_path):
 def test_the_table_marks_the_best_and_has_one_line_per_lead():
     lines = table(rows()).splitlines()
     assert len(lines) == 2 + 4 + 1
-    assert lines[2].split() == ["t2m", "(K)", "6", "h", "1.235*", "2.235", "3.235", "4.235", "0.9000", "0.8000", "0.6000"]
-    assert lines[1].split() == ["variable", "lead", "model", "persist.", "climat.", "damped", "model", "persist.", "damped"]
+    assert lines[2].split() == [
+        "t2m",
+        "(K)",
+        "6",
+        "h",
+        "1.235*",
+        "2.235",
+        "3.235",
+        "4.235",
+        "0.9000",
+        "0.8000",
+        "0.6000",
+    ]
+    assert lines[1].split() == [
+        "variable",
+        "lead",
+        "model",
+        "persist.",
+        "climat.",
+        "damped",
+        "model",
+        "persist.",
+        "damped",
+    ]
     worse = [Row(**vars(r) | {"rmse": 9.0}) if r.forecast == "model" else r for r in rows()]
     assert table(worse).splitlines()[2].split()[4:6] == ["9", "2.235*"]
 
@@ -356,7 +423,13 @@ def test_the_table_marks_the_best_and_has_one_line_per_lead():
 @pytest.mark.parametrize("acc", [math.nan, -0.5])
 def test_the_table_is_at_most_100_columns_wide(acc):
     long = rows(("10m_u_component_of_wind_at_the_surface", "specific_humidity1000"), (6, 240))
-    long = [Row(**vars(r) | {"rmse": r.rmse * 1.234e-6, "acc": acc if r.forecast == "climatology" else -0.5}) for r in long]
+    long = [
+        Row(
+            **vars(r)
+            | {"rmse": r.rmse * 1.234e-6, "acc": acc if r.forecast == "climatology" else -0.5}
+        )
+        for r in long
+    ]
     lines = table(long).splitlines()
     assert 80 < max(map(len, lines)) <= 100
     assert lines[2].startswith("10m_u") and "…" in lines[2] and "rface" in lines[2]
@@ -364,7 +437,11 @@ def test_the_table_is_at_most_100_columns_wide(acc):
 
 
 def test_missing_forecasts_have_no_column_and_missing_scores_no_number():
-    some = [r for r in rows() if r.forecast != "damped anomaly" and (r.forecast, r.lead_hours) != ("model", 24)]
+    some = [
+        r
+        for r in rows()
+        if r.forecast != "damped anomaly" and (r.forecast, r.lead_hours) != ("model", 24)
+    ]
     lines = table(some).splitlines()
     assert "damped" not in lines[1]
     assert lines[3].split() == ["t2m", "(K)", "24", "h", "-", "2.235*", "3.235", "-", "0.8000"]

@@ -29,7 +29,14 @@ from apps.vit.data.simulate import (
 )
 
 BARE = Settings(  # the equations alone
-    jets=(), mountains=(), heating=0.0, stirring=0.0, kick=0.0, relaxation=math.inf, diffusion=math.inf, filter=0.0
+    jets=(),
+    mountains=(),
+    heating=0.0,
+    stirring=0.0,
+    kick=0.0,
+    relaxation=math.inf,
+    diffusion=math.inf,
+    filter=0.0,
 )
 SMALL = Settings(truncation=10, spin_up=1)  # 16 x 32 points
 
@@ -45,7 +52,9 @@ def rng(seed=0):
 
 def coefficients(sphere, k, seed=0):
     """Random ones of K real fields."""
-    x = rng(seed).standard_normal((2, *np.broadcast_shapes(sphere.order.shape, sphere.degree.shape), k))
+    x = rng(seed).standard_normal(
+        (2, *np.broadcast_shapes(sphere.order.shape, sphere.degree.shape), k)
+    )
     c = (x[0] + 1j * x[1]) * (sphere.order <= sphere.degree)[..., None]
     c[0].imag = 0
     return c
@@ -82,14 +91,22 @@ def test_legendre_functions_and_slopes_have_their_closed_forms():
         np.testing.assert_allclose(p[at], value, atol=1e-13, err_msg=str(at))
         np.testing.assert_allclose(slope[at], derivative, atol=1e-13, err_msg=str(at))
     for n in range(7):  # another recurrence: numpy's
-        np.testing.assert_allclose(p[0, n], math.sqrt(2 * n + 1) * np.polynomial.Legendre.basis(n)(mu), atol=1e-13)
+        np.testing.assert_allclose(
+            p[0, n], math.sqrt(2 * n + 1) * np.polynomial.Legendre.basis(n)(mu), atol=1e-13
+        )
 
 
 def test_the_grid_is_gaussian_and_the_default_one_32_by_64(sphere):
     assert sphere.shape == (32, 64)
-    assert (np.diff(sphere.latitude) < 0).all() and sphere.longitude[0] == 0 and sphere.longitude[-1] == 354.375
+    assert (
+        (np.diff(sphere.latitude) < 0).all()
+        and sphere.longitude[0] == 0
+        and sphere.longitude[-1] == 354.375
+    )
     np.testing.assert_allclose(sphere.weights.sum(), 1, rtol=1e-14)
-    np.testing.assert_allclose(sphere.mean(np.broadcast_to(sphere.mu[:, None] ** 2, sphere.shape)), 1 / 3, rtol=1e-13)
+    np.testing.assert_allclose(
+        sphere.mean(np.broadcast_to(sphere.mu[:, None] ** 2, sphere.shape)), 1 / 3, rtol=1e-13
+    )
 
 
 @pytest.mark.parametrize("truncation", [1, 2, 5, 10, 21])
@@ -114,13 +131,23 @@ def test_gradient_laplacian_and_rotation_agree_with_calculus(sphere):
     lon, lat = np.radians(sphere.longitude), np.radians(sphere.latitude)[:, None]
     s, c = np.sin(lat), np.cos(lat)
     chi = np.sin(2 * lon) * c**2 * s  # of degree 3: its Laplacian is -12 / a^2 of it
-    gradient = np.stack([2 * np.cos(2 * lon) * c * s, np.sin(2 * lon) * (c**3 - 2 * c * s**2)]) / RADIUS
+    gradient = (
+        np.stack([2 * np.cos(2 * lon) * c * s, np.sin(2 * lon) * (c**3 - 2 * c * s**2)]) / RADIUS
+    )
     curl, div = sphere.curl_div(gradient[:1], gradient[1:])
     np.testing.assert_allclose(sphere.grid(div)[0], -12 / RADIUS**2 * chi, atol=1e-25)
     np.testing.assert_allclose(sphere.grid(curl), 0, atol=1e-25)
-    np.testing.assert_allclose(sphere.laplacian[..., None] * sphere.spectral(chi[None]), div, atol=1e-25)
-    np.testing.assert_allclose(sphere.winds(np.concatenate([0 * div, div], -1)), gradient, atol=1e-18)
-    np.testing.assert_allclose(sphere.winds(np.concatenate([div, 0 * div], -1)), gradient[::-1] * [[[-1]], [[1]]], atol=1e-18)
+    np.testing.assert_allclose(
+        sphere.laplacian[..., None] * sphere.spectral(chi[None]), div, atol=1e-25
+    )
+    np.testing.assert_allclose(
+        sphere.winds(np.concatenate([0 * div, div], -1)), gradient, atol=1e-18
+    )
+    np.testing.assert_allclose(
+        sphere.winds(np.concatenate([div, 0 * div], -1)),
+        gradient[::-1] * [[[-1]], [[1]]],
+        atol=1e-18,
+    )
 
 
 # ---- the equations
@@ -164,12 +191,16 @@ def test_vorticity_of_a_rossby_haurwitz_wave_turns_at_haurwitzs_speed(sphere, m,
 
 
 def test_a_rossby_wave_on_deep_water_turns_at_haurwitzs_speed():
-    world = World(dataclasses.replace(BARE, truncation=8, height=1e7, step=900))  # so deep that the flow hardly diverges
+    world = World(
+        dataclasses.replace(BARE, truncation=8, height=1e7, step=900)
+    )  # so deep that the flow hardly diverges
     sphere, water = world.sphere, world.water
     omega, m, n = 4e-6, 3, 4
     state = np.zeros((9, 9, 3), complex)
     state[..., 0] = haurwitz(sphere, omega, m, n, 2e-6)
-    state[..., 2] = water.tendency(state)[..., 1] * sphere.inverse_laplacian  # so that it does not diverge to begin with
+    state[..., 2] = (
+        water.tendency(state)[..., 1] * sphere.inverse_laplacian
+    )  # so that it does not diverge to begin with
     state[0, 0, 2] = GRAVITY * 1e7
     speed = omega - 2 * (OMEGA + omega) / (n * (n + 1))
     states = march(world, state, 2 * 96)
@@ -191,12 +222,18 @@ def test_gravity_waves_have_the_frequency_of_the_scheme_and_in_its_limit_that_of
         state[2, n, 2] = 1e-3
         wave = march(world, state, hours * 3600 // step)[:, 2, n, 2].real
         cosine = math.cos(2 * math.atan(frequency * step))
-        np.testing.assert_allclose(wave[4:] + wave[:-4], 2 * cosine * wave[2:-2], atol=1e-9, err_msg=str(step))
-    np.testing.assert_allclose(wave, 1e-3 * np.cos(frequency * step * np.arange(len(wave))), atol=2e-5)
+        np.testing.assert_allclose(
+            wave[4:] + wave[:-4], 2 * cosine * wave[2:-2], atol=1e-9, err_msg=str(step)
+        )
+    np.testing.assert_allclose(
+        wave, 1e-3 * np.cos(frequency * step * np.arange(len(wave))), atol=2e-5
+    )
 
 
 def test_mass_and_energy_are_conserved_without_forcing():
-    settings = dataclasses.replace(BARE, jets=Settings.jets, mountains=Settings.mountains, kick=50.0, step=600)
+    settings = dataclasses.replace(
+        BARE, jets=Settings.jets, mountains=Settings.mountains, kick=50.0, step=600
+    )
     world = World(settings)
     sphere, ground = world.sphere, world.orography
     states = march(world, world.start(rng(3)), 2 * 144)
@@ -227,17 +264,23 @@ def test_the_jets_are_where_they_should_be_and_balanced():
     u, v, h = world.water.fields(world.target)
     np.testing.assert_allclose(v, 0, atol=1e-9)
     lat = np.radians(world.sphere.latitude)
-    drawn = sum(s * np.exp(-(((world.sphere.latitude - y) / w) ** 2)) for y, s, w in Settings.jets) * np.cos(lat)
+    drawn = sum(
+        s * np.exp(-(((world.sphere.latitude - y) / w) ** 2)) for y, s, w in Settings.jets
+    ) * np.cos(lat)
     np.testing.assert_allclose(u[:, 0], drawn, atol=0.03 * drawn.max())  # what T21 leaves of it
     slope = np.gradient(h[:, 0], lat) * GRAVITY / RADIUS  # -u (f + u tan(lat) / a): gradient wind
     wind = -u[:, 0] * (2 * OMEGA * np.sin(lat) + u[:, 0] * np.tan(lat) / RADIUS)
-    np.testing.assert_allclose(slope[3:-3], wind[3:-3], atol=0.15 * np.abs(wind).max())  # differences over 5.6 degrees
+    np.testing.assert_allclose(
+        slope[3:-3], wind[3:-3], atol=0.15 * np.abs(wind).max()
+    )  # differences over 5.6 degrees
 
 
 @pytest.mark.parametrize(("hour", "noon"), [(0, 180), (6, 90), (12, 0), (18, 270)])
 def test_the_sun_is_highest_at_local_noon_and_adds_nothing_over_a_latitude(hour, noon):
     world = World(dataclasses.replace(BARE, heating=100.0))
-    rate = world.sphere.grid(world.rate(3600 * hour, world.target)[..., 2:])[0] / GRAVITY * DAY  # m a day
+    rate = (
+        world.sphere.grid(world.rate(3600 * hour, world.target)[..., 2:])[0] / GRAVITY * DAY
+    )  # m a day
     row = rate[15]
     assert world.sphere.longitude[row.argmax()] == noon
     assert row.max() == pytest.approx(100 * (1 - 1 / np.pi), rel=0.03)  # max(0, cos), less its mean
@@ -254,7 +297,9 @@ def test_the_sun_is_highest_at_local_noon_and_adds_nothing_over_a_latitude(hour,
 )
 def test_relaxation_and_diffusion_damp_at_their_rates(change, n, hours, left):
     world = World(dataclasses.replace(BARE, **change))
-    world.water = ShallowWater(world.sphere, coriolis=np.zeros((1, 1)))  # vorticity stays where it is, but for what is tested
+    world.water = ShallowWater(
+        world.sphere, coriolis=np.zeros((1, 1))
+    )  # vorticity stays where it is, but for what is tested
     state = world.target.copy()
     state[3, n, 0] = 1e-12
     last = march(world, state, 2 * hours)[-1]
@@ -291,7 +336,10 @@ def test_the_seed_decides_both_the_start_and_the_stirring(without):
 
 def test_the_start_is_disturbed_by_the_kick():
     world = World(dataclasses.replace(BARE, kick=100.0))
-    h = np.array([world.water.fields(world.start(rng(seed)))[2] for seed in range(40)]) - Settings.height
+    h = (
+        np.array([world.water.fields(world.start(rng(seed)))[2] for seed in range(40)])
+        - Settings.height
+    )
     assert math.sqrt(world.sphere.mean(h**2).mean()) == pytest.approx(100, rel=0.1)
 
 
@@ -305,11 +353,19 @@ def test_the_flow_is_weather_persistent_for_hours_and_not_for_days():
 
     spread = rms(h - h.mean("time"))
     error = [
-        rms(h.isel(time=slice(lead, None)).drop_vars("time") - h.isel(time=slice(None, -lead)).drop_vars("time"))
+        rms(
+            h.isel(time=slice(lead, None)).drop_vars("time")
+            - h.isel(time=slice(None, -lead)).drop_vars("time")
+        )
         for lead in (1, 4, 12)
     ]
     assert 30 < spread < 150
-    assert error[0] < 0.5 * spread and error[0] < 0.6 * error[1] and error[1] < 0.8 * error[2] and error[2] > 0.9 * spread
+    assert (
+        error[0] < 0.5 * spread
+        and error[0] < 0.6 * error[1]
+        and error[1] < 0.8 * error[2]
+        and error[2] > 0.9 * spread
+    )
     assert float(h.min()) > 3500 and float(h.max()) < 7500
 
 
@@ -322,18 +378,30 @@ def test_the_record_is_a_cf_dataset(tmp_path):
     with xr.open_dataset(tmp_path / "new" / "r.nc", engine="netcdf4") as ds:
         xr.testing.assert_identical(ds.load(), record)
     assert dict(record.sizes) == {"time": 8, "latitude": 32, "longitude": 64}
-    assert set(record.data_vars) == {"u", "v", "h", "orography"} and all(x.dtype == np.float32 for x in record.data_vars.values())
-    assert (np.diff(record.time) == np.timedelta64(6, "h")).all() and (np.diff(record.latitude) < 0).all()
+    assert set(record.data_vars) == {"u", "v", "h", "orography"} and all(
+        x.dtype == np.float32 for x in record.data_vars.values()
+    )
+    assert (np.diff(record.time) == np.timedelta64(6, "h")).all() and (
+        np.diff(record.latitude) < 0
+    ).all()
     for variable in record.variables.values():
         assert variable.attrs["long_name"] and variable.attrs["standard_name"]
     assert [record[x].units for x in ("u", "v", "h", "orography")] == ["m s-1", "m s-1", "m", "m"]
-    assert record.Conventions == "CF-1.8" and record.title and record.source and "seed=0" in record.history
+    assert (
+        record.Conventions == "CF-1.8"
+        and record.title
+        and record.source
+        and "seed=0" in record.history
+    )
     assert json.loads(record.settings)["truncation"] == 21
     assert float(record.orography.max()) == pytest.approx(2500, rel=0.05)
 
 
 def test_the_same_seed_makes_the_same_bytes_and_another_does_not(tmp_path):
-    files = [default_record(tmp_path / str(i), seed, days=2, settings=SMALL) for i, seed in enumerate((0, 0, 1))]
+    files = [
+        default_record(tmp_path / str(i), seed, days=2, settings=SMALL)
+        for i, seed in enumerate((0, 0, 1))
+    ]
     assert files[0].name == files[1].name == files[2].name.replace("seed1", "seed0")
     assert files[0].read_bytes() == files[1].read_bytes()
     with xr.open_dataset(files[0]) as a, xr.open_dataset(files[2]) as b:
@@ -347,7 +415,11 @@ def test_a_longer_record_begins_as_the_shorter_one():
 
 def test_the_default_record_is_made_once_and_named_by_its_settings(tmp_path, monkeypatch):
     writes, write = [], xr.Dataset.to_netcdf
-    monkeypatch.setattr(xr.Dataset, "to_netcdf", lambda self, path, **o: (writes.append(path), write(self, path, **o)))
+    monkeypatch.setattr(
+        xr.Dataset,
+        "to_netcdf",
+        lambda self, path, **o: (writes.append(path), write(self, path, **o)),
+    )
     file = default_record(tmp_path, days=1, settings=SMALL)
     assert file.name.startswith("shallow_water_16x32_seed0_") and file.suffix == ".nc"
     other = default_record(tmp_path, days=1, settings=dataclasses.replace(SMALL, heating=0.0))
@@ -371,7 +443,8 @@ def test_interrupted_it_leaves_no_half_file(tmp_path, monkeypatch, error):
 
     monkeypatch.setattr(xr.Dataset, "to_netcdf", cut)
     with pytest.raises(
-        KeyboardInterrupt if error is KeyboardInterrupt else ValueError, match=r"$|cannot be written: No space left"
+        KeyboardInterrupt if error is KeyboardInterrupt else ValueError,
+        match=r"$|cannot be written: No space left",
     ):
         default_record(tmp_path, days=1, settings=SMALL)
     assert not list(tmp_path.iterdir())
@@ -419,19 +492,29 @@ def test_a_folder_that_is_a_file_is_named_before_the_work(tmp_path, monkeypatch,
 
 
 def test_a_simulation_that_leaves_all_bounds_says_so():
-    with pytest.raises(FloatingPointError, match=r"after .* days; take a shorter step than 21600 s"), np.errstate(all="ignore"):
+    with (
+        pytest.raises(FloatingPointError, match=r"after .* days; take a shorter step than 21600 s"),
+        np.errstate(all="ignore"),
+    ):
         simulate(30, settings=dataclasses.replace(Settings(), step=21600, heating=1e5))
 
 
 def test_the_command_makes_a_file_and_keeps_one_that_is_there(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(module, "DEFAULT", SMALL)
-    monkeypatch.setattr(module, "simulate", lambda days, seed, progress: simulate(days, seed, settings=SMALL, progress=progress))
+    monkeypatch.setattr(
+        module,
+        "simulate",
+        lambda days, seed, progress: simulate(days, seed, settings=SMALL, progress=progress),
+    )
     out = tmp_path / "sub" / "r.nc"
     assert main(["--out", str(out), "--days", "1", "--seed", "4"]) == 0
     assert "4 times of u, v, h on 16 x 32 points" in capsys.readouterr().out
     with xr.open_dataset(out) as ds:
         xr.testing.assert_equal(ds.load(), simulate(1, 4, settings=SMALL))
-    for arguments, message in ((["--out", str(out)], "there already"), (["--out", f"{out}2", "--days", "0"], "days=0 must be")):
+    for arguments, message in (
+        (["--out", str(out)], "there already"),
+        (["--out", f"{out}2", "--days", "0"], "days=0 must be"),
+    ):
         with pytest.raises(SystemExit, match="2"):
             main(arguments)
         assert message in capsys.readouterr().err
