@@ -35,12 +35,13 @@ import torch
 
 import ringx
 from ringx import comm, kernels
-from ringx.api import Plan
+from ringx.api import plan_call
 from ringx.comm import Group
 from ringx.kernels import KERNELS, KernelRequest, cut
-from ringx.layout import Sharding, Tile, tiles
+from ringx.layout import Sharding
 from ringx.merge import OnlineSoftmax, acc_dtype
 from ringx.patterns.registry import algorithms, pattern
+from ringx.tiles import Tile, tiles
 
 LIMIT = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 NAMES = ("out", "lse", "dq", "dk", "dv")
@@ -361,7 +362,7 @@ def run_algorithm(
         q, k, v, dout = (t.index_select(1, layout.positions(r).to(device)) for t in x)
         with torch.enable_grad():  # the plan asks for a kernel that can be trained with
             wants = q.detach().requires_grad_()
-            plan = Plan.make(
+            plan = plan_call(
                 wants,
                 k,
                 v,
@@ -607,7 +608,7 @@ def schedule(algorithm: str, world: int, S: int, causal: bool, layout: str, kind
     def rank(r: int) -> None:
         recorder.me.rank = r
         x = torch.zeros(1, sharding.size(r), 1, 1)
-        plan = Plan.make(
+        plan = plan_call(
             x, x, x, _group(r, world), algorithm, causal, sharding, 1.0, "reference", True, False
         )
         plan = dataclasses.replace(plan, kernel="recorder")

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 
 from ..checks import require_name
-from ..layout import Tile
+from ..tiles import Tile
 
 Band = tuple[int | None, int | None]
 

@@ -6,7 +6,8 @@ import random
 import pytest
 import torch
 
-from ringx.layout import LAYOUTS, Sharding, Tile, TokenRange, clip, pack, rows_upto, tiles
+from ringx.layout import LAYOUTS, Sharding, TokenRange, clip, pack, rows_upto
+from ringx.tiles import Tile, tiles
 
 CASES = [
     (name, s, n)

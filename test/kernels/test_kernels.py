@@ -14,8 +14,9 @@ from helpers.paths import SCRIPT
 import ringx
 from ringx import kernels
 from ringx.kernels import KERNELS, KernelRequest, cut, flex, gpu, load, reference
-from ringx.layout import Sharding, Tile, tiles
+from ringx.layout import Sharding
 from ringx.merge import OnlineSoftmax, acc_dtype
+from ringx.tiles import Tile, tiles
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

@@ -16,10 +16,11 @@ from helpers import ranks
 from helpers.paths import ROOT
 
 from ringx import launch
-from ringx.layout import Sharding, tiles
+from ringx.layout import Sharding
 from ringx.measure import bench_attention, records
 from ringx.measure.peak import peak_bytes
 from ringx.patterns.registry import ALGORITHMS
+from ringx.tiles import tiles
 
 SMALL = ["--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--reps", "2", "--dtypes", "fp32"]
 
