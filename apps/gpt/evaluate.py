@@ -32,7 +32,8 @@ if __package__ in (None, ""):  # run as a file, not as a module
 import ringx
 from apps.common.arguments import Parser
 from apps.common.config import DTYPES, SHORT
-from apps.gpt.data.dataset import Tokens, cut, expect_window, load_tokenizer, open_dataset
+from apps.gpt.data.dataset import Tokens, cut, expect_window, open_dataset
+from apps.gpt.data.tokenizer import load_tokenizer
 from apps.gpt.generate import attending
 from apps.gpt.huggingface import open_model, open_tokenizer
 from apps.gpt.loss import token_losses

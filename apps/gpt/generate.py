@@ -25,7 +25,7 @@ if __package__ in (None, ""):  # run as a file, not as a module
 import ringx
 from apps.common.arguments import Parser
 from apps.common.config import DTYPES, SHORT
-from apps.gpt.data.dataset import ByteTokenizer, JsonTokenizer
+from apps.gpt.data.tokenizer import ByteTokenizer, JsonTokenizer
 from apps.gpt.huggingface import open_model, open_tokenizer
 from apps.gpt.loss import head_logits
 from apps.gpt.model import Attend, Attention, Llama

@@ -25,7 +25,8 @@ from apps.common.weights import CheckpointWeights, ReadWeight, Stored
 from ringx.launch import World, decide
 
 from .config import ModelConfig
-from .data.dataset import INDEX, ByteTokenizer, JsonTokenizer, load_tokenizer
+from .data.format import INDEX
+from .data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer
 from .model import Attend, Llama
 
 ONE, SHARDS = "model.safetensors", "model.safetensors.index.json"

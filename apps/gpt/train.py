@@ -38,7 +38,8 @@ from apps.common.engine import Engine
 from apps.common.loop import Record, Work, run_steps
 from apps.common.run import Job, Run
 from apps.gpt.config import PRESETS, Config, TrainConfig, load, preset
-from apps.gpt.data.dataset import Rows, Tokens, cut, dataset_for, expect_window, open_dataset
+from apps.gpt.data.dataset import Rows, Tokens, cut, expect_window, open_dataset
+from apps.gpt.data.prepare import dataset_for
 from apps.gpt.flops import flops_per_token, parameters
 from apps.gpt.huggingface import open_model, weights_for
 from apps.gpt.parallel import Attend, build

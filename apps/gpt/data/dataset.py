@@ -1,15 +1,7 @@
 """Prepared tokens and the order in which they are read: a function of seed and step alone, whatever the number of ranks.
 
-``apps.gpt.prepare`` writes a folder of tokens, with one index, dataset.json, that comes last:
-
-    dataset.json              version, vocab, dtype, eos, tokenizer, source, settings, recipe, and for each split its files
-    tokenizer.json            of the `tokenizers` library (absent where the tokens are bytes)
-    train-00000.bin, ...      ids, little-endian, uint16 where vocab <= 65536, else uint32: documents one after another,
-                              each followed by eos
-    train-documents.bin       little-endian uint64: where each document starts in the stream
-    val-00000.bin, ...        the same of what is held back for evaluation
-
-Nothing here is read whole: shards are mapped, and windows copied out of them.
+``apps.gpt.data.format`` is the layout of the folder.  Nothing here is read whole: shards are mapped, and windows copied out of
+them.
 """
 
 import hashlib
@@ -18,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,117 +18,7 @@ import torch.distributed as dist
 
 import ringx
 
-INDEX = "dataset.json"
-VERSION = 1  # of the folder's format; another one is refused
-DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-REPAIR = "delete the folder and prepare it again"
-
-# ---- tokenizers
-
-
-@dataclass(frozen=True)
-class ByteTokenizer:
-    """Token 0 ends a text, token b + 1 is byte b of its UTF-8."""
-
-    eos: int = 0
-    vocab: int = 257
-
-    def encode(self, text: str) -> list[int]:
-        return self.encode_many([text])[0].tolist()
-
-    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.frombuffer(text.encode(), np.uint8).astype(np.uint16) + 1 for text in texts]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text without its ends; bytes that are no UTF-8 become U+FFFD.  ValueError for an id that is no token."""
-        return bytes(i - 1 for i in _expect_ids(ids, self.vocab) if i != self.eos).decode(
-            errors="replace"
-        )
-
-
-class JsonTokenizer:
-    """A tokenizer.json of the `tokenizers` library.  Text is text: no special token is found in it or added to it.
-
-    Raises ValueError if the file cannot be read or does not say which token ends a text (`eos` then names it)."""
-
-    ENDS = ("<|end_of_text|>", "<|endoftext|>", "</s>")
-
-    def __init__(self, file: Path, eos: "str | None" = None):
-        from tokenizers import Tokenizer  # here: those who read tokens do not need it
-
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise ValueError(
-                f"{file}: cannot be read: {getattr(e, 'strerror', None) or e}."
-            ) from None
-        try:
-            self._tokenizer = Tokenizer.from_str(text)
-        except Exception as e:  # noqa: BLE001 - the library raises nothing narrower
-            raise ValueError(
-                f"{file}: is no tokenizer.json of the tokenizers library: {e}."
-            ) from None
-        self._tokenizer.encode_special_tokens = True  # "</s>" within a document does not end it
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        special = {
-            t.content: i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special
-        }
-        if eos is None:
-            ends = [special[name] for name in self.ENDS if name in special]
-            if not ends:
-                raise ValueError(
-                    f"{file}: none of its special tokens ({', '.join(special) or 'it has none'}) is one of {', '.join(self.ENDS)}; "
-                    f"name with --eos the token that ends a text."
-                )
-            self.eos: int = ends[0]
-        else:
-            found = self._tokenizer.token_to_id(eos)
-            if found is None:
-                raise ValueError(
-                    f"eos={eos!r} is no token of {file}; its special tokens: {', '.join(special) or 'none'}."
-                )
-            self.eos = found
-        self.vocab: int = 1 + max(self._tokenizer.get_vocab().values())  # some files leave ids out
-
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encoded = self._tokenizer.encode_batch_fast(
-            list(texts), add_special_tokens=False
-        )  # fast: without offsets
-        return [np.array(e.ids, np.uint32) for e in encoded]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text, without special tokens.  ValueError for an id that is no token."""
-        return self._tokenizer.decode(_expect_ids(ids, self.vocab), skip_special_tokens=True)
-
-
-def _expect_ids(ids: Sequence[int], vocab: int) -> list[int]:
-    ids = [int(i) for i in ids]
-    if bad := [i for i in ids if not 0 <= i < vocab]:
-        raise ValueError(f"token {bad[0]} is none of the tokenizer's {vocab} tokens.")
-    return ids
-
-
-def load_tokenizer(folder: "str | Path") -> "ByteTokenizer | JsonTokenizer":
-    """The tokenizer of a prepared folder: encode(str) -> list[int], decode(list[int]) -> str, eos, vocab.
-
-    Raises ValueError if the folder was not prepared, or its tokenizer is not the one that made the tokens."""
-    folder = Path(folder)
-    index = read_index(folder)
-    if index["tokenizer"] == "bytes":
-        return ByteTokenizer()
-    file = folder / index["tokenizer"]
-    if not file.is_file():
-        raise ValueError(f"{file} is missing; {REPAIR}.")
-    if digest(file) != index["tokenizer_sha256"]:
-        raise ValueError(
-            f"{file} is not the one that made these tokens (its sha256 differs from that in {INDEX}); {REPAIR}."
-        )
-    return JsonTokenizer(file, index["settings"]["eos"])
-
+from .format import DTYPES, INDEX, REPAIR, digest, read_index
 
 # ---- tokens
 
@@ -330,62 +212,6 @@ def expect_window(tokens: Tokens, seqlen: int) -> None:
             f"{tokens.source} has {tokens.length} {tokens.split} tokens, but one sequence of --seqlen {seqlen} and its last label "
             f"take {seqlen + 1}; take a shorter --seqlen or a longer --data."
         )
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """The contents of dataset.json; ValueError if it is missing, of another version, or not as it was written."""
-    file = folder / INDEX
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise ValueError(
-            f"{file} cannot be read: {e.strerror}; make the folder with python -m apps.gpt.prepare (it writes this file last)."
-        ) from None
-    except ValueError as e:
-        raise ValueError(f"{file} is damaged: {e}; {REPAIR}.") from None
-    version = index.get("version") if isinstance(index, dict) else None
-    if version != VERSION:
-        raise ValueError(
-            f"{file} is of version {version!r}, but this program reads version {VERSION}; {REPAIR}."
-        )
-    if index.get("sha256") != index_digest(
-        index
-    ):  # nothing else needs to be checked: it is as it was written
-        raise ValueError(f"{file} is damaged or was edited: its own sha256 does not fit; {REPAIR}.")
-    return index
-
-
-def index_digest(index: dict[str, Any]) -> str:
-    """The sha256 of an index's contents, which it holds itself."""
-    return hashlib.sha256(
-        json.dumps({k: v for k, v in index.items() if k != "sha256"}, sort_keys=True).encode()
-    ).hexdigest()
-
-
-def digest(file: Path) -> str:
-    """sha256 of a file's contents."""
-    sha = hashlib.sha256()
-    with file.open("rb") as f:
-        while block := f.read(2**20):
-            sha.update(block)
-    return sha.hexdigest()
-
-
-def dataset_for(data: "str | None", cache: Path, *, vocab: int) -> Path:
-    """The prepared folder of what --data names; one process calls it, then all open the folder.
-
-    A prepared folder is taken as it is (``Tokens.check_vocab`` says whether a model fits).  A file or folder of text, or the
-    default text for None, is prepared into `cache`, with a tokenizer trained on it of up to `vocab` tokens; a cache that holds
-    just that already is left as it is.  Raises ValueError with one line for the user."""
-    from .prepare import prepare  # here: it imports this module
-
-    if data is not None and (Path(data) / INDEX).exists():
-        return Path(data)
-    try:
-        prepare([] if data is None else [data], cache, vocab=vocab)
-    except ValueError as e:
-        raise ValueError(f"--data: {e}") from None
-    return cache
 
 
 # ---- what a rank gets

@@ -21,8 +21,11 @@ from helpers.ranks import run
 
 import ringx
 from apps.common.loader import Loader
-from apps.gpt.data import dataset, prepare
-from apps.gpt.data.dataset import Rows, dataset_for, expect_window, load_tokenizer, open_dataset
+from apps.gpt.data import dataset, documents, prepare
+from apps.gpt.data.dataset import Rows, expect_window, open_dataset
+from apps.gpt.data.format import INDEX, index_digest, read_index
+from apps.gpt.data.prepare import dataset_for
+from apps.gpt.data.tokenizer import load_tokenizer
 
 LAYOUTS = ("zigzag", "contiguous", "striped")
 DOCUMENTS = [  # of lengths 1 to 300, with what text may hold
@@ -104,7 +107,7 @@ def test_every_format_gives_the_same_tokens(tmp_path):
     ):
         out = tmp_path / "out" / name
         prepare.prepare(inputs, out, tokenizer="bytes", text_key=key, val_fraction=0.3)
-        assert dataset.read_index(out)["documents"] == len(DOCUMENTS)
+        assert read_index(out)["documents"] == len(DOCUMENTS)
         found[name] = [open_dataset(out, split, verify="full").sha256 for split in ("train", "val")]
         assert not list((tmp_path / "out").glob("*.partial"))
     assert len({tuple(f) for f in found.values()}) == 1, found
@@ -132,7 +135,7 @@ def test_a_trained_tokenizer_knows_nothing_of_what_is_held_back(tmp_path):
 def test_one_document_is_cut_at_a_line_end(tmp_path, monkeypatch):
     text = "".join(f"line {i}\n" for i in range(1000))
     for piece in (2**18, 100):  # the cut lies within a piece of many, too
-        monkeypatch.setattr(prepare, "PIECE", piece)
+        monkeypatch.setattr(documents, "PIECE", piece)
         monkeypatch.setattr(prepare, "CHUNK", 4 * piece)
         (tmp_path / "book").write_text(text)
         prepare.prepare([tmp_path / "book"], tmp_path / f"{piece}", tokenizer="bytes")
@@ -166,15 +169,15 @@ def test_one_document_is_cut_at_a_line_end(tmp_path, monkeypatch):
 
 def test_pieces_and_chunks_leave_documents_whole(tmp_path, monkeypatch):
     whole = prepared(tmp_path, shard_tokens=2**28)
-    monkeypatch.setattr(prepare, "PIECE", 13)
+    monkeypatch.setattr(documents, "PIECE", 13)
     monkeypatch.setattr(prepare, "CHUNK", 40)
     pieces = prepared(tmp_path, name="pieces", shard_tokens=2**28)
-    assert {**contents(whole), dataset.INDEX: b""} == {**contents(pieces), dataset.INDEX: b""}
+    assert {**contents(whole), INDEX: b""} == {**contents(pieces), INDEX: b""}
     (tmp_path / "text").write_bytes("".join(DOCUMENTS).encode())
     blocks = [
         p.text
-        for p in prepare._read_text(
-            prepare._sources([tmp_path / "text"], tmp_path)[0][0], "", lambda read: None
+        for p in documents._read_text(
+            documents._sources([tmp_path / "text"], tmp_path)[0][0], "", lambda read: None
         )
     ]
     assert "".join(blocks) == "".join(DOCUMENTS) and 1 < max(map(len, blocks)) <= 13
@@ -232,10 +235,10 @@ def test_more_tokens_than_two_bytes_hold(tmp_path):
 
 
 def test_the_default_text_can_be_decoded_again(default):
-    sources, source = prepare._sources([], Path("nowhere"))
+    sources, source = documents._sources([], Path("nowhere"))
     texts = [s.path.read_bytes().decode() for s in sources]
     assert (
-        100_000 < sum(s.size for s in sources) <= prepare.DEFAULT_BYTES
+        100_000 < sum(s.size for s in sources) <= documents.DEFAULT_BYTES
         and "standard library" in source
     )
     tokenizer = load_tokenizer(default)
@@ -244,7 +247,7 @@ def test_the_default_text_can_be_decoded_again(default):
         tokenizer.decode(stream(open_dataset(default, split))) for split in ("train", "val")
     )
     assert got == "".join(texts) and "def __init__(self" in got
-    index = dataset.read_index(default)
+    index = read_index(default)
     assert str(Path(sys.prefix)) not in json.dumps(index) and index["documents"] == sum(
         map(bool, texts)
     )
@@ -399,7 +402,7 @@ def test_the_loader_hands_errors_on_and_closes():
 KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
-from apps.gpt.prepare import prepare
+from apps.gpt.data.prepare import prepare
 
 text, out, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 
@@ -526,7 +529,7 @@ def test_a_second_time_nothing_is_done(tmp_path, monkeypatch):
 
 
 def test_big_files_are_known_by_their_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "BIG", 100)
+    monkeypatch.setattr(documents, "BIG", 100)
     folder = prepared(tmp_path)
     prepare.prepare([tmp_path / "tokens.jsonl"], folder, tokenizer="bytes")
     time.sleep(0.02)
@@ -631,10 +634,8 @@ def flip(file: Path, at: int) -> None:
 
 def edit(folder: Path, **changed) -> None:
     """As an index of another version would be: whole, but different."""
-    index = {**dataset.read_index(folder), **changed}
-    (folder / dataset.INDEX).write_text(
-        json.dumps({**index, "sha256": dataset.index_digest(index)})
-    )
+    index = {**read_index(folder), **changed}
+    (folder / INDEX).write_text(json.dumps({**index, "sha256": index_digest(index)}))
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ from helpers.ranks import run
 
 from apps.gpt import evaluate, generate
 from apps.gpt.config import ModelConfig
-from apps.gpt.data.dataset import ByteTokenizer, open_dataset
+from apps.gpt.data.dataset import open_dataset
 from apps.gpt.data.prepare import prepare
+from apps.gpt.data.tokenizer import ByteTokenizer
 from apps.gpt.huggingface import open_model, save, shapes
 from apps.gpt.model import Llama
 

@@ -1,0 +1,62 @@
+"""The layout of a prepared folder: its files' names, its index, their digests and its version.
+
+``apps.gpt.prepare`` writes a folder of tokens, with one index, dataset.json, that comes last:
+
+    dataset.json              version, vocab, dtype, eos, tokenizer, source, settings, recipe, and for each split its files
+    tokenizer.json            of the `tokenizers` library (absent where the tokens are bytes)
+    train-00000.bin, ...      ids, little-endian, uint16 where vocab <= 65536, else uint32: documents one after another,
+                              each followed by eos
+    train-documents.bin       little-endian uint64: where each document starts in the stream
+    val-00000.bin, ...        the same of what is held back for evaluation
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+INDEX = "dataset.json"
+VERSION = 1  # of the folder's format; another one is refused
+DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+REPAIR = "delete the folder and prepare it again"
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The contents of dataset.json; ValueError if it is missing, of another version, or not as it was written."""
+    file = folder / INDEX
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ValueError(
+            f"{file} cannot be read: {e.strerror}; make the folder with python -m apps.gpt.prepare (it writes this file last)."
+        ) from None
+    except ValueError as e:
+        raise ValueError(f"{file} is damaged: {e}; {REPAIR}.") from None
+    version = index.get("version") if isinstance(index, dict) else None
+    if version != VERSION:
+        raise ValueError(
+            f"{file} is of version {version!r}, but this program reads version {VERSION}; {REPAIR}."
+        )
+    if index.get("sha256") != index_digest(
+        index
+    ):  # nothing else needs to be checked: it is as it was written
+        raise ValueError(f"{file} is damaged or was edited: its own sha256 does not fit; {REPAIR}.")
+    return index
+
+
+def index_digest(index: dict[str, Any]) -> str:
+    """The sha256 of an index's contents, which it holds itself."""
+    return hashlib.sha256(
+        json.dumps({k: v for k, v in index.items() if k != "sha256"}, sort_keys=True).encode()
+    ).hexdigest()
+
+
+def digest(file: Path) -> str:
+    """sha256 of a file's contents."""
+    sha = hashlib.sha256()
+    with file.open("rb") as f:
+        while block := f.read(2**20):
+            sha.update(block)
+    return sha.hexdigest()
