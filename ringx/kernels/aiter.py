@@ -10,7 +10,8 @@ Untested on hardware when written; test/standins.py has the signatures that the 
 
 import torch
 
-from . import Band, KernelRequest, gpu
+from . import gpu
+from .protocol import Band, KernelRequest
 
 causal = "square"
 _PACKAGE = ("amd-aiter", "aiter.ops.mha")

@@ -8,8 +8,8 @@ read out of bounds, so they are repeated there.
 import torch
 
 from ..merge import acc_dtype
-from . import Band, KernelRequest
 from .heads import fold_heads, repeat_heads
+from .protocol import Band, KernelRequest
 
 causal = "top-left"
 _HAS_GQA = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 9)

@@ -8,7 +8,8 @@ compute capability 12 have no deterministic backward.
 Untested on hardware when written; test/standins.py has the signatures that the calls are tested against.
 """
 
-from . import Band, KernelRequest, gpu
+from . import gpu
+from .protocol import Band, KernelRequest
 
 causal = "bottom-right"
 _PACKAGE = ("flash-attn-4", "flash_attn.cute.interface")

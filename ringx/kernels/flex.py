@@ -18,7 +18,8 @@ import inspect
 import torch
 
 from ..merge import rows
-from . import Band, KernelRequest, gpu
+from . import gpu
+from .protocol import Band, KernelRequest
 
 causal = "any"
 _BLOCK = 128

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from . import KernelRequest
+from .protocol import KernelRequest
 
 HALF = (torch.float16, torch.bfloat16)
 

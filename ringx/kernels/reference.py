@@ -6,8 +6,8 @@ The yardstick of all other kernels, hence written from the definition.  16-bit i
 import torch
 
 from ..merge import acc_dtype
-from . import Band, KernelRequest
 from .heads import fold_heads, repeat_heads
+from .protocol import Band, KernelRequest
 
 causal = "any"
 

@@ -13,7 +13,8 @@ import functools
 
 import torch
 
-from . import Band, KernelRequest, gpu, reference
+from . import gpu, reference
+from .protocol import Band, KernelRequest
 from .sdpa_flash import seeds
 
 causal = "square"

@@ -11,8 +11,9 @@ Untested on hardware when written; the calls are checked against the operators' 
 
 import torch
 
-from . import Band, KernelRequest, gpu
+from . import gpu
 from .heads import fold_heads, repeat_heads
+from .protocol import Band, KernelRequest
 
 causal = "top-left"
 _fwd = torch.ops.aten._scaled_dot_product_efficient_attention.default

@@ -10,7 +10,8 @@ Untested on hardware when written; the calls are checked against the operators' 
 
 import torch
 
-from . import Band, KernelRequest, gpu
+from . import gpu
+from .protocol import Band, KernelRequest
 
 causal = "square"
 _fwd = torch.ops.aten._scaled_dot_product_flash_attention.default
