@@ -11,7 +11,7 @@ import torch
 import ringx
 from ringx.launch.mesh import Shape
 
-from .arguments import Parser
+from .arguments import Parser, run_on_ranks
 from .config import DTYPES, MeshConfig, RunConfig, add_flags
 from .log import expect_loggers, read_sessions
 from .run import Job
@@ -183,15 +183,15 @@ def main(
     work: Callable[[ringx.launch.World, Job], int],
 ) -> int:
     """Parses, checks, and plans or runs; returns the exit status.  `plan` makes a Plan, `work` is one rank's job."""
-    args = p.parse_args(argv)
-    try:
+
+    def configure_or_estimate(args: argparse.Namespace) -> Job | None:
         job, shape = to_job(args)
-        if args.estimate or args.dry_run:
-            assert shape is not None
-            if args.dry_run:
-                print(job.config.to_yaml() + shape.describe())
-            print(plan(job.config, shape).table(memory_only=not args.dry_run))
-            return 0
-    except (ValueError, NotImplementedError) as e:
-        p.error(str(e))
-    return max(ringx.launch.run(work, args.nproc, job, device=args.device, timeout=args.timeout))
+        if not (args.estimate or args.dry_run):
+            return job
+        assert shape is not None  # `configure` knows it for estimates
+        if args.dry_run:
+            print(job.config.to_yaml() + shape.describe())
+        print(plan(job.config, shape).table(memory_only=not args.dry_run))
+        return None
+
+    return run_on_ranks(p, argv, configure_or_estimate, work)

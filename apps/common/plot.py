@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from apps.common.arguments import MISTAKES, run_command
 from apps.common.log import read_metrics, read_sessions
 from ringx.report import figures as house  # one look for all figures
 from ringx.report.figures import Lacking, Row
@@ -203,15 +204,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: "Sequence[str] | None" = None) -> int:
-    """Draws, and says what; a user's mistake is one line on stderr and exit status 2."""
-    p = parser()
-    args = p.parse_args(argv)
-    try:
-        for line in plot_runs(args.runs, args.out, smooth=args.smooth):
-            print(line)
-    except (ValueError, OSError, ImportError) as e:
-        print(f"{p.prog}: error: {e}", file=sys.stderr)
-        return 2
+    """Draws the figures and prints a line about each; a user's mistake is one line on stderr and exit status 2."""
+    return run_command(parser(), argv, _draw, mistakes=(*MISTAKES, OSError))
+
+
+def _draw(args: argparse.Namespace) -> int:
+    for line in plot_runs(args.runs, args.out, smooth=args.smooth):
+        print(line)
     return 0
 
 

@@ -475,7 +475,9 @@ def test_the_plot_command(drawn, tmp_path, capsys):
         ([str(tmp_path / "broken")], "metrics.jsonl line 1 is no record"),
         ([str(runs / "a/run"), "--smooth", "-2"], "smooth=-2 must be at least 0"),
     ):
-        assert plot.main([*arguments, "--out", str(tmp_path / "no")]) == 2
+        with pytest.raises(SystemExit) as stop:
+            plot.main([*arguments, "--out", str(tmp_path / "no")])
+        assert stop.value.code == 2
         printed = capsys.readouterr()
         assert printed.out == "" and printed.err.count("\n") == 1 and message in printed.err
     assert not (tmp_path / "no").exists()
