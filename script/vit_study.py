@@ -165,7 +165,7 @@ def by_day(run: Path, forecast: Path, data: str) -> list[tuple[str, int, float, 
     from apps.vit.config import load
     from apps.vit.data.samples import Samples
     from apps.vit.data.statistics import statistics as statistics_of
-    from apps.vit.train import open_record, parts_of
+    from apps.vit.open_data import open_record, parts_of
 
     c = load(str(run / "config.yaml")).data
     fields = open_record(data, c)

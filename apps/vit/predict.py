@@ -15,12 +15,11 @@ A forecast counts where its valid time lies in the part; its initial time may li
 import argparse
 import contextlib
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,25 +32,21 @@ from apps.common import command
 from apps.common.arguments import Parser
 from apps.common.checkpoint import MANIFEST, Checkpoints
 from apps.common.config import DTYPES, SHORT, from_dict
-from apps.common.engine import fill
 from apps.common.weights import CheckpointWeights
 from apps.vit import scores
 from apps.vit.config import Config
 from apps.vit.data.dataset import expect_finite
 from apps.vit.data.samples import Samples
 from apps.vit.data.statistics import Statistics, expect_room, statistics
-from apps.vit.model import ViT
-from apps.vit.parallel import Attend
-from apps.vit.train import STATISTICS, open_alike, open_record, parts_of, samples_of
+from apps.vit.forecast import Forecaster, forecast, starts_of, steps_of
+from apps.vit.forecast_files import FORMATS, to_dataset, write_dataset
+from apps.vit.forecast_scores import Scored
+from apps.vit.open_data import STATISTICS, open_alike, open_record, parts_of, samples_of
 from ringx.launch import World
 from ringx.launch.mesh import Mesh, Shape
 
-if TYPE_CHECKING:
-    import xarray as xr
-
 PROG = "apps.vit.predict"
 PARTS = ("test", "val", "train")
-FORMATS = ("nc", "zarr")
 
 
 @dataclass(frozen=True)
@@ -71,261 +66,6 @@ class Job:
     cp: int
     dtype: str
     maps: bool
-
-
-# ---- the model
-
-
-class Forecaster:
-    """A whole model on each rank, whose tokens are cut over the cp group.
-
-    Args:
-        config: of the run, with the sizes of its data.
-        weights: (name, shape) -> a parameter."""
-
-    def __init__(
-        self,
-        config: Config,
-        weights: Callable,
-        mesh: Mesh,
-        device: torch.device,
-        dtype: torch.dtype,
-    ):
-        self._patches, self._mesh, self._device, self._dtype = (
-            config.model.patches(),
-            mesh,
-            device,
-            dtype,
-        )
-        self._attend = Attend(config, mesh)
-        self._model = (
-            ViT.empty(config.model, self._attend, dtype=dtype)
-            .to_empty(device=device)
-            .requires_grad_(False)
-        )
-        fill(self._model, weights)
-        self._places = ringx.positions(
-            self._patches.tokens, group=mesh.cp, layout=self._attend.layout
-        )
-        self._leads = len(config.data.lead_hours())
-
-    @torch.no_grad()
-    def __call__(self, inputs: np.ndarray) -> np.ndarray:
-        """[n, Cin, H, W] -> the predicted changes [n, L, C, H, W] float32; every rank of the cp group has the same, and calls it
-        with the same."""
-        x = self._patches.cut(torch.from_numpy(inputs), self._places).to(self._device, self._dtype)
-        out = self._model(x, self._places.to(self._device))
-        self._attend.check = False  # wrong calls would be wrong in the first one already
-        whole = ringx.unshard(out, group=self._mesh.cp, layout=self._attend.layout)
-        return self._patches.join(whole).unflatten(1, (self._leads, -1)).float().cpu().numpy()
-
-
-# ---- forecasts and their scores
-
-
-class Scored:
-    """Scores of a model's forecasts, of its roll-out and of the simple forecasts beside them.
-
-    samples: with where="valid", of the model's leads; their statistics have all of `leads`, too."""
-
-    def __init__(self, samples: Samples, leads: tuple[int, ...]):
-        self.samples, self.leads = samples, leads
-        f = samples.fields
-        self.all = {name: scores.Score(f.channels, leads, f.grid.lat) for name in scores.FORECASTS}
-        self.spectra: dict[
-            tuple[str, int], np.ndarray
-        ] = {}  # sums of energy [C, K], by forecast and lead
-        self.counted: dict[tuple[str, int], int] = {}
-
-    def add(self, name: str, lead: int, forecast: np.ndarray, t0s: np.ndarray) -> None:
-        """Scores those of the forecasts [n, C, H, W] whose valid time lies in the part."""
-        s = self.samples
-        lag = lead // s.fields.step_hours
-        counts = (t0s + lag >= s.split.start) & (t0s + lag < s.split.stop)
-        if not counts.any():
-            return
-        t0s, forecast = t0s[counts], forecast[counts]
-        truth, usual = s.fields.read(t0s + lag), s.statistics.climatology(s.fields.times[t0s + lag])
-        self.all[name].add(self.leads.index(lead), forecast, truth, usual)
-        if s.fields.grid.periodic and name in scores.SPECTRA and lead in s.leads:
-            self._spectrum(name, lead, forecast)
-            if name == "model":
-                self._spectrum("truth", lead, truth)
-
-    def add_simple(self, t0s: np.ndarray, leads: "tuple[int, ...] | None" = None) -> None:
-        """Persistence, climatology and the damped anomaly from these initial times."""
-        s = self.samples
-        now = s.fields.read(t0s)
-        usual = s.statistics.climatology(s.fields.times[t0s])
-        for lead in leads or self.leads:
-            valid = s.fields.times[t0s] + np.timedelta64(lead, "h")
-            later = s.statistics.climatology(valid)
-            damping = s.statistics.damping[s.statistics.lead_index(lead)]
-            self.add("persistence", lead, scores.persistence(now), t0s)
-            self.add("climatology", lead, later, t0s)
-            self.add("damped anomaly", lead, scores.damped_anomaly(now, usual, later, damping), t0s)
-
-    def rows(self) -> list[scores.Row]:
-        units = self.samples.fields.units
-        found = [
-            row for name, score in self.all.items() for row in score.rows(name, units) if row.times
-        ]
-        return sorted(
-            found, key=lambda r: (self.samples.fields.channels.index(r.variable), r.lead_hours)
-        )
-
-    def spectrum_rows(self) -> list[scores.SpectrumRow]:
-        out = []
-        for (name, lead), energy in self.spectra.items():
-            for channel, mine in zip(
-                self.samples.fields.channels, energy / self.counted[name, lead], strict=True
-            ):
-                out += scores.spectrum_rows(channel, lead, name, mine)
-        return out
-
-    def _spectrum(self, name: str, lead: int, field: np.ndarray) -> None:
-        energy = scores.spectrum(field, self.samples.fields.grid.lat)[1].sum(0)
-        self.spectra[name, lead] = self.spectra.get((name, lead), 0) + energy
-        self.counted[name, lead] = self.counted.get((name, lead), 0) + len(field)
-
-    def sums(self) -> tuple[dict, dict, dict]:
-        """What has been added up; of ranks that scored other times, ``take`` adds it."""
-        return {name: score.sums for name, score in self.all.items()}, self.spectra, self.counted
-
-    def take(self, other: tuple[dict, dict, dict]) -> None:
-        for name, sums in other[0].items():
-            self.all[name].sums += sums
-        for key, energy in other[1].items():
-            self.spectra[key] = self.spectra.get(key, 0) + energy
-            self.counted[key] = self.counted.get(key, 0) + other[2][key]
-
-
-def forecast(
-    forecaster: Forecaster,
-    samples: Samples,
-    scored: Scored,
-    t0s: np.ndarray,
-    saved: np.ndarray,
-    *,
-    batch: int,
-    rollout: tuple[int, ...],
-    scores_here: bool,
-    tick: Callable[[int], None],
-) -> dict[int, np.ndarray]:
-    """Forecasts from the initial times `t0s`, and scores them where `scores_here`; {t0: [L, C, H, W]} of those in `saved`.
-
-    rollout: leads, multiples of the model's first, that it reaches by taking its own forecasts as inputs."""
-    kept: dict[int, np.ndarray] = {}
-    for i in range(0, len(t0s), batch):
-        some = t0s[i : i + batch]
-        seen = samples.seen(some)
-        ahead = samples.ahead_of(seen[:, 0], some, forecaster(samples.inputs_of(seen, some)))
-        if scores_here:
-            scored.add_simple(some)
-            for j, lead in enumerate(samples.leads):
-                scored.add("model", lead, ahead[:, j], some)
-        kept |= {int(t): ahead[k] for k, t in enumerate(some) if t in saved}
-        for lead, (state, began) in zip(
-            rollout, rolled(forecaster, samples, ahead[:, 0], some), strict=False
-        ):
-            if scores_here:
-                scored.add("roll-out", lead, state, began)
-        tick(len(some))
-    return kept
-
-
-def rolled(
-    forecaster: Forecaster, samples: Samples, state: np.ndarray, t0s: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(forecast [n, C, H, W], its initial times [n]) one, two, three ... of the model's first leads ahead, of which `state` is the
-    first: each takes those before it as inputs.  Ends where the record does: what is known of a time is known within it."""
-    lag = samples.leads[0] // samples.fields.step_hours
-    back = [hours // samples.leads[0] for hours in samples.history]
-    states = [samples.fields.read(t0s), state]  # at t0s, t0s + lag, ...
-    while True:
-        yield states[-1], t0s
-        k = len(states) - 1
-        there = t0s + k * lag < len(samples.fields)
-        if not there.any():
-            return
-        t0s, states = t0s[there], [x[there] for x in states]
-        now = t0s + k * lag
-        past = [states[k - b] if b <= k else samples.fields.read(now - b * lag) for b in back]
-        inputs = samples.inputs_of(np.stack([states[k], *past], 1), now)
-        states.append(samples.ahead_of(states[k], now, forecaster(inputs))[:, 0])
-
-
-def to_dataset(
-    samples: Samples, t0s: np.ndarray, ahead: np.ndarray, about: dict[str, str]
-) -> "xr.Dataset":
-    """Forecasts [n, L, C, H, W] from initial times `t0s` and what then was, as CF-1.11 describes forecasts."""
-    import xarray as xr
-
-    f, steps = samples.fields, np.array(samples.leads) // samples.fields.step_hours
-    times = f.times[t0s].astype("datetime64[ns]")
-    leads = np.array(samples.leads, "timedelta64[h]").astype("timedelta64[ns]")
-    coords = {
-        "time": (
-            "time",
-            times,
-            {"standard_name": "forecast_reference_time", "long_name": "initial time"},
-        ),
-        "lead_time": (
-            "lead_time",
-            leads,
-            {"standard_name": "forecast_period", "long_name": "time since the initial time"},
-        ),
-        "latitude": (
-            "latitude",
-            f.grid.lat,
-            {"standard_name": "latitude", "units": "degrees_north"},
-        ),
-        "longitude": (
-            "longitude",
-            f.grid.lon,
-            {"standard_name": "longitude", "units": "degrees_east"},
-        ),
-        "valid_time": (
-            ("time", "lead_time"),
-            times[:, None] + leads,
-            {"standard_name": "time", "long_name": "valid time"},
-        ),
-    }
-    truth = f.read((t0s[:, None] + steps).ravel()).reshape(ahead.shape)
-    dims, variables = ("time", "lead_time", "latitude", "longitude"), {}
-    for i, name in enumerate(f.channels):
-        long = f.long_names[name] or name
-        attributes = {"units": f.units[name] or "1"}
-        variables[name] = (dims, ahead[:, :, i], {**attributes, "long_name": f"{long}, forecast"})
-        variables[f"{name}_truth"] = (
-            dims,
-            truth[:, :, i],
-            {**attributes, "long_name": f"{long}, as it was"},
-        )
-    return xr.Dataset(variables, coords, {"Conventions": "CF-1.11", **about}).sortby(
-        "lead_time"
-    )  # CF: in order
-
-
-def write_dataset(dataset: "xr.Dataset", out: Path, kind: str) -> Path:
-    """OUT/forecasts.nc or .zarr, written aside first; one of the other kind from before is removed."""
-    path = out / f"forecasts.{kind}"
-    aside = out / f".forecasts.partial.{kind}"
-    for old in (aside, *(out / f"forecasts.{k}" for k in FORMATS)):
-        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-    hours = {"units": "hours", "dtype": "int32"}
-    encoding: dict[str, Any] = {
-        "lead_time": hours,
-        "time": {"units": "hours since 1970-01-01", "dtype": "int64"},
-    }
-    encoding["valid_time"] = encoding["time"]
-    encoding["latitude"] = encoding["longitude"] = {"_FillValue": None}  # CF: coordinates have none
-    if kind == "nc":
-        dataset.to_netcdf(aside, encoding=encoding)
-    else:
-        dataset.to_zarr(aside, encoding=encoding, zarr_format=2, consolidated=True)
-    aside.rename(path)
-    return path
 
 
 # ---- a rank
@@ -513,25 +253,6 @@ def config_of(path: Path, about: Any) -> Config:
         raise ValueError(
             f"{path} was not written by this version of apps.vit.train: {type(e).__name__}: {e}."
         ) from None
-
-
-def steps_of(rollout: int, lead: int) -> tuple[int, ...]:
-    """The leads that a roll-out to `rollout` hours reaches; none for 0."""
-    if rollout % lead:
-        raise ValueError(
-            f"--rollout {rollout} must be a multiple of the model's first lead, {lead} h."
-        )
-    return tuple(range(lead, rollout + 1, lead))
-
-
-def starts_of(samples: Samples, lead: int, inside: bool = False) -> np.ndarray:
-    """Initial times whose valid time lies in the part; with `inside`, only those in the part."""
-    lag, back = (
-        hours // samples.fields.step_hours for hours in (lead, max(samples.history, default=0))
-    )
-    return np.arange(
-        max(samples.split.start - (0 if inside else lag), back), samples.split.stop - lag
-    )
 
 
 def kept_starts(samples: Samples, job: Job) -> np.ndarray:

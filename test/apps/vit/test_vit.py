@@ -24,7 +24,8 @@ xr = pytest.importorskip("xarray")
 
 from apps.vit.data.dataset import open_fields  # noqa: E402
 from apps.vit.data.statistics import statistics  # noqa: E402
-from apps.vit.train import fitted, main, parts_of, samples_of, train  # noqa: E402
+from apps.vit.open_data import fitted, parts_of, samples_of  # noqa: E402
+from apps.vit.train import main, train  # noqa: E402
 
 MODEL = ModelConfig(dim=16, layers=2, heads=4, ffn=24, patch=4)
 TRAIN = TrainConfig(global_batch=2, steps=20, lr=1e-2, warmup=3, dtype="float64")

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ringx
 from apps.common.config import MeshConfig
-from apps.vit import train
+from apps.vit import open_data, train
 from apps.vit.config import PRESETS, Config, ModelConfig, TrainConfig, preset
 from apps.vit.data import simulate
 from apps.vit.flops import flops_per_token, parameters
@@ -299,7 +299,7 @@ def test_a_file_gives_its_sizes_and_is_not_read(times, year, tmp_path, monkeypat
     record.to_netcdf(tmp_path / "a.nc")
     flags = ["--data", str(tmp_path / "a.nc"), "--leads", "6,12,18", "--patch", "4"]
     with monkeypatch.context() as patched:
-        patched.setattr(train.Fields, "read", refuse)
+        patched.setattr(open_data.Fields, "read", refuse)
         patched.setattr(train, "statistics", refuse)
         m = planned(*flags).model
         assert (m.height, m.width, m.periodic, m.patches().tokens) == (10, 14, False, 12)
@@ -321,11 +321,14 @@ def test_a_file_gives_its_sizes_and_is_not_read(times, year, tmp_path, monkeypat
         words = "cp=13 is more than the 12 tokens of a field; take a smaller --cp or --patch."
         assert capsys.readouterr().err == f"apps.vit.train: error: {words}\n"
     c = planned(*flags)
-    opened = train.open_record(flags[1], c.data)
+    opened = open_data.open_record(flags[1], c.data)
     made = train.statistics(
-        opened, train.parts_of(opened, c.data)["train"], c.data.hours(), cache=None
+        opened, open_data.parts_of(opened, c.data)["train"], c.data.hours(), cache=None
     )
-    assert train.fitted(c, opened, train.samples_of(opened, c.data, made, "train")).model == c.model
+    assert (
+        open_data.fitted(c, opened, open_data.samples_of(opened, c.data, made, "train")).model
+        == c.model
+    )
 
 
 def test_thousands_of_ranks(capsys):
