@@ -1,12 +1,12 @@
-"""What a step of a GPT run costs each rank: see apps/common/plan.py."""
+"""What a step of a GPT run costs each rank: see apps/common/estimate.py."""
 
 import contextlib
 
 import torch
 
-from apps.common import plan
+from apps.common import estimate
 from apps.common.engine import Engine
-from apps.common.plan import Plan
+from apps.common.estimate import Plan
 from ringx.launch.mesh import Mesh, Shape
 
 from .config import Config
@@ -15,11 +15,11 @@ from .parallel import Attend, build
 
 
 def make_plan(config: Config, shape: Shape, rank: int = 0) -> Plan:
-    """``apps.common.plan.make_plan`` of a Llama."""
-    return plan.make_plan(config, shape, _subject, rank)
+    """``apps.common.estimate.make_plan`` of a Llama."""
+    return estimate.make_plan(config, shape, _subject, rank)
 
 
-def _subject(config: Config) -> plan.Subject:
+def _subject(config: Config) -> estimate.Subject:
     c = config.train
 
     def start(mesh: Mesh, allocating: contextlib.AbstractContextManager) -> Engine:
@@ -34,6 +34,6 @@ def _subject(config: Config) -> plan.Subject:
         ]  # tokens, positions, labels
 
     flops = flops_per_token(config.model, c.seqlen)
-    return plan.Subject(
+    return estimate.Subject(
         c.seqlen, config.model.layers, parameters(config.model).total, flops, start, batch
     )

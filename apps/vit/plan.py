@@ -1,13 +1,13 @@
-"""What a step of a ViT run costs each rank: see apps/common/plan.py."""
+"""What a step of a ViT run costs each rank: see apps/common/estimate.py."""
 
 import contextlib
 
 import torch
 
-from apps.common import plan
+from apps.common import estimate
 from apps.common.config import DTYPES
 from apps.common.engine import Engine
-from apps.common.plan import Plan
+from apps.common.estimate import Plan
 from ringx.launch.mesh import Mesh, Shape
 
 from .config import Config
@@ -16,11 +16,11 @@ from .parallel import Attend, build
 
 
 def make_plan(config: Config, shape: Shape, rank: int = 0) -> Plan:
-    """``apps.common.plan.make_plan`` of a ViT, whose configuration must name the grid and the channels."""
-    return plan.make_plan(config, shape, _subject, rank)
+    """``apps.common.estimate.make_plan`` of a ViT, whose configuration must name the grid and the channels."""
+    return estimate.make_plan(config, shape, _subject, rank)
 
 
-def _subject(config: Config) -> plan.Subject:
+def _subject(config: Config) -> estimate.Subject:
     c = config.model
 
     def start(mesh: Mesh, allocating: contextlib.AbstractContextManager) -> Engine:
@@ -38,6 +38,6 @@ def _subject(config: Config) -> plan.Subject:
             torch.zeros(tokens, points, dtype=kind),
         ]
 
-    return plan.Subject(
+    return estimate.Subject(
         c.patches().tokens, c.layers, parameters(c).total, flops_per_token(c), start, batch
     )

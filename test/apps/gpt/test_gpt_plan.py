@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ringx
 from apps.common.config import MeshConfig
 from apps.common.flops import peak_flops
-from apps.common.plan import _alone
+from apps.common.estimate import _alone
 from apps.gpt.config import Config, ModelConfig, TrainConfig, preset
 from apps.gpt.flops import flops_per_token, parameters
 from apps.gpt.model import Llama
