@@ -21,9 +21,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .. import launch
 from ..comm import Disagreement, PeerError
 from .environ import LauncherInfo
+from .process_group import join
+from .world import bind_device
 
 GRACE = 2.0  # seconds to wait, after a rank said that a peer died, for the peer's own story
 
@@ -32,7 +33,7 @@ def start(
     fn: Callable[..., Any], nproc: int, args: tuple, device: str, timeout: float, threads: int
 ) -> list[Any]:
     """[fn(world, *args) of each of `nproc` ranks]; see ``launch.run``."""
-    launch.bind_device(device, 0, nproc, "ringx")  # refuse here what every rank would
+    bind_device(device, 0, nproc, "ringx")  # refuse here what every rank would
     call = pickle.dumps(
         (fn, args)
     )  # by value: torch's own way would share the tensors' memory with the ranks
@@ -156,7 +157,7 @@ def _rank(
         fn, args = pickle.loads(call)
         report = (
             "result",
-            pickle.dumps(fn(launch.join(facts, device, timeout, serve=False), *args)),
+            pickle.dumps(fn(join(facts, device, timeout, serve=False), *args)),
         )
     except BaseException as error:  # noqa: BLE001 - the parent raises it
         headline = "".join(traceback.format_exception_only(type(error), error)).strip()

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .. import launch
 from ..comm import Group, Pending
 from ..consistency import cpu_group
+from .world import World
 
 AGAIN = 75  # exit status: stopped early, start it again (EX_TEMPFAIL of sysexits.h)
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
@@ -78,7 +78,7 @@ class Watch:
         finally:
             self._at_once = False
 
-    def barrier_or_stop(self, world: launch.World) -> None:
+    def barrier_or_stop(self, world: World) -> None:
         """Waits for all ranks.  Raises Stopped on all of them if one was told to stop before it came here.
 
         Raises:

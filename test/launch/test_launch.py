@@ -97,7 +97,7 @@ def test_malformed_host_list(text):
 
 def facts(env):
     f = environ.read(env)
-    return f.launcher, f.rank, f.world, f.local_rank, f.local_world, f.address
+    return f.launcher, f.rank, f.world_size, f.local_rank, f.local_world, f.address
 
 
 @pytest.mark.parametrize(
