@@ -63,7 +63,7 @@ LEAVE = 30.0  # seconds that a run which failed waits for a save under way
 CHUNK = 8 * 2**20  # bytes read at a time
 NAMED = 3  # faults that an error names
 
-# a lone process is what we say it is; and a filter for the time of a call only would not be safe beside other threads
+# a lone process is what we report it is; and a filter for the time of a call only would not be safe beside other threads
 warnings.filterwarnings(
     "ignore", message="torch.distributed is disabled, unavailable or uninitialized"
 )
@@ -76,7 +76,7 @@ class Checkpoints:
         folder: where they are, or will be; made when the first is saved.
         world: of ``ringx.launch.init``; None is a process without peers.
         keep: how many to keep, the newest; older ones are deleted once a new one is in place.  0 keeps all.
-        say: called on rank 0 with one line about a checkpoint that cannot be used, or a folder that cannot be deleted.
+        report: called on rank 0 with one line about a checkpoint that cannot be used, or a folder that cannot be deleted.
         timeout: seconds that ranks wait for each other while they write or load: more than the slowest needs for its share.
 
     Raises:
@@ -88,13 +88,13 @@ class Checkpoints:
         world: launch.World | None = None,
         *,
         keep: int = 3,
-        say: Callable[[str], None] = print,
+        report: Callable[[str], None] = print,
         timeout: float = 1800.0,
     ):
         if isinstance(keep, bool) or not isinstance(keep, int) or keep < 0:
             raise ValueError(f"keep={keep!r} must be a number of checkpoints, or 0 to keep all.")
         self._folder = Path(folder)
-        self._world, self._keep, self._say = world, keep, say
+        self._world, self._keep, self._report = world, keep, report
         self._rank, self._ranks = (world.rank, world.world_size) if world else (0, 1)
         # our own group: the background's messages must not mix with those of training, and must not need the GPU
         self._pg = (
@@ -114,7 +114,7 @@ class Checkpoints:
             step: which, from 0.
             state: nested dicts of tensors, DTensors and picklable values, with the same keys on every rank (``get_state_dict``
                 gives such).  What is no DTensor must be the same on every rank: one of them writes it.
-            about: anything that JSON can hold; ``newest`` and ``read_about`` return it.  Rank 0's counts.
+            about: anything that JSON can hold; ``newest`` and ``read_metadata`` return it.  Rank 0's counts.
 
         Raises:
             RuntimeError: the save *before* this one failed, on some rank; this one was not begun.
@@ -164,28 +164,28 @@ class Checkpoints:
             if (
                 self._error is not None and self._rank == 0
             ):  # the error on its way counts; this one is said
-                self._say(str(self._error))
+                self._report(str(self._error))
 
     def newest(self) -> tuple[Path, Any] | None:
         """(path, what was said about it) of the newest checkpoint whose files are all there, with the bytes that were written; None
-        if there is none.  Ones that are damaged are named (``say``) and passed over.
+        if there is none.  Ones that are damaged are named (``report``) and passed over.
 
         The same on all ranks; each reads every N-th file of a checkpoint, once."""
         self.finish()
         for path in launch.decide(self._world, self._present):
             if (fault := self._fault_in(path)) is None:
-                return path, launch.decide(self._world, partial(read_about, path))
+                return path, launch.decide(self._world, partial(read_metadata, path))
             self._faulty.add(path)
             if self._rank == 0:
-                self._say(f"checkpoint {path} is damaged and passed over: {fault}.")
+                self._report(f"checkpoint {path} is damaged and passed over: {fault}.")
         return None
 
-    def expect_whole(self, path: "str | Path") -> Any:
+    def require_complete(self, path: "str | Path") -> Any:
         """What was said about the checkpoint at `path`, read as ``newest`` does; ValueError on all ranks if it is damaged."""
         self.finish()
         if fault := self._fault_in(Path(path)):
             raise ValueError(f"checkpoint {path} is damaged: {fault}; take another.")
-        return launch.decide(self._world, partial(read_about, path))
+        return launch.decide(self._world, partial(read_metadata, path))
 
     def _fault_in(self, path: Path) -> str | None:
         """The first thing that is wrong with a checkpoint; the same on all ranks."""
@@ -309,10 +309,10 @@ class Checkpoints:
                 path = path.rename(path.with_suffix(".partial"))
             shutil.rmtree(path)
         except OSError as error:
-            self._say(f"{path} could not be deleted: {_one_line(error)}")
+            self._report(f"{path} could not be deleted: {_one_line(error)}")
 
 
-def read_about(path: "str | Path") -> Any:
+def read_metadata(path: "str | Path") -> Any:
     """What was said about the checkpoint at `path` when it was saved.
 
     Raises:

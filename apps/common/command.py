@@ -12,9 +12,9 @@ import ringx
 from ringx.launch.mesh import Shape
 
 from .arguments import Parser, run_on_ranks
-from .config import DTYPES, MeshConfig, RunConfig, add_flags
+from .config import TORCH_DTYPES, MeshConfig, RunConfig, add_flags
 from .log import expect_loggers, read_sessions
-from .run import Job
+from .run import RunOptions
 from .zero import expect_possible
 
 
@@ -112,12 +112,17 @@ def resumed_data(resume: "str | None") -> "dict[str, Any]":
 
 
 def expect_runnable(
-    job: Job, args: argparse.Namespace, *, heads: tuple[int, int], head_dim: int, causal: bool
+    job: RunOptions,
+    args: argparse.Namespace,
+    *,
+    heads: tuple[int, int],
+    head_dim: int,
+    causal: bool,
 ) -> None:
     """ValueError (or NotImplementedError) for what this machine or these folders cannot do."""
     c = job.config.train
     expect_loggers(job.tensorboard, job.wandb)
-    kinds = DTYPES[c.dtype], DTYPES[c.reduce_dtype]
+    kinds = TORCH_DTYPES[c.dtype], TORCH_DTYPES[c.reduce_dtype]
     expect_possible(
         job.config.mesh.dp_engine, optimizer=c.optimizer, dtype=kinds[0], reduce_dtype=kinds[1]
     )
@@ -126,7 +131,8 @@ def expect_runnable(
         device.type == "cpu"
     ):  # can the kernel do it?  (on GPUs the ranks find out: this process need not hold one)
         q, k = (
-            torch.zeros(1, 2, n, head_dim, dtype=DTYPES[c.dtype], requires_grad=True) for n in heads
+            torch.zeros(1, 2, n, head_dim, dtype=TORCH_DTYPES[c.dtype], requires_grad=True)
+            for n in heads
         )
         ringx.attention(
             q,
@@ -149,7 +155,7 @@ def expect_runnable(
     _expect_folders(job, bool(args.out))
 
 
-def _expect_folders(job: Job, named: bool) -> None:
+def _expect_folders(job: RunOptions, named: bool) -> None:
     out, resume = Path(job.out), job.resume
     if job.init and resume:
         raise ValueError("--init and --resume: a resumed run has its weights; give one.")
@@ -178,13 +184,13 @@ def _expect_folders(job: Job, named: bool) -> None:
 def main(
     p: Parser,
     argv: "list[str] | None",
-    to_job: Callable[[argparse.Namespace], tuple[Job, Shape | None]],
+    to_job: Callable[[argparse.Namespace], tuple[RunOptions, Shape | None]],
     plan: Callable[[Any, Shape], Any],
-    work: Callable[[ringx.launch.World, Job], int],
+    work: Callable[[ringx.launch.World, RunOptions], int],
 ) -> int:
-    """Parses, checks, and plans or runs; returns the exit status.  `plan` makes a Plan, `work` is one rank's job."""
+    """Parses, checks, and plans or runs; returns the exit status.  `plan` makes a StepEstimate, `work` is one rank's job."""
 
-    def configure_or_estimate(args: argparse.Namespace) -> Job | None:
+    def configure_or_estimate(args: argparse.Namespace) -> RunOptions | None:
         job, shape = to_job(args)
         if not (args.estimate or args.dry_run):
             return job

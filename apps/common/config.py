@@ -22,8 +22,8 @@ from ringx.kernels import KERNELS
 from ringx.launch.mesh import ORDERS, Shape
 from ringx.layout import LAYOUTS
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
-SHORT = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16"}  # as in ringx bench
+TORCH_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+SHORT_DTYPES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16"}  # as in ringx bench
 ENGINES = ("fsdp", "ddp", "zero1", "zero2", "zero3")
 CHECKPOINTING = ("none", "selective", "full")
 OPTIMIZERS = ("adamw", "lamb", "lamb_apex", "lamb_deepspeed")
@@ -34,7 +34,7 @@ def option(default: Any, help: str, choices: Any = None) -> Any:
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
-def at_least(config: Any, least: float, *names: str) -> None:
+def require_at_least(config: Any, least: float, *names: str) -> None:
     """ValueError naming the first of these fields that is no number of its type, not finite or below `least`."""
     types = {f.name: f.type for f in dataclasses.fields(config)}
     for name in names:
@@ -52,7 +52,7 @@ def at_least(config: Any, least: float, *names: str) -> None:
             raise ValueError(f"{name}={value} must be at least {least}.")
 
 
-def known(config: Any) -> None:
+def require_known_choices(config: Any) -> None:
     """ValueError naming the first field that has choices and is none of them."""
     for f in dataclasses.fields(config):
         if f.metadata.get("choices"):
@@ -79,9 +79,9 @@ class MeshConfig:
     )
 
     def __post_init__(self):
-        at_least(self, 0, "cp", "tp", "dp")
-        at_least(self, 1, "dp_replicate")
-        known(self)
+        require_at_least(self, 0, "cp", "tp", "dp")
+        require_at_least(self, 1, "dp_replicate")
+        require_known_choices(self)
         if self.dp_engine != "fsdp" and self.dp_replicate > 1:
             raise ValueError(
                 f"dp_replicate={self.dp_replicate} is FSDP2's; --dp-engine {self.dp_engine} has no replicas of shards."
@@ -113,10 +113,12 @@ class Training:
     dtype: str = option(
         "bfloat16",
         "of the computation; parameters, gradients and optimizer are kept in float32 at least",
-        DTYPES,
+        TORCH_DTYPES,
     )
     reduce_dtype: str = option(
-        "float32", "in which gradients of a bfloat16 computation are summed over ranks", DTYPES
+        "float32",
+        "in which gradients of a bfloat16 computation are summed over ranks",
+        TORCH_DTYPES,
     )
     optimizer: str = option(
         "adamw",
@@ -158,10 +160,12 @@ class Training:
     keep: int = option(2, "newest checkpoints that are kept (0: all)")
 
     def __post_init__(self):
-        object.__setattr__(self, "dtype", SHORT.get(self.dtype, self.dtype))
-        object.__setattr__(self, "reduce_dtype", SHORT.get(self.reduce_dtype, self.reduce_dtype))
-        at_least(self, 1, "steps", "mlp_tiles", "val_batches")
-        at_least(
+        object.__setattr__(self, "dtype", SHORT_DTYPES.get(self.dtype, self.dtype))
+        object.__setattr__(
+            self, "reduce_dtype", SHORT_DTYPES.get(self.reduce_dtype, self.reduce_dtype)
+        )
+        require_at_least(self, 1, "steps", "mlp_tiles", "val_batches")
+        require_at_least(
             self,
             0,
             "global_batch",
@@ -175,8 +179,8 @@ class Training:
             "beta2",
             "eps",
         )
-        at_least(self, 0, "clip", "seed", "val_every", "save_every", "keep")
-        known(self)
+        require_at_least(self, 0, "clip", "seed", "val_every", "save_every", "keep")
+        require_known_choices(self)
         for f in dataclasses.fields(self):
             if f.type is bool and not isinstance(getattr(self, f.name), bool):
                 raise ValueError(f"{f.name}={getattr(self, f.name)!r} must be true or false.")

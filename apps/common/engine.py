@@ -75,7 +75,7 @@ class Engine:
         with allocating or contextlib.nullcontext():
             model.to_empty(device=self.device)
             if weights is not None:
-                fill(model, weights)
+                fill_parameters(model, weights)
             self.model: Any = model
             if kind == "ddp" and self.ranks > 1:
                 # no rank needs another's parameters: they are the same on every rank
@@ -134,7 +134,7 @@ class Engine:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, weights: Callable[[str, torch.Size], torch.Tensor]) -> None:
+def fill_parameters(model: nn.Module, weights: Callable[[str, torch.Size], torch.Tensor]) -> None:
     """Sets every parameter from its full value, of which each rank keeps its part.  Local; one full parameter exists at a time."""
     for name, p in model.named_parameters():
         full = weights(name, p.shape)

@@ -33,7 +33,7 @@ ENGINES = ("fsdp", "ddp")
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """Bytes of one rank.  peak = parameters + optimizer + gradients_at_peak + unsharded_at_peak + activations."""
 
     parameters: int  # as they are kept: this rank's shards
@@ -47,7 +47,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepEstimate:
     """One training step, as one rank does it.  ``dataclasses.asdict`` of it is JSON."""
 
     name: str  # of the configuration
@@ -61,7 +61,7 @@ class Plan:
     passes: int  # forwards and backwards of a step
     flops_full: float  # of this rank; conventions: apps/common/flops.py
     flops_causal: float
-    memory: Memory
+    memory: MemoryEstimate
     sent: dict[
         str, dict[str, int]
     ]  # {purpose: {collective: bytes}}, as ringx.comm defines what a collective sends
@@ -100,7 +100,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Subject:
+class StepSpec:
     """What a plan is made of, as an app says it."""
 
     tokens: int  # of a sample
@@ -113,7 +113,9 @@ class Subject:
     ]  # (mesh, samples): what the model is called with, to return a sum of losses
 
 
-def make_plan(config: C, shape: Shape, subject: Callable[[C], Subject], rank: int = 0) -> Plan:
+def estimate_step(
+    config: C, shape: Shape, subject: Callable[[C], StepSpec], rank: int = 0
+) -> StepEstimate:
     """Runs a step of `config` on a mesh of that shape as its `rank`, without memory and without the others.
 
     Rank 0 has no less to hold and to compute than the others.  Attention is computed by the kernel for CPUs, which holds what the
@@ -137,7 +139,7 @@ def make_plan(config: C, shape: Shape, subject: Callable[[C], Subject], rank: in
     with _alone(shape.world_size, rank):
         mesh = Mesh.make(shape)
         memory, sent = _run(config, mesh, about)
-    return Plan(
+    return StepEstimate(
         name=config.name,
         shape=shape,
         engine=config.mesh.dp_engine,
@@ -154,7 +156,9 @@ def make_plan(config: C, shape: Shape, subject: Callable[[C], Subject], rank: in
     )
 
 
-def _run(config: RunConfig, mesh: Mesh, about: Subject) -> tuple[Memory, dict[str, dict[str, int]]]:
+def _run(
+    config: RunConfig, mesh: Mesh, about: StepSpec
+) -> tuple[MemoryEstimate, dict[str, dict[str, int]]]:
     watch, c = _Watch(mesh), config.train
     # Real meta tensors are let in: before its parameters are allocated, the model is on the meta device
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -209,7 +213,7 @@ def _run(config: RunConfig, mesh: Mesh, about: Subject) -> tuple[Memory, dict[st
         watch.at_peak.get(serial, 0) for serial in (watch.resized | watch.gathered) - set(at_peak)
     )
     there = kept + optimizer + sum(at_peak.values()) + unsharded
-    return Memory(
+    return MemoryEstimate(
         parameters=kept,
         gradients=sum(g.bytes for g in gradients),
         optimizer=optimizer,
@@ -230,7 +234,7 @@ def _alone(world: int, rank: int) -> Iterator[None]:
     """A default process group of `world` ranks, of which there is only this one."""
     if dist.is_initialized():
         raise RuntimeError(
-            "make_plan: this process is a rank of a process group already; call it in a process of its own."
+            "estimate_step: this process is a rank of a process group already; call it in a process of its own."
         )
     if world == 1:
         yield

@@ -268,17 +268,17 @@ def _start_wandb(folder: Path, project: str, config: dict[str, Any] | None, resu
 
 @contextlib.contextmanager
 def progress(
-    total: int, first: int, title: str, *, chief: bool = True
+    total: int, first: int, title: str, *, is_main_rank: bool = True
 ) -> Iterator[Callable[[Record], None]]:
     """What to call with each step's record.  At a terminal: a bar with loss, tokens/s and the time left.  Elsewhere: a line for
     each of the first 20 steps, then at most one in 10 s, and always for the last step and for a validation.  Nothing where
-    not `chief` (ranks other than the first).
+    not `is_main_rank` (ranks other than the first).
 
     Args:
         total: the run's steps.
         first: steps that were done before (of a resumed run).
         title: names the run."""
-    if not chief:
+    if not is_main_rank:
         yield lambda record: None
     elif sys.stdout.isatty():
         with _bar(total, first, title) as show:

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Work(Generic[T]):
+class StepWork(Generic[T]):
     """What the steps of a run do, as an app says it."""
 
     read: Callable[
@@ -43,7 +43,7 @@ def run_steps(
     c: Training,
     engine: Engine,
     attend: Attend,
-    work: Work[T],
+    work: StepWork[T],
     *,
     first: int = 0,
     on_step: Callable[[Record], None] = lambda record: None,

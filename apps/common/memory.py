@@ -17,7 +17,7 @@ from .config import Training
 
 
 @dataclass(frozen=True)
-class Memory:
+class ActivationMemory:
     """``Training`` documents the fields."""
 
     checkpointing: str = "none"
@@ -25,7 +25,7 @@ class Memory:
     offload: bool = False
 
     @classmethod
-    def of(cls, c: Training) -> "Memory":
+    def from_config(cls, c: Training) -> "ActivationMemory":
         return cls(c.checkpointing, c.mlp_tiles, c.offload)
 
     def block(self, layers: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:

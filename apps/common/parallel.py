@@ -10,7 +10,7 @@ from torch import nn
 import ringx
 from ringx.launch.mesh import Mesh
 
-from .config import DTYPES, RunConfig, Training
+from .config import TORCH_DTYPES, RunConfig, Training
 from .engine import Engine
 from .optim import make_optimizer
 from .zero import STAGES, ZeroEngine
@@ -67,8 +67,8 @@ def make_engine(
             betas=(c.beta1, c.beta2),
             eps=c.eps,
         ),
-        dtype=DTYPES[c.dtype],
-        reduce_dtype=DTYPES[c.reduce_dtype],
+        dtype=TORCH_DTYPES[c.dtype],
+        reduce_dtype=TORCH_DTYPES[c.reduce_dtype],
         device=device,
         allocating=allocating,
     )
@@ -76,4 +76,4 @@ def make_engine(
 
 def kept_dtype(c: Training) -> torch.dtype:
     """In which parameters, gradients and optimizer are kept."""
-    return torch.promote_types(DTYPES[c.dtype], torch.float32)
+    return torch.promote_types(TORCH_DTYPES[c.dtype], torch.float32)

@@ -20,7 +20,7 @@ from .loop import Record
 
 
 @dataclass(frozen=True)
-class Job:
+class RunOptions:
     """What the command line asks for besides the configuration."""
 
     config: Any
@@ -32,38 +32,38 @@ class Job:
     wandb: str | None = None
 
 
-class Run(abc.ABC):
+class TrainingRun(abc.ABC):
     """One rank's part of a run.  An app says what its data and its model are."""
 
     prog: str  # of messages
     loss_unit: str
     # what a resumed run must have in common with its checkpoint's: (part of the configuration, field, what else would happen)
-    same: tuple[tuple[str, str, str], ...]
+    must_match: tuple[tuple[str, str, str], ...]
 
     config: Any  # global_batch is filled in once the mesh is known
     mesh: Mesh
     engine: Engine
 
-    def __init__(self, world: World, job: Job):
-        self.world, self.job, self.config, self.out = world, job, job.config, Path(job.out)
-        self.chief = world.rank == 0  # rank 0 alone writes and prints
+    def __init__(self, world: World, job: RunOptions):
+        self.world, self.options, self.config, self.out = world, job, job.config, Path(job.out)
+        self.is_main_rank = world.rank == 0  # rank 0 alone writes and prints
 
-    def say(self, text: str) -> None:
-        if self.chief:
+    def print_on_main_rank(self, text: str) -> None:
+        if self.is_main_rank:
             print(text, flush=True)
 
     # ---- what an app says
 
     @abc.abstractmethod
-    def open(self) -> None:
+    def open_data(self) -> None:
         """Opens the data.  Raises ValueError on all ranks alike (``ringx.launch.decide``)."""
 
     @abc.abstractmethod
-    def sha256(self) -> str:
+    def data_sha256(self) -> str:
         """Of the data that ``open`` has opened."""
 
     @abc.abstractmethod
-    def about_data(self) -> dict[str, Any]:
+    def data_metadata(self) -> dict[str, Any]:
         """What run.json says of the data; "source" is its name for people."""
 
     @abc.abstractmethod
@@ -71,23 +71,23 @@ class Run(abc.ABC):
         """One line: the data and the model."""
 
     @abc.abstractmethod
-    def build(self, weights: bool) -> Engine:
+    def build_engine(self, weights: bool) -> Engine:
         """The engine; weights: with first weights (else a checkpoint has them)."""
 
     @abc.abstractmethod
-    def steps(
+    def train_steps(
         self, first: int, on_step: Callable[[Record], None], before_step: Callable[[int], None]
     ) -> None:
         """``run_steps`` of this run."""
 
     @abc.abstractmethod
-    def work_text(self) -> str:
+    def describe_step(self) -> str:
         """What a step is made of, such as "4 x 512 tokens"."""
 
-    def complete(self) -> None:  # noqa: B027 - as below
+    def complete_config(self) -> None:  # noqa: B027 - as below
         """Fills in what is known of `config` once its global batch is; called after ``open``, on all ranks."""
 
-    def write_about(self) -> None:  # noqa: B027 - some apps have nothing to add
+    def write_extra_files(self) -> None:  # noqa: B027 - some apps have nothing to add
         """More files in `out` that belong to the run; called on rank 0."""
 
     # ---- the run
@@ -98,31 +98,34 @@ class Run(abc.ABC):
         with (
             Watch() as watch,
             Checkpoints(
-                self.out / "checkpoints", self.world, keep=self.config.train.keep, say=self.say
+                self.out / "checkpoints",
+                self.world,
+                keep=self.config.train.keep,
+                report=self.print_on_main_rank,
             ) as checkpoints,
         ):
             try:
                 first = self._prepare(checkpoints)
             except ValueError as e:  # of all ranks alike: what can only be known here
-                if self.chief:
+                if self.is_main_rank:
                     print(f"{self.prog}: error: {e}", file=sys.stderr, flush=True)
                 return 2
             return self._train(checkpoints, watch, first)
 
     def _prepare(self, checkpoints: Checkpoints) -> int:
         """Everything before the first step, whose number it returns.  Raises ValueError on all ranks."""
-        self.open()
+        self.open_data()
         self.mesh = Mesh.make(self.config.mesh.fit(self.world.world_size), self.world.device.type)
         total, *_ = self.config.plan_batch(self.mesh.shape)
         self.config = replace(self.config, train=replace(self.config.train, global_batch=total))
-        self.complete()
-        found, source, resume = None, checkpoints, self.job.resume
+        self.complete_config()
+        found, source, resume = None, checkpoints, self.options.resume
         if resume:
             folder = Path(resume) / "checkpoints"
             source = (
                 checkpoints
                 if Path(resume) == self.out
-                else Checkpoints(folder, self.world, say=self.say)
+                else Checkpoints(folder, self.world, report=self.print_on_main_rank)
             )
             found = source.newest()
             if found:
@@ -132,22 +135,22 @@ class Run(abc.ABC):
                 raise ValueError(
                     f"--resume {resume}: there is no checkpoint in it that can be used; begin again with another --out."
                 )
-        if self.chief:
+        if self.is_main_rank:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
-            self.write_about()
-        self.say(self.config.to_yaml() + self.mesh.shape.describe())
-        self.say(self.describe())
-        self.engine = self.build(weights=not found)
+            self.write_extra_files()
+        self.print_on_main_rank(self.config.to_yaml() + self.mesh.shape.describe())
+        self.print_on_main_rank(self.describe())
+        self.engine = self.build_engine(weights=not found)
         if not found:
             if resume:
-                self.say(f"{resume} holds no checkpoint yet: starting at step 0")
+                self.print_on_main_rank(f"{resume} holds no checkpoint yet: starting at step 0")
             return 0
         path, about = found
         state = self.engine.state()
         source.load(path, state)
         self.engine.load(state)
-        self.say(f"resumed from {path}, after {about['step']} steps")
+        self.print_on_main_rank(f"resumed from {path}, after {about['step']} steps")
         return about["step"]
 
     def _expect_same(self, about: Record) -> None:
@@ -157,7 +160,7 @@ class Run(abc.ABC):
                 "--resume: the checkpoint holds weights alone, as convert.py writes; begin from them with --init."
             )
         then, now = about["config"], self.config.to_dict()
-        for part, k, why in self.same:
+        for part, k, why in self.must_match:
             if (was := then.get(part, {}).get(k)) != now[part][k]:
                 raise ValueError(
                     f"--resume: the checkpoint's run has {k} {was}, here it is {now[part][k]}: {why}; give "
@@ -168,15 +171,15 @@ class Run(abc.ABC):
                 raise ValueError(
                     f"--resume: the checkpoint is of another model: its {k} is {then['model'].get(k)}, here {value}."
                 )
-        if about["data"] != self.sha256():
-            source = self.about_data()["source"]
+        if about["data"] != self.data_sha256():
+            source = self.data_metadata()["source"]
             raise ValueError(
                 f"--resume: the checkpoint's run read other data than {source}; name the same with --data."
             )
 
     def _train(self, checkpoints: Checkpoints, watch: Watch, first: int) -> int:
         config: RunConfig = self.config
-        c, as_dict, data = config.train, config.to_dict(), self.sha256()
+        c, as_dict, data = config.train, config.to_dict(), self.data_sha256()
         saved = first
 
         def save(step: int) -> None:
@@ -197,7 +200,7 @@ class Run(abc.ABC):
                 raise
 
         records: list[Record] = []
-        if self.chief:
+        if self.is_main_rank:
             world = self.world
             launch = {
                 "world": world.world_size,
@@ -208,15 +211,15 @@ class Run(abc.ABC):
             header = {
                 "config": as_dict,
                 "launch": launch,
-                "data": self.about_data(),
+                "data": self.data_metadata(),
                 "loss_unit": self.loss_unit,
             }
             write_header(self.out, header, start_step=first)
-        job, folder = self.job, self.out if self.chief else None
+        job, folder = self.options, self.out if self.is_main_rank else None
         log = Metrics(
             folder, start_step=first, tensorboard=job.tensorboard, wandb=job.wandb, config=as_dict
         )
-        with log, progress(c.steps, first, config.name, chief=self.chief) as show:
+        with log, progress(c.steps, first, config.name, is_main_rank=self.is_main_rank) as show:
 
             def on_step(record: Record) -> None:
                 records.append(record)
@@ -224,27 +227,29 @@ class Run(abc.ABC):
                 show(record)
 
             try:
-                self.steps(first, on_step, before_step)
+                self.train_steps(first, on_step, before_step)
                 stopped = False
             except Stopped:
                 stopped = saved < c.steps
             except FloatingPointError as e:  # on all ranks
-                if self.chief:
+                if self.is_main_rank:
                     print(f"{self.prog}: error: {e}", file=sys.stderr, flush=True)
                 return 1
         checkpoints.finish()
         if stopped:
-            self.say(
+            self.print_on_main_rank(
                 f"stopped by {watch.stop_signal or 'another rank'} after {saved} steps, all saved; go on with --resume {self.out}"
             )
             return AGAIN if saved > first else 1
         if records:
             rates = sorted(r["tokens_per_s"] for r in records)
-            self.say(
-                f"{config.name}: steps {first} to {c.steps - 1} of {self.work_text()}, {c.algorithm} on {self.world.world_size} "
+            self.print_on_main_rank(
+                f"{config.name}: steps {first} to {c.steps - 1} of {self.describe_step()}, {c.algorithm} on {self.world.world_size} "
                 f"rank(s), {c.dtype}: loss {records[0]['loss']:.4f} -> {records[-1]['loss']:.4f}, "
                 f"{rates[len(rates) // 2]:,.0f} tokens/s; in {self.out}"
             )
         else:
-            self.say(f"{config.name}: all {c.steps} steps were done already; in {self.out}")
+            self.print_on_main_rank(
+                f"{config.name}: all {c.steps} steps were done already; in {self.out}"
+            )
         return 0

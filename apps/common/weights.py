@@ -22,7 +22,7 @@ def seeded_normal(name: str, shape: torch.Size, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(mixed))
 
 
-class Stored:
+class StoredWeights:
     """Parameters in files, read when they are asked for.
 
     ``weights(name, shape)`` is the whole tensor on the CPU, as it is stored; ValueError if it is not there or of another shape."""
@@ -71,7 +71,7 @@ class Stored:
             )
 
 
-class CheckpointWeights(Stored):
+class CheckpointWeights(StoredWeights):
     """The parameters in a checkpoint of a run on any mesh, without the optimizer's state.
 
     Raises ValueError if it holds none."""

@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from apps.common.engine import Engine, MakeOptimizer, fill
+from apps.common.engine import Engine, MakeOptimizer, fill_parameters
 from ringx.launch.mesh import Mesh
 
 # torch to DeepSpeed, once a process: nothing that the user of either could change here
@@ -140,7 +140,7 @@ class ZeroEngine(Engine):
             else:
                 model.to_empty(device=self.device)
                 if weights is not None:
-                    fill(model, weights)
+                    fill_parameters(model, weights)
             self._params = dict(model.named_parameters())
             require_name = {stand_in: name for name, stand_in in stand_ins.items()}
             self._groups = [

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 import ringx
-from apps.common.config import MeshConfig, RunConfig, Training, at_least, option
+from apps.common.config import MeshConfig, RunConfig, Training, option, require_at_least
 from apps.common.config import load as load_yaml
 from ringx.checks import require_name
 from ringx.launch.mesh import Shape
@@ -29,7 +29,7 @@ class ModelConfig:
     tied: bool = True  # the output projection is the embedding
 
     def __post_init__(self):
-        at_least(
+        require_at_least(
             self,
             1,
             "dim",
@@ -41,7 +41,7 @@ class ModelConfig:
             "rope_factor",
             "rope_original",
         )
-        at_least(self, 0, "rope_base", "rope_low", "rope_high", "norm_eps")
+        require_at_least(self, 0, "rope_base", "rope_low", "rope_high", "norm_eps")
         if self.head_dim == 0 and self.dim % self.heads == 0:
             object.__setattr__(self, "head_dim", self.dim // self.heads)
         if self.head_dim < 2 or self.head_dim % 2:
@@ -68,7 +68,7 @@ class TrainConfig(Training):
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, 1, "seqlen", "loss_chunk")
+        require_at_least(self, 1, "seqlen", "loss_chunk")
         if self.mask_documents:
             raise ValueError(
                 "mask_documents: ringx.attention cannot mask documents packed into one sequence yet; without it, tokens see the "

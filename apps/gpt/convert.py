@@ -21,7 +21,7 @@ if __package__ in (None, ""):  # run as a file, not as a module
 
 from apps.common.arguments import Parser
 from apps.common.checkpoint import Checkpoints
-from apps.common.config import DTYPES, SHORT
+from apps.common.config import SHORT_DTYPES, TORCH_DTYPES
 from apps.gpt.config import Config, TrainConfig
 from apps.gpt.huggingface import (
     TOKENIZER,
@@ -116,9 +116,9 @@ def parser() -> Parser:
     to.add_argument("out", metavar="OUT", help="folder to make")
     to.add_argument(
         "--dtype",
-        choices=[*DTYPES, *SHORT],
+        choices=[*TORCH_DTYPES, *SHORT_DTYPES],
         metavar="D",
-        help=f"{', '.join(DTYPES)} (default: the checkpoint's)",
+        help=f"{', '.join(TORCH_DTYPES)} (default: the checkpoint's)",
     )
     to.add_argument(
         "--step",
@@ -147,7 +147,7 @@ def main(argv: "list[str] | None" = None) -> int:
     args = p.parse_args(argv)
     try:
         if args.command == "to-hf":
-            dtype = DTYPES[SHORT.get(args.dtype, args.dtype)] if args.dtype else None
+            dtype = TORCH_DTYPES[SHORT_DTYPES.get(args.dtype, args.dtype)] if args.dtype else None
             source = to_hf(
                 args.model,
                 args.out,

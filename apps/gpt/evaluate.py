@@ -31,7 +31,7 @@ if __package__ in (None, ""):  # run as a file, not as a module
 
 import ringx
 from apps.common.arguments import Parser
-from apps.common.config import DTYPES, SHORT
+from apps.common.config import SHORT_DTYPES, TORCH_DTYPES
 from apps.gpt.data.dataset import Tokens, cut, expect_window, open_dataset
 from apps.gpt.data.tokenizer import load_tokenizer
 from apps.gpt.generate import attending
@@ -266,8 +266,8 @@ def work(world: World, job: Job) -> int:
             file=sys.stderr,
             flush=True,
         )
-    dtype = DTYPES[
-        SHORT.get(
+    dtype = TORCH_DTYPES[
+        SHORT_DTYPES.get(
             job.dtype or "", job.dtype or ("bfloat16" if world.device.type == "cuda" else "float32")
         )
     ]
@@ -385,7 +385,7 @@ def parser() -> Parser:
     p.add_argument(
         "--dtype",
         metavar="D",
-        help=f"{', '.join(DTYPES)} (default: bfloat16 on GPUs, else float32)",
+        help=f"{', '.join(TORCH_DTYPES)} (default: bfloat16 on GPUs, else float32)",
     )
     p.add_argument(
         "--algorithm",
@@ -415,7 +415,7 @@ def configure(args: argparse.Namespace) -> Job:
         if getattr(args, name) < 0:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 1.")
     if args.dtype:
-        require_name(args.dtype, [*DTYPES, *SHORT], "dtype")
+        require_name(args.dtype, [*TORCH_DTYPES, *SHORT_DTYPES], "dtype")
     require_name(args.algorithm, ringx.algorithms(), "algorithm")
     require_name(args.layout, LAYOUTS, "layout")
     require_name(args.kernel, [*KERNELS, "auto"], "kernel")

@@ -24,7 +24,7 @@ if __package__ in (None, ""):  # run as a file, not as a module
 
 import ringx
 from apps.common.arguments import Parser
-from apps.common.config import DTYPES, SHORT
+from apps.common.config import SHORT_DTYPES, TORCH_DTYPES
 from apps.gpt.data.tokenizer import ByteTokenizer, JsonTokenizer
 from apps.gpt.huggingface import open_model, open_tokenizer
 from apps.gpt.loss import head_logits
@@ -219,9 +219,9 @@ def parser() -> Parser:
     )
     p.add_argument(
         "--dtype",
-        choices=[*DTYPES, *SHORT],
+        choices=[*TORCH_DTYPES, *SHORT_DTYPES],
         metavar="D",
-        help=f"{', '.join(DTYPES)} (default: bfloat16 on GPUs, else float32)",
+        help=f"{', '.join(TORCH_DTYPES)} (default: bfloat16 on GPUs, else float32)",
     )
     return p
 
@@ -251,8 +251,8 @@ def main(argv: "list[str] | None" = None) -> int:
                 "--prompt is empty, and the model has no token that begins a text; give at least one character."
             )
         device = ringx.launch.detect(device=args.device).device
-        dtype = DTYPES[
-            SHORT.get(
+        dtype = TORCH_DTYPES[
+            SHORT_DTYPES.get(
                 args.dtype, args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
             )
         ]

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apps.common.checkpoint import MANIFEST, Checkpoints, read_about
-from apps.common.engine import fill
-from apps.common.weights import CheckpointWeights, ReadWeight, Stored
+from apps.common.checkpoint import MANIFEST, Checkpoints, read_metadata
+from apps.common.engine import fill_parameters
+from apps.common.weights import CheckpointWeights, ReadWeight, StoredWeights
 from ringx.launch import World, decide
 
 from .config import ModelConfig
@@ -37,7 +37,7 @@ STEP = re.compile(r"step-\d{8,}(\.old)?")
 # ---- what is there
 
 
-class Weights(Stored):
+class Weights(StoredWeights):
     """The parameters of a Hugging Face Llama: one safetensors file, or shards with an index.
 
     Left out: RoPE's frequencies, which old files hold, and the output projection where the configuration ties it.
@@ -81,7 +81,7 @@ class Source:
 
     folder: Path  # of Hugging Face's files, or the checkpoint
     model: ModelConfig
-    weights: Stored
+    weights: StoredWeights
     seqlen: int  # the context that it was trained for
     bos: int | None  # the token that a text begins with
     eos: tuple[int, ...]  # the tokens that end one
@@ -97,7 +97,7 @@ class Source:
             .to_empty(device=device)
             .requires_grad_(False)
         )
-        fill(llama, self.weights)
+        fill_parameters(llama, self.weights)
         return llama
 
 
@@ -127,7 +127,9 @@ def open_model(
     return decide(world, lambda: _checkpoint(checkpoint, run))
 
 
-def weights_for(path: "str | Path", model: ModelConfig, world: World | None = None) -> Stored:
+def weights_for(
+    path: "str | Path", model: ModelConfig, world: World | None = None
+) -> StoredWeights:
     """The weights at `path` (as for ``open_model``) for such a model, on any mesh.  RoPE may be another: that is how a context is
     made longer.
 
@@ -177,7 +179,7 @@ def _chosen(run: Path, step: int | None, world: World | None) -> Path:
                 f"--step {step}: {path} is not there; there are {', '.join(there) or 'none'}."
             )
         return path
-    with Checkpoints(folder, world, say=lambda text: print(text, flush=True)) as checkpoints:
+    with Checkpoints(folder, world, report=lambda text: print(text, flush=True)) as checkpoints:
         found = checkpoints.newest()
     if found is None:
         raise ValueError(f"{run} holds no checkpoint that can be used.")
@@ -185,7 +187,7 @@ def _chosen(run: Path, step: int | None, world: World | None) -> Path:
 
 
 def _checkpoint(path: Path, run: Path) -> Source:
-    about = read_about(path)
+    about = read_metadata(path)
     if not (path / MANIFEST).exists():
         raise ValueError(
             f"{path} is no complete checkpoint ({MANIFEST} is missing); take another step."

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apps.common.memory import Memory
+from apps.common.memory import ActivationMemory
 from apps.common.weights import seeded_normal
 
 from .config import ModelConfig
@@ -20,7 +20,7 @@ from .loss import gather_sequence, head_logits, head_loss
 Attend = Callable[
     [Tensor, Tensor, Tensor], Tensor
 ]  # q [B, S, H, D], k and v [B, S, Hkv, D] -> [B, S, H, D], causal
-NOTHING_AGAIN = Memory()
+NOTHING_AGAIN = ActivationMemory()
 
 
 def frequencies(c: ModelConfig, device: "torch.device | str" = "cpu") -> Tensor:
@@ -92,7 +92,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, c: ModelConfig, attend: Attend, memory: Memory):
+    def __init__(self, c: ModelConfig, attend: Attend, memory: ActivationMemory):
         super().__init__()
         self.input_layernorm = RMSNorm(c.dim, c.norm_eps)
         self.self_attn = Attention(c, attend)
@@ -110,7 +110,11 @@ class Block(nn.Module):
 
 class Llama(nn.Module):
     def __init__(
-        self, c: ModelConfig, attend: Attend, memory: Memory = NOTHING_AGAIN, loss_chunk: int = 1024
+        self,
+        c: ModelConfig,
+        attend: Attend,
+        memory: ActivationMemory = NOTHING_AGAIN,
+        loss_chunk: int = 1024,
     ):
         super().__init__()
         self.config, self.loss_chunk = c, loss_chunk

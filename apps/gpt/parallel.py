@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from apps.common.engine import Engine
-from apps.common.memory import Memory
+from apps.common.memory import ActivationMemory
 from apps.common.parallel import Attend as SequenceAttend
 from apps.common.parallel import kept_dtype, make_engine
 from ringx.launch.mesh import Mesh
@@ -86,7 +86,9 @@ def build(
     weights: "new" for those of the seed, a function (name, shape) -> full tensor, or None to leave them as they come.
     allocating: as of Engine."""
     c = config.train
-    model = Llama.empty(config.model, attend, Memory.of(c), c.loss_chunk, dtype=kept_dtype(c))
+    model = Llama.empty(
+        config.model, attend, ActivationMemory.from_config(c), c.loss_chunk, dtype=kept_dtype(c)
+    )
     cut_over_tp(model, mesh)
     if weights == "new":
         weights = lambda name, shape: first_weight(name, shape, config.model, c.seed)  # noqa: E731

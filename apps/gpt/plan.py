@@ -6,7 +6,7 @@ import torch
 
 from apps.common import estimate
 from apps.common.engine import Engine
-from apps.common.estimate import Plan
+from apps.common.estimate import StepEstimate
 from ringx.launch.mesh import Mesh, Shape
 
 from .config import Config
@@ -14,12 +14,12 @@ from .flops import flops_per_token, parameters
 from .parallel import Attend, build
 
 
-def make_plan(config: Config, shape: Shape, rank: int = 0) -> Plan:
-    """``apps.common.estimate.make_plan`` of a Llama."""
-    return estimate.make_plan(config, shape, _subject, rank)
+def make_plan(config: Config, shape: Shape, rank: int = 0) -> StepEstimate:
+    """``apps.common.estimate.estimate_step`` of a Llama."""
+    return estimate.estimate_step(config, shape, _subject, rank)
 
 
-def _subject(config: Config) -> estimate.Subject:
+def _subject(config: Config) -> estimate.StepSpec:
     c = config.train
 
     def start(mesh: Mesh, allocating: contextlib.AbstractContextManager) -> Engine:
@@ -34,6 +34,6 @@ def _subject(config: Config) -> estimate.Subject:
         ]  # tokens, positions, labels
 
     flops = flops_per_token(config.model, c.seqlen)
-    return estimate.Subject(
+    return estimate.StepSpec(
         c.seqlen, config.model.layers, parameters(config.model).total, flops, start, batch
     )

@@ -35,8 +35,8 @@ from apps.common import command
 from apps.common.arguments import Parser
 from apps.common.config import add_flags
 from apps.common.engine import Engine
-from apps.common.loop import Record, Work, run_steps
-from apps.common.run import Job, Run
+from apps.common.loop import Record, StepWork, run_steps
+from apps.common.run import RunOptions, TrainingRun
 from apps.gpt.config import PRESETS, Config, TrainConfig, load, preset
 from apps.gpt.data.dataset import Rows, Tokens, cut, expect_window, open_dataset
 from apps.gpt.data.prepare import dataset_for
@@ -89,26 +89,26 @@ def train(
         return {"val_loss": float(engine.sum(loss))}
 
     flops = flops_per_token(config.model, c.seqlen)
-    work = Work(lambda step: rows(tokens, step), parts, count, count, flops, validate)
+    work = StepWork(lambda step: rows(tokens, step), parts, count, count, flops, validate)
     run_steps(c, engine, attend, work, first=first, on_step=on_step, before_step=before_step)
 
 
-class GptRun(Run):
+class GptRun(TrainingRun):
     """A run on prepared text."""
 
     prog = PROG
     loss_unit = "nats per token"
-    same = tuple(
+    must_match = tuple(
         ("train", k, "the data would come in another order")
         for k in ("seqlen", "global_batch", "seed")
     )
     config: Config
 
-    def open(self) -> None:
+    def open_data(self) -> None:
         c, model = self.config.train, self.config.model
 
         def ask() -> Path:
-            folder = dataset_for(self.job.data, self.out / "data", vocab=model.vocab)
+            folder = dataset_for(self.options.data, self.out / "data", vocab=model.vocab)
             text = open_dataset(folder)
             text.check_vocab(model.vocab)
             text.check_range()
@@ -130,10 +130,10 @@ class GptRun(Run):
             )
         self.val = open_dataset(folder, "val") if c.val_every else None
 
-    def sha256(self) -> str:
+    def data_sha256(self) -> str:
         return self.tokens.sha256
 
-    def about_data(self) -> dict[str, Any]:
+    def data_metadata(self) -> dict[str, Any]:
         t = self.tokens
         folder = str(t.folder.resolve())  # for those who go on without naming it
         return {"source": t.source, "tokens": t.length, "sha256": t.sha256, "folder": folder}
@@ -142,35 +142,35 @@ class GptRun(Run):
         total = parameters(self.config.model).total
         return f"data: {self.tokens.source}, {self.tokens.length:,} tokens; model: {total:,} parameters"
 
-    def write_about(self) -> None:
+    def write_extra_files(self) -> None:
         tokenizer = self.tokens.folder / "tokenizer.json"
         if self.tokens.folder != self.out / "data" and tokenizer.exists():
             shutil.copyfile(
                 tokenizer, self.out / "tokenizer.json"
             )  # for those who take the weights from here
 
-    def build(self, weights: bool) -> Engine:
+    def build_engine(self, weights: bool) -> Engine:
         self.attend = Attend(self.config, self.mesh)
         first: Any = None
         if weights:
             first = (
-                weights_for(self.job.init, self.config.model, self.world)
-                if self.job.init
+                weights_for(self.options.init, self.config.model, self.world)
+                if self.options.init
                 else "new"
             )
         return build(self.config, self.mesh, self.attend, self.world.device, weights=first)
 
-    def steps(
+    def train_steps(
         self, first: int, on_step: Callable[[Record], None], before_step: Callable[[int], None]
     ) -> None:
         how: dict[str, Any] = {"first": first, "on_step": on_step, "before_step": before_step}
         train(self.config, self.tokens, self.mesh, self.engine, self.attend, val=self.val, **how)
 
-    def work_text(self) -> str:
+    def describe_step(self) -> str:
         return f"{self.config.train.global_batch} x {self.config.train.seqlen} tokens"
 
 
-def work(world: World, job: Job) -> int:
+def work(world: World, job: RunOptions) -> int:
     """One rank's job; returns the process's exit status."""
     return GptRun(world, job).main()
 
@@ -198,7 +198,7 @@ def parser() -> Parser:
     return p
 
 
-def configure(args: argparse.Namespace) -> tuple[Job, Shape | None]:
+def configure(args: argparse.Namespace) -> tuple[RunOptions, Shape | None]:
     """(the job, its mesh if it is known yet).  Everything that can be known to be wrong before ranks start raises ValueError or
     NotImplementedError here."""
     if args.preset and args.config:
@@ -207,7 +207,7 @@ def configure(args: argparse.Namespace) -> tuple[Job, Shape | None]:
         )
     config, shape = command.configure(args, base_of(args))
     out = args.out or args.resume or "gpt_out"
-    job = Job(
+    job = RunOptions(
         config,
         out,
         args.data or data_of(args.resume),

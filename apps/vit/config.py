@@ -5,7 +5,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import ringx
-from apps.common.config import MeshConfig, RunConfig, Training, at_least, known, option
+from apps.common.config import (
+    MeshConfig,
+    RunConfig,
+    Training,
+    option,
+    require_at_least,
+    require_known_choices,
+)
 from apps.common.config import load as load_yaml
 from ringx.checks import require_name
 from ringx.launch.mesh import Shape
@@ -35,9 +42,9 @@ class ModelConfig:
     out_channels: int = 0
 
     def __post_init__(self):
-        at_least(self, 1, "dim", "layers", "heads", "patch")
-        at_least(self, 0, "ffn", "height", "width", "in_channels", "out_channels")
-        known(self)
+        require_at_least(self, 1, "dim", "layers", "heads", "patch")
+        require_at_least(self, 0, "ffn", "height", "width", "in_channels", "out_channels")
+        require_known_choices(self)
         if self.patch > 8:
             raise ValueError(f"patch={self.patch} must be at most 8.")
         if self.dim % self.heads:
@@ -86,7 +93,7 @@ class DataConfig:
         for f in dataclasses.fields(self):
             if not isinstance(getattr(self, f.name), str):
                 object.__setattr__(self, f.name, _words(getattr(self, f.name)))
-        known(self)
+        require_known_choices(self)
         for name, least in (("leads", 1), ("history", 0)):
             text = getattr(self, name)
             try:
@@ -143,7 +150,7 @@ class TrainConfig(Training):
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, 0, "epochs")
+        require_at_least(self, 0, "epochs")
 
 
 @dataclass(frozen=True)

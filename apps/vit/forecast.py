@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 import ringx
-from apps.common.engine import fill
+from apps.common.engine import fill_parameters
 from ringx.launch.mesh import Mesh
 
 from .config import Config
@@ -43,7 +43,7 @@ class Forecaster:
             .to_empty(device=device)
             .requires_grad_(False)
         )
-        fill(self._model, weights)
+        fill_parameters(self._model, weights)
         self._places = ringx.positions(
             self._patches.tokens, group=mesh.cp, layout=self._attend.layout
         )

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apps.common.memory import Memory
+from apps.common.memory import ActivationMemory
 from apps.common.weights import seeded_normal
 
 from .config import ModelConfig
@@ -50,7 +50,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, c: ModelConfig, attend: Attend, memory: Memory):
+    def __init__(self, c: ModelConfig, attend: Attend, memory: ActivationMemory):
         super().__init__()
         self.norm_attn, self.norm_mlp = nn.LayerNorm(c.dim), nn.LayerNorm(c.dim)
         self.attn, self.mlp = Attention(c, attend), MLP(c)
@@ -97,8 +97,12 @@ class Learned(nn.Module):
 
 class ViT(nn.Module):
     def __init__(
-        self, c: ModelConfig, attend: Attend, memory: Memory = Memory(), multiple: int = 1
-    ):  # noqa: B008 - frozen
+        self,
+        c: ModelConfig,
+        attend: Attend,
+        memory: ActivationMemory = ActivationMemory(),  # noqa: B008 - frozen
+        multiple: int = 1,
+    ):
         """multiple: tokens are filled up to a multiple of this (tp ranks hold equally many between the matrices)."""
         super().__init__()
         self.config, self.multiple = c, multiple

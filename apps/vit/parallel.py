@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from apps.common.engine import Engine
-from apps.common.memory import Memory
+from apps.common.memory import ActivationMemory
 from apps.common.parallel import Attend as SequenceAttend
 from apps.common.parallel import kept_dtype, make_engine
 from ringx.launch.mesh import Mesh
@@ -82,7 +82,9 @@ def build(
     weights: "new" for those of the seed, a function (name, shape) -> full tensor, or None to leave them as they come.
     allocating: as of Engine."""
     c = config.train
-    model = ViT.empty(config.model, attend, Memory.of(c), mesh.shape.tp, dtype=kept_dtype(c))
+    model = ViT.empty(
+        config.model, attend, ActivationMemory.from_config(c), mesh.shape.tp, dtype=kept_dtype(c)
+    )
     cut_over_tp(model, mesh)
     if weights == "new":
         weights = lambda name, shape: first_weight(name, shape, config.model, c.seed)  # noqa: E731

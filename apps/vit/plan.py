@@ -5,9 +5,9 @@ import contextlib
 import torch
 
 from apps.common import estimate
-from apps.common.config import DTYPES
+from apps.common.config import TORCH_DTYPES
 from apps.common.engine import Engine
-from apps.common.estimate import Plan
+from apps.common.estimate import StepEstimate
 from ringx.launch.mesh import Mesh, Shape
 
 from .config import Config
@@ -15,12 +15,12 @@ from .flops import flops_per_token, parameters
 from .parallel import Attend, build
 
 
-def make_plan(config: Config, shape: Shape, rank: int = 0) -> Plan:
-    """``apps.common.estimate.make_plan`` of a ViT, whose configuration must name the grid and the channels."""
-    return estimate.make_plan(config, shape, _subject, rank)
+def make_plan(config: Config, shape: Shape, rank: int = 0) -> StepEstimate:
+    """``apps.common.estimate.estimate_step`` of a ViT, whose configuration must name the grid and the channels."""
+    return estimate.estimate_step(config, shape, _subject, rank)
 
 
-def _subject(config: Config) -> estimate.Subject:
+def _subject(config: Config) -> estimate.StepSpec:
     c = config.model
 
     def start(mesh: Mesh, allocating: contextlib.AbstractContextManager) -> Engine:
@@ -30,7 +30,7 @@ def _subject(config: Config) -> estimate.Subject:
 
     def batch(mesh: Mesh, samples: int) -> list[torch.Tensor]:
         tokens, points = Attend(config, mesh).layout.size(mesh.cp_rank), c.patch**2
-        kind = torch.promote_types(DTYPES[config.train.dtype], torch.float32)
+        kind = torch.promote_types(TORCH_DTYPES[config.train.dtype], torch.float32)
         return [
             torch.zeros(samples, tokens, c.in_channels * points, dtype=kind),
             torch.zeros(tokens, dtype=torch.long),
@@ -38,6 +38,6 @@ def _subject(config: Config) -> estimate.Subject:
             torch.zeros(tokens, points, dtype=kind),
         ]
 
-    return estimate.Subject(
+    return estimate.StepSpec(
         c.patches().tokens, c.layers, parameters(c).total, flops_per_token(c), start, batch
     )

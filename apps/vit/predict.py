@@ -31,7 +31,7 @@ import ringx
 from apps.common import command
 from apps.common.arguments import Parser
 from apps.common.checkpoint import MANIFEST, Checkpoints
-from apps.common.config import DTYPES, SHORT, from_dict
+from apps.common.config import SHORT_DTYPES, TORCH_DTYPES, from_dict
 from apps.common.weights import CheckpointWeights
 from apps.vit import scores
 from apps.vit.config import Config
@@ -123,9 +123,9 @@ def _work(world: World, job: Job) -> None:
     mesh = Mesh.make(Shape.fit(world.world_size, cp=job.cp, tp=1, dp=0), world.device.type)
     config.expect_fits(mesh.shape)
     dtype = (
-        DTYPES[job.dtype]
+        TORCH_DTYPES[job.dtype]
         if job.dtype
-        else torch.promote_types(DTYPES[config.train.dtype], torch.float32)
+        else torch.promote_types(TORCH_DTYPES[config.train.dtype], torch.float32)
     )
     forecaster = Forecaster(config, CheckpointWeights(path), mesh, world.device, dtype)
     t0s = np.unique(np.concatenate([starts_of(samples, lead) for lead in leads]))
@@ -231,8 +231,8 @@ def find_checkpoint(given: str, step: "int | None", world: "World | None") -> tu
 
     chosen = ringx.launch.decide(world, named)
     folder = chosen.parent if chosen else path / "checkpoints"
-    with Checkpoints(folder, world, say=lambda text: print(text, flush=True)) as checkpoints:
-        found = (chosen, checkpoints.expect_whole(chosen)) if chosen else checkpoints.newest()
+    with Checkpoints(folder, world, report=lambda text: print(text, flush=True)) as checkpoints:
+        found = (chosen, checkpoints.require_complete(chosen)) if chosen else checkpoints.newest()
     if found is None:
         raise ValueError(f"--checkpoint {given}: there is no checkpoint in it that can be used.")
     return found
@@ -344,7 +344,9 @@ def parser() -> Parser:
     p.add_argument("--cp", type=int, default=0, metavar="N", help="ranks that a field is cut over; the others take other times "
                    "(default: all)")  # fmt: skip
     p.add_argument(
-        "--dtype", choices=(*DTYPES, *SHORT), help="of the computation (default: of the parameters)"
+        "--dtype",
+        choices=(*TORCH_DTYPES, *SHORT_DTYPES),
+        help="of the computation (default: of the parameters)",
     )
     p.add_argument(
         "--maps",
@@ -399,7 +401,7 @@ def configure(args: argparse.Namespace) -> Job:
         raise ValueError(
             f"--out {args.out} is no folder and cannot be made: {e.strerror}."
         ) from None
-    dtype = SHORT.get(args.dtype, args.dtype) if args.dtype else ""
+    dtype = SHORT_DTYPES.get(args.dtype, args.dtype) if args.dtype else ""
     return Job(
         args.checkpoint,
         args.out,

@@ -35,9 +35,9 @@ from apps.common import command
 from apps.common.arguments import Parser
 from apps.common.config import add_flags
 from apps.common.engine import Engine
-from apps.common.loop import Record, Work, run_steps
+from apps.common.loop import Record, StepWork, run_steps
 from apps.common.parallel import kept_dtype
-from apps.common.run import Job, Run
+from apps.common.run import RunOptions, TrainingRun
 from apps.vit.config import PRESETS, Config, DataConfig, ModelConfig, TrainConfig, load, preset
 from apps.vit.data.samples import Samples
 from apps.vit.data.statistics import Statistics, statistics
@@ -94,7 +94,9 @@ def train(
         on_step({**record, "epoch": (record["step"] + 1) / epoch})
 
     count = total * math.prod((config.model.out_channels, config.model.height, config.model.width))
-    work = Work(read, parts, count, total * patches.tokens, flops_per_token(config.model), validate)
+    work = StepWork(
+        read, parts, count, total * patches.tokens, flops_per_token(config.model), validate
+    )
     run_steps(c, engine, attend, work, first=first, on_step=numbered, before_step=before_step)
 
 
@@ -165,12 +167,12 @@ def chosen_starts(val: Samples, config: Config) -> np.ndarray:
     return starts[np.linspace(0, len(starts) - 1, most).round().astype(int)]
 
 
-class VitRun(Run):
+class VitRun(TrainingRun):
     """A run on gridded fields."""
 
     prog = PROG
     loss_unit = "squared error, 1 before training"
-    same = (
+    must_match = (
         *(("train", k, "the data would come in another order") for k in ("global_batch", "seed")),
         *(
             ("data", k, "the model would forecast something else")
@@ -180,11 +182,11 @@ class VitRun(Run):
     )
     config: Config
 
-    def open(self) -> None:
+    def open_data(self) -> None:
         c = self.config.data
 
         def prepare() -> tuple[str, Statistics, str]:
-            path = data_path(self.job.data)
+            path = data_path(self.options.data)
             fields = open_record(path, c)
             made = statistics(
                 fields, parts_of(fields, c)["train"], c.hours(), cache=self.out / STATISTICS
@@ -202,7 +204,7 @@ class VitRun(Run):
         self.config = fitted(self.config, self.fields, self.samples)
         self.config.expect_fits(self.config.mesh.fit(self.world.world_size))
 
-    def complete(self) -> None:
+    def complete_config(self) -> None:
         c = self.config.train
         if c.epochs:
             epoch = math.ceil(len(self.samples) / c.global_batch)
@@ -218,10 +220,10 @@ class VitRun(Run):
 
             ringx.launch.decide(self.world, expect_values)
 
-    def sha256(self) -> str:
+    def data_sha256(self) -> str:
         return self.fields.identity
 
-    def about_data(self) -> dict[str, Any]:
+    def data_metadata(self) -> dict[str, Any]:
         f = self.fields
         paths = ",".join(str(Path(p).resolve()) for p in self.path.split(","))
         times = {
@@ -243,7 +245,7 @@ class VitRun(Run):
         about = f"{len(f)} times x {len(f.channels)} channels x {m.height} x {m.width} points, {len(self.samples)} samples"
         return f"data: {f.source}, {about}; model: {parameters(m).total:,} parameters, {m.patches().tokens:,} tokens a field"
 
-    def build(self, weights: bool) -> Engine:
+    def build_engine(self, weights: bool) -> Engine:
         self.attend = Attend(self.config, self.mesh)
         return build(
             self.config,
@@ -253,17 +255,17 @@ class VitRun(Run):
             weights="new" if weights else None,
         )
 
-    def steps(
+    def train_steps(
         self, first: int, on_step: Callable[[Record], None], before_step: Callable[[int], None]
     ) -> None:
         how: dict[str, Any] = {"first": first, "on_step": on_step, "before_step": before_step}
         train(self.config, self.samples, self.mesh, self.engine, self.attend, val=self.val, **how)
 
-    def work_text(self) -> str:
+    def describe_step(self) -> str:
         return f"{self.config.train.global_batch} fields of {self.config.model.patches().tokens} tokens"
 
 
-def work(world: World, job: Job) -> int:
+def work(world: World, job: RunOptions) -> int:
     """One rank's job; returns the process's exit status."""
     return VitRun(world, job).main()
 
@@ -289,7 +291,7 @@ def parser() -> Parser:
     return p
 
 
-def configure(args: argparse.Namespace) -> tuple[Job, Shape | None]:
+def configure(args: argparse.Namespace) -> tuple[RunOptions, Shape | None]:
     """(the job, its mesh if it is known yet).  Everything that can be known to be wrong before ranks start raises ValueError or
     NotImplementedError here."""
     if args.preset and args.config:
@@ -306,7 +308,7 @@ def configure(args: argparse.Namespace) -> tuple[Job, Shape | None]:
             f"--val-every {args.val_every}: a run of epochs is validated after each; leave it out, or give --steps."
         )
     out = args.out or args.resume or "vit_out"
-    job = Job(
+    job = RunOptions(
         config,
         out,
         args.data or data_of(args.resume),

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from apps.common import checkpoint
-from apps.common.checkpoint import Checkpoints, read_about
+from apps.common.checkpoint import Checkpoints, read_metadata
 from ringx import launch
 
 pytestmark = pytest.mark.filterwarnings(
@@ -130,7 +130,7 @@ def four_ranks(world, folder):
     state = state_of(model, optimizer, n=3)
     expected = whole(state)
     about = {"step": 10, "tokens": "é"}
-    with Checkpoints(a, world, say=said.append) as c:
+    with Checkpoints(a, world, report=said.append) as c:
         assert c.newest() is None
         c.save(10, state, about)
         spoil(state)  # training goes on
@@ -139,7 +139,7 @@ def four_ranks(world, folder):
         c.load(a / "step-00000010", other)
         assert_equal(whole(other), expected)
 
-    with Checkpoints(b, world, keep=2, say=said.append) as c:
+    with Checkpoints(b, world, keep=2, report=said.append) as c:
         # the last two are kept; the same step again replaces the first; a DTensor without dimensions is copied, too
         x = {"x": distribute_tensor(torch.tensor(5.0), mesh, [Replicate()] * 2), "n": 0}
         for step, n in [(10, 0), (20, 1), (30, 2), (30, 3)]:
@@ -204,7 +204,7 @@ def two_ranks(world, folder, expected):
             assert_equal(whole(state_of(model, optimizer, n=3)), expected)
 
     said = []
-    with Checkpoints(c, world, keep=0, say=said.append) as checkpoints:
+    with Checkpoints(c, world, keep=0, report=said.append) as checkpoints:
         for step in range(4):
             state["n"] = step
             checkpoints.save(step, state, {"n": step})
@@ -262,7 +262,7 @@ def test_a_plain_process_loads_what_four_ranks_saved(saved):
     state = state_of(*make(2))
     with Checkpoints(folder / "a") as c:
         path, about = c.newest()
-        assert about == read_about(path) == {"step": 10, "tokens": "é"}
+        assert about == read_metadata(path) == {"step": 10, "tokens": "é"}
         c.load(path, state)
     assert_equal(whole(state), expected)
 
@@ -356,14 +356,14 @@ def test_a_damaged_one_is_named_and_passed_over(two_steps, tmp_path, what):
     shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
     damage(tmp_path / "step-00000002")
     said = []
-    with Checkpoints(tmp_path, keep=1, say=said.append) as c:
+    with Checkpoints(tmp_path, keep=1, report=said.append) as c:
         assert c.newest() == (tmp_path / "step-00000001", {"n": 1})
         assert len(said) == 1 and said[0].startswith(
             f"checkpoint {tmp_path}/step-00000002 is damaged and passed over: {reason}"
         )
-        assert c.expect_whole(tmp_path / "step-00000001") == {"n": 1}
+        assert c.require_complete(tmp_path / "step-00000001") == {"n": 1}
         with pytest.raises(ValueError, match=f"step-00000002 is damaged: {re.escape(reason)}"):
-            c.expect_whole(tmp_path / "step-00000002")
+            c.require_complete(tmp_path / "step-00000002")
         state = small(0)
         c.load(tmp_path / "step-00000001", state)
         assert_equal(leaves(state["a"]), leaves(small(1)["a"]))
@@ -382,7 +382,7 @@ def test_damaged_ones_do_not_count_as_kept(two_steps, tmp_path):
     shutil.copytree(tmp_path / "step-00000002", tmp_path / "step-00000007")
     flip(tmp_path / "step-00000002" / ".metadata")
     flip(tmp_path / "step-00000007" / ".metadata")
-    with Checkpoints(tmp_path, keep=2, say=lambda line: None) as c:
+    with Checkpoints(tmp_path, keep=2, report=lambda line: None) as c:
         assert c.newest()[1] == {"n": 1}
         c.save(3, small(3), {})
         c.finish()
@@ -411,7 +411,7 @@ def test_what_remains_of_others_is_removed_and_strangers_stay(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()
     said = []
-    with Checkpoints(tmp_path, keep=1, say=said.append) as c:
+    with Checkpoints(tmp_path, keep=1, report=said.append) as c:
         assert c.newest() is None
         c.save(5, small(5), {})
     assert names(tmp_path) == ["notes", "step-00000005", "step-9"] and not said
@@ -509,16 +509,16 @@ def test_stopped_at_any_moment_there_is_a_whole_one(two_steps, tmp_path, monkeyp
                 patch.setattr(owner, name, stop_at(name))
             with (
                 contextlib.suppress(RuntimeError),
-                Checkpoints(folder, keep=keep, say=lambda line: None) as c,
+                Checkpoints(folder, keep=keep, report=lambda line: None) as c,
             ):
                 c.save(2, small(3), {"n": 3})
         said = []
-        with Checkpoints(folder, keep=keep, say=said.append) as c:
+        with Checkpoints(folder, keep=keep, report=said.append) as c:
             path, about = c.newest()
             assert not said and about["n"] in (2, 3), (limit, said)
             seen.add((path.name, about["n"]))
             shutil.copytree(folder, tmp_path / "all")
-            whole_ones = Checkpoints(tmp_path / "all", say=said.append)
+            whole_ones = Checkpoints(tmp_path / "all", report=said.append)
             while found := whole_ones.newest():  # nothing is half deleted
                 shutil.rmtree(found[0])
             assert not said
@@ -547,7 +547,7 @@ def test_mistakes_are_named(tmp_path):
             c.save(1, {}, {"x": object()})
         assert c.newest() is None
     with pytest.raises(ValueError, match=r"^path='.*' is no checkpoint"):
-        read_about(tmp_path)
+        read_metadata(tmp_path)
 
 
 # ---- killed
@@ -582,7 +582,7 @@ def kill_again_and_again(folder, times):
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         said = []
-        with Checkpoints(folder, say=said.append) as c:
+        with Checkpoints(folder, report=said.append) as c:
             path, about = c.newest()
             state = numbered(0)
             c.load(path, state)

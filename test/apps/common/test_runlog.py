@@ -334,7 +334,7 @@ def test_other_ranks_show_nothing(capsys, monkeypatch):
     for terminal in (False, True):
         if terminal:
             monkeypatch.setattr(sys, "stdout", Terminal())
-        with progress(3, 0, "a run", chief=False) as show:
+        with progress(3, 0, "a run", is_main_rank=False) as show:
             show(record(0))
         assert not (sys.stdout.getvalue() if terminal else capsys.readouterr().out)
 
