@@ -4,7 +4,7 @@
     parts = splits(fields, train="1979/2015", val="2016/2017", test="2018")
     fields.read([parts["train"].start])                                          # [1, C, H, W], physical units
 
-``apps.vit.data.sources`` says which files are understood, ``apps.vit.data.statistics`` what is learnt from the training part, and
+``apps.vit.data.field_files`` says which files are understood, ``apps.vit.data.statistics`` what is learnt from the training part, and
 ``apps.vit.data.samples`` makes pairs of input and target.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .sources import HDF5, SECONDS, Cube, Grid, Hdf5, Source, find_files, reading
+from .field_files import HDF5, SECONDS, Cube, Grid, Hdf5, Source, find_files, reading
 
 __all__ = ["Fields", "Grid", "Split", "expect_finite", "open_fields", "splits"]
 
@@ -152,7 +152,7 @@ def open_fields(
     """One record from a file, several that follow each other in time, a folder, a glob, or a Zarr store.  Reads no fields yet.
 
     Args:
-        path_or_paths: NetCDF (.nc), Zarr (.zarr), or HDF5 (.h5) as ``apps.vit.data.sources`` describes them.  A file without time adds
+        path_or_paths: NetCDF (.nc), Zarr (.zarr), or HDF5 (.h5) as ``apps.vit.data.field_files`` describes them.  A file without time adds
             static fields.
         variables: channels in this order, by their variable ("z": all its levels) or their own name ("z500"); None: all.
         levels: of 3-D variables, hPa; None: all.

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .dataset import Fields, Split, expect_finite
-from .sources import SECONDS
+from .field_files import SECONDS
 
 VERSION = 2  # of the file
 PIECE = 2**26  # bytes of float64 that are worked on at once, or one time

@@ -13,20 +13,8 @@ import pytest
 import xarray as xr
 
 from apps.vit.data import simulate as module
-from apps.vit.data.simulate import (
-    DAY,
-    GRAVITY,
-    OMEGA,
-    RADIUS,
-    Settings,
-    ShallowWater,
-    Sphere,
-    World,
-    default_record,
-    legendre,
-    main,
-    simulate,
-)
+from apps.vit.data.shallow_water import GRAVITY, OMEGA, RADIUS, ShallowWater, Sphere, legendre
+from apps.vit.data.simulate import DAY, Settings, World, default_record, main, simulate
 
 BARE = Settings(  # the equations alone
     jets=(),
