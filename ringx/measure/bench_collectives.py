@@ -38,6 +38,7 @@ from rich.progress import Progress
 
 from .. import launch
 from ..checks import choices, integers
+from ..comm.collectives import BENCHMARKS
 from ..launch.stopping import AGAIN, Stopped, Watch
 from . import machine, provenance, records, wire
 from .bench_attention import all_of, labelled, remaining
@@ -47,21 +48,13 @@ PATTERN = 1021  # values of a checked pass repeat after so many elements, a prim
 LEAST_REPS = 3
 
 
-@dataclass(frozen=True)
-class Collective:
-    """One collective on `n` float32 elements (S = 4 n bytes, n a multiple of N).
-
-    Functions of (rank, world, n, device): `prepare` makes (call, expected): call() communicates and returns the result;
-    expected() is what that result must be if rank r's input was ``_values(r, ...)``, or None where it does not matter."""
-
-    bus: Callable[[int], float]
-    sent: Callable[
-        [int], float
-    ]  # bytes that a rank sends in an optimal implementation / S, mean over ranks
-    prepare: Callable[
-        [int, int, int, torch.device, bool],
-        tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor | None]],
-    ]
+# The preparation of a collective, for one rank and `n` float32 elements (size = 4 n bytes, n a multiple of the number of ranks):
+# (rank, world_size, n, device, checked) -> (call, expected).  call() communicates and returns the result; expected() is what the
+# result must be if rank r's input was ``_values(r, ..., checked=True)``, or None where it does not matter.
+Preparation = Callable[
+    [int, int, int, torch.device, bool],
+    tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor | None]],
+]
 
 
 def _values(rank: int, n: int, device: torch.device, checked: bool) -> torch.Tensor:
@@ -160,18 +153,15 @@ def _ring(rank, world, n, device, checked):
     return call, lambda: _values(previous, n, device, True)
 
 
-def _share(n: int) -> float:
-    return (n - 1) / n
-
-
-COLLECTIVES = {
-    "broadcast": Collective(lambda n: 1, _share, _broadcast),
-    "reduce": Collective(lambda n: 1, _share, _reduce),
-    "all_reduce": Collective(lambda n: 2 * _share(n), lambda n: 2 * _share(n), _all_reduce),
-    "all_gather": Collective(_share, _share, _all_gather),
-    "reduce_scatter": Collective(_share, _share, _reduce_scatter),
-    "all_to_all": Collective(_share, _share, _all_to_all),
-    "ring": Collective(lambda n: 1, lambda n: 1, _ring),
+# What is measured for each row of the table of collectives.
+PREPARATIONS: dict[str, Preparation] = {
+    "broadcast": _broadcast,
+    "reduce": _reduce,
+    "all_reduce": _all_reduce,
+    "all_gather": _all_gather,
+    "reduce_scatter": _reduce_scatter,
+    "all_to_all": _all_to_all,
+    "ring": _ring,
 }
 
 
@@ -208,7 +198,7 @@ def add_matrix(parser: argparse._ActionsContainer) -> None:
         "--collectives",
         default="all",
         metavar="X,...",
-        help=f"{', '.join(COLLECTIVES)} (default: all)",
+        help=f"{', '.join(BENCHMARKS)} (default: all)",
     )
     parser.add_argument(
         "--min-bytes",
@@ -297,7 +287,7 @@ def examine(args: argparse.Namespace) -> tuple[list[str], list[str]]:
             faults.append(f"{prefix}{e}")
             return None
 
-    names = parse(lambda: choices(COLLECTIVES)(args.collectives), "--collectives: ") or []
+    names = parse(lambda: choices(BENCHMARKS)(args.collectives), "--collectives: ") or []
     low = parse(partial(in_bytes, args.min_bytes), "--min-bytes: ")
     high = parse(partial(in_bytes, args.max_bytes), "--max-bytes: ")
     if low and high and low > high:
@@ -419,7 +409,6 @@ def measure_collective(
     say: Callable[..., None],
 ) -> dict[str, Any]:
     """What the record of this collective holds; the same on every rank."""
-    what = COLLECTIVES[case.collective]
     meter = wire.Meter(world)
     missing = next((m for m in launch.gather(meter.missing, world) if m), None)
     end, ended = time.monotonic() + args.seconds, None
@@ -438,7 +427,7 @@ def measure_collective(
         ended = next((e for e in launch.gather(ended or _no_room(size, world), world) if e), None)
         if ended:
             break
-        rows.append(_measure_size(world, what, size, case, watch, meter, missing, end))
+        rows.append(_measure_size(world, size, case, watch, meter, missing, end))
         say(_line(case.collective, rows[-1]), flush=True)
     return {"sizes": rows, "ended": ended, "wire_missing": missing}
 
@@ -478,13 +467,14 @@ def _free_memory() -> int:
     )
 
 
-def _measure_size(world, what, size, case, watch, meter, missing, end) -> dict[str, Any]:
+def _measure_size(world, size, case, watch, meter, missing, end) -> dict[str, Any]:
+    row, prepare = BENCHMARKS[case.collective], PREPARATIONS[case.collective]
     n = size // DTYPE.itemsize
-    call, expected = what.prepare(world.rank, world.world_size, n, world.device, True)
+    call, expected = prepare(world.rank, world.world_size, n, world.device, True)
     watch.barrier_or_stop(world)
     got, want = call(), expected()
     wrong = 0 if want is None else int((got != want).sum())
-    call, _ = what.prepare(world.rank, world.world_size, n, world.device, False)
+    call, _ = prepare(world.rank, world.world_size, n, world.device, False)
     del got, want
     for _ in range(case.warmup - 1):
         watch.barrier_or_stop(world)
@@ -512,11 +502,11 @@ def _measure_size(world, what, size, case, watch, meter, missing, end) -> dict[s
         "median": statistics.median(slowest),
         "p99": float(np.quantile(slowest, 0.99)),
         "algbw": size / mean,
-        "busbw": size / mean * what.bus(world.world_size),
+        "busbw": size / mean * row.bus(world.world_size),
         "wrong": sum(r["wrong"] for r in everyone),
         "wire_factor": None
         if missing
-        else left / (what.sent(world.world_size) * size * world.world_size),
+        else left / (row.sent(world.world_size) * size * world.world_size),
     }
 
 

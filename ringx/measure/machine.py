@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from .. import files
+from ..comm.collectives import BENCHMARKS
 from . import records
 
 FILE = "machine.json"
@@ -62,11 +63,9 @@ def fit_of(record: dict[str, Any]) -> dict[str, float | None]:
 
 def of(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The content of the machine file, from records of kind "collective"."""
-    from .bench_collectives import COLLECTIVES
-
     fits = []
     for r in found:
-        what, world = COLLECTIVES[r["case"]["collective"]], r["case"]["world"]
+        what, world = BENCHMARKS[r["case"]["collective"]], r["case"]["world"]
         factors = [
             [s["bytes"], s["wire_factor"]] for s in r["sizes"] if s["wire_factor"] is not None
         ]
@@ -87,7 +86,7 @@ def of(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 "date": r["date"],
             }
         )
-    order = list(COLLECTIVES)
+    order = list(BENCHMARKS)
     fits.sort(
         key=lambda f: (
             json.dumps(f["labels"]),

@@ -126,7 +126,7 @@ _ATTENTION: dict[str, tuple[Any, str]] = {
     "memory.how": (str, "how the peak was found"),
 }
 _COLLECTIVE: dict[str, tuple[Any, str]] = {
-    "case.collective": (str, "name in ringx.measure.bench_collectives.COLLECTIVES"),
+    "case.collective": (str, "name in ringx.comm.collectives.BENCHMARKS"),
     "case.world": (int, "N, number of ranks"),
     "case.hosts": (int, "that the ranks are on"),
     "case.dtype": (str, "of the elements"),

@@ -19,8 +19,8 @@ from statistics import median
 from typing import Any
 
 from ..checks import DTYPES, MASKS, require_name
+from ..comm.collectives import BENCHMARKS
 from ..measure import records
-from ..measure.bench_collectives import COLLECTIVES as _COLLECTIVES
 from ..patterns.registry import ALGORITHMS
 from . import collect
 
@@ -50,7 +50,6 @@ SETTING = (
     "labels",
 )
 WHERE = ("device", "backend", "dtype", "ranks_per_host", "labels")  # of collectives
-COLLECTIVES = list(_COLLECTIVES)
 Row = dict[str, Any]
 
 
@@ -139,7 +138,7 @@ def _sorted(rows: Iterable[Row]) -> list[Row]:
         key=lambda r: (
             (_index(r["algorithm"]), r["layout"], not r["overlap"], r["world"])
             if "algorithm" in r
-            else (COLLECTIVES.index(r["collective"]), "", False, r["world"], r["bytes"])
+            else (list(BENCHMARKS).index(r["collective"]), "", False, r["world"], r["bytes"])
         ),
     )
 
@@ -406,7 +405,7 @@ def wired(plt, rows: Sequence[Row]):
 
 def bandwidth(plt, rows: Sequence[Row]):
     """Bus bandwidth against size, a panel per collective, with the fits."""
-    names = [n for n in COLLECTIVES if any(r["collective"] == n for r in rows)]
+    names = [n for n in BENCHMARKS if any(r["collective"] == n for r in rows)]
     columns = min(len(names), 4)
     lines = -(-len(names) // columns)
     size = (max(WIDTH, 1.0 + 2.7 * columns), 1.5 + 2.5 * lines)

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from ringx.comm.collectives import BENCHMARKS
 from ringx.measure import bench_attention, provenance, records
-from ringx.measure.bench_collectives import COLLECTIVES
 from ringx.patterns.registry import ALGORITHMS
 
 ORIGIN: dict[str, Any] = {
@@ -104,7 +104,7 @@ def collective(
     """A record of a collective that takes alpha + beta S seconds."""
     sizes = []
     for size in (2**k for k in range(10, 21, 2)):
-        t, bus = alpha + beta * size, COLLECTIVES[name].bus(world)
+        t, bus = alpha + beta * size, BENCHMARKS[name].bus(world)
         times = dict.fromkeys(("mean", "min", "median", "p99"), t)
         rates = {"algbw": size / t, "busbw": bus * size / t}
         sizes.append(

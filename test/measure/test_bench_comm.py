@@ -11,6 +11,7 @@ import torch.distributed as dist
 from helpers import invented, ranks
 
 from ringx import launch
+from ringx.comm.collectives import BENCHMARKS
 from ringx.command import cli
 from ringx.launch import stopping
 from ringx.measure import bench_collectives, machine, records
@@ -45,8 +46,12 @@ def on_threads(monkeypatch):
 # ---- what is measured
 
 
+def test_every_row_of_the_table_of_collectives_is_measured():
+    assert bench_collectives.PREPARATIONS.keys() == BENCHMARKS.keys()
+
+
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("name", bench_collectives.COLLECTIVES)
+@pytest.mark.parametrize("name", BENCHMARKS)
 def test_each_collective_against_its_definition(name, world):
     """The result of one pass, and what the check expects of it, both against numpy's view of the inputs."""
     n = 8 * world
@@ -55,7 +60,7 @@ def test_each_collective_against_its_definition(name, world):
     chunks = [x.chunk(world) for x in inputs]
 
     def rank_main(rank):
-        call, expected = bench_collectives.COLLECTIVES[name].prepare(
+        call, expected = bench_collectives.PREPARATIONS[name](
             rank, world, n, torch.device("cpu"), True
         )
         return call().clone(), expected()
@@ -94,7 +99,7 @@ def test_wrong_elements_are_counted(on_threads, tmp_path, monkeypatch, capsys):
 def test_bandwidths_are_those_of_nccl_tests():
     """doc/PERFORMANCE.md of nccl-tests: the factors from algbw to busbw."""
     n = 8
-    bus = {name: c.bus(n) for name, c in bench_collectives.COLLECTIVES.items()}
+    bus = {name: c.bus(n) for name, c in BENCHMARKS.items()}
     of_parts = dict.fromkeys(("all_gather", "reduce_scatter", "all_to_all"), 7 / 8)
     assert bus == {"broadcast": 1, "reduce": 1, "ring": 1, "all_reduce": 2 * 7 / 8} | of_parts
 
@@ -119,9 +124,7 @@ def test_records_table_and_machine_file(on_threads, tmp_path, capsys):
     assert bench_collectives.main(options(tmp_path, "--label", "net=x")) == 0
     said = capsys.readouterr().out
     found = machine.collected(tmp_path)
-    assert {r["case"]["collective"] for r in found} == set(bench_collectives.COLLECTIVES) and len(
-        found
-    ) == 7
+    assert {r["case"]["collective"] for r in found} == set(BENCHMARKS) and len(found) == 7
     for r in found:
         assert (
             [s["bytes"] for s in r["sizes"]] == [1024, 4096]
@@ -131,7 +134,7 @@ def test_records_table_and_machine_file(on_threads, tmp_path, capsys):
         for s in r["sizes"]:
             assert s["wrong"] == 0 and s["algbw"] == pytest.approx(s["bytes"] / s["mean"])
             assert s["busbw"] == pytest.approx(
-                s["algbw"] * bench_collectives.COLLECTIVES[r["case"]["collective"]].bus(2)
+                s["algbw"] * BENCHMARKS[r["case"]["collective"]].bus(2)
             )
         assert (
             r["wire_missing"] == "all ranks are on one host"
