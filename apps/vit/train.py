@@ -354,7 +354,7 @@ def data_of(run: "str | None") -> "str | None":
 
 
 def plan(config: Config, shape: Shape) -> Any:
-    from apps.vit.plan import make_plan  # here: it imports torch's testing tools
+    from apps.vit.estimate import make_plan  # here: it imports torch's testing tools
 
     return make_plan(config, shape)
 

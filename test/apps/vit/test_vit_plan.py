@@ -25,7 +25,7 @@ from apps.vit.data import simulate
 from apps.vit.flops import flops_per_token, parameters
 from apps.vit.model import ViT
 from apps.vit.parallel import Attend, build
-from apps.vit.plan import make_plan
+from apps.vit.estimate import make_plan
 from apps.vit.train import configure, main, parser
 from ringx.launch.mesh import Mesh, Shape
 from ringx.measure.peak import Lifetimes
