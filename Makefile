@@ -1,23 +1,33 @@
 # Two commands: `make demo` and `make test`.  Each makes a virtual environment and installs what it needs.
 #   make demo PYTHON=python3.12        another Python (3.10 to 3.13)
 #   make test TORCH=torch==2.8.0       another torch (2.8 or newer)
-# The tests run side by side, those that bring up a Slurm cluster one after
-# another when the machine is theirs.
+#   make test-fast                     what to run while you work (two minutes on two cores)
+#   make test-slow                     further cases of what `make test` tests, before each landing
+# Tests run side by side, those that bring up a Slurm cluster one after another, when the machine is theirs.
 # Where torch should be a CPU build, name PyTorch's CPU wheel index in PIP_EXTRA_INDEX_URL and TORCH=torch==2.13.0+cpu.
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 RUN    := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
+PYTEST := $(RUN) -m pytest --durations 10
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test lint grid speed gpt-proof vit-study clean
+.PHONY: demo test test-fast test-slow lint grid speed gpt-proof vit-study clean
 
 demo: $(VENV)/installed
 	$(RUN) -m ringx demo --out demo_out
 
 test: $(VENV)/installed-dev
-	$(RUN) -m pytest -m "not slurm" -n auto --maxprocesses 4 --dist loadfile
-	$(RUN) -m pytest -m slurm
+	$(PYTEST) -m "not slow and not slurm" $(SIDE_BY_SIDE)
+	$(PYTEST) -m "slurm and not slow"
+
+test-fast: $(VENV)/installed-dev
+	$(PYTEST) -m fast $(SIDE_BY_SIDE)
+
+test-slow: $(VENV)/installed-dev
+	$(PYTEST) -m "slow and not slurm" $(SIDE_BY_SIDE)
+	$(PYTEST) -m "slow and slurm"
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check .
