@@ -5,7 +5,7 @@ import pytest
 from helpers import exact
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("world", exact.WORLDS)
 def test_equals_full_attention(world, poison):
     exact.under_pytest("ringx4", world)
 

@@ -68,8 +68,25 @@ def measure(rank, world, p, algorithm, layout, causal, overlap=True):
     return sum(t.forward.values()), sum(t.backward.values())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("world", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    "world, dtype",
+    [
+        pytest.param(1, torch.bfloat16, marks=pytest.mark.fast),
+        pytest.param(2, torch.float64, marks=pytest.mark.fast),
+        (4, torch.bfloat16),
+        # a dtype changes nothing but the size of an element
+        *(
+            pytest.param(world, dtype, marks=pytest.mark.slow)
+            for world, dtype in (
+                (1, torch.float64),
+                (2, torch.bfloat16),
+                (4, torch.float64),
+                (8, torch.bfloat16),
+                (8, torch.float64),
+            )
+        ),
+    ],
+)
 @pytest.mark.parametrize("algorithm", ringx.algorithms())
 def test_counted_equals_closed_form(algorithm, world, dtype):
     seqlen = 8 * world
@@ -90,6 +107,7 @@ def test_counted_equals_closed_form(algorithm, world, dtype):
             )
 
 
+@pytest.mark.fast
 def test_closed_forms_equal_the_published_table():
     """Bidirectional, bf16: P(6e+12L) and 12Pf for X1, 4Pf for X3 and X4 forward, 12Pf for X4 backward (our X3 backward: 8Pf)."""
     N, S = 8, 1024
@@ -110,6 +128,7 @@ def test_overlap_sends_the_same_bytes():
         assert on == off
 
 
+@pytest.mark.fast
 def test_a_padded_gather_is_counted_as_sent():
     """Uneven shards: the all-gather's equal sizes force padding, which is counted."""
     p = problem(33, B=B, H=H, Hkv=HKV, D=D)
@@ -117,6 +136,7 @@ def test_a_padded_gather_is_counted_as_sent():
     assert {g[0] for g in got} == {3 * 9 * 2 * B * HKV * D * 8}
 
 
+@pytest.mark.fast
 def test_traffic_of_one_rank_and_outside_counts_nothing():
     p = problem(16)
 
@@ -133,6 +153,7 @@ def test_traffic_of_one_rank_and_outside_counts_nothing():
     run(2, on_rank)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("change", "message"),
     [

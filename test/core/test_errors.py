@@ -9,6 +9,8 @@ from helpers.ranks import attempt, run
 
 import ringx
 
+pytestmark = pytest.mark.fast
+
 WORLD, BAD = 3, 1
 
 

@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 import torch
-from helpers.exact import LAYOUTS, LIMIT, NAMES, errors, outputs
+from helpers.exact import LAYOUTS, LIMIT, NAMES, WORLDS, errors, outputs, under_pytest
 from helpers.oracle import full_attention, problem, relative
+from helpers.paths import TEST
 from helpers.ranks import run
 
 import ringx
@@ -14,11 +15,25 @@ from ringx.kernels import cpu
 ALGORITHMS = tuple(ringx.algorithms())
 
 
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize(
+    "algorithm", [a for a in ALGORITHMS if not (TEST / f"test_{a}.py").exists()]
+)
+def test_equals_full_attention(algorithm, world, poison):
+    """Of the algorithms that have no test/test_NAME.py, which is a program too."""
+    under_pytest(algorithm, world)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("world", "seqlen", "kv_heads", "head_dim"),
-    [(2, 251, 1, 64), (3, 192, 4, 40), (4, 256, 2, 128), (8, 257, 2, 64)],
+    [
+        pytest.param(2, 251, 1, 64, marks=pytest.mark.fast),
+        (3, 192, 4, 40),
+        (4, 256, 2, 128),
+        pytest.param(8, 257, 2, 64, marks=pytest.mark.slow),
+    ],
 )
 def test_low_precision(world, seqlen, kv_heads, head_dim, dtype, causal, poison):
     """Within the dtype's limit, and at most twice the error of one kernel call on the whole sequence."""
@@ -54,25 +69,31 @@ def test_low_precision(world, seqlen, kv_heads, head_dim, dtype, causal, poison)
             )
 
 
+@pytest.mark.parametrize("seqlen", [15, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_eight_ranks_few_tokens(algorithm, poison):
+def test_eight_ranks_few_tokens(algorithm, seqlen, poison):
     """As many tokens as ranks, and a few more: chunks and tiles of no or one token."""
-    cases = list(itertools.product((8, 15), (False, True), LAYOUTS))
-    problems = {seqlen: problem(seqlen, D=8) for seqlen in (8, 15)}
+    cases = list(itertools.product((False, True), LAYOUTS))
+    p = problem(seqlen, D=8)
 
     def on_rank(rank):
         return [
             outputs(
-                rank, problems[s], algorithm=algorithm, causal=c, layout=ringx.Sharding(s, 8, l)
+                rank,
+                p,
+                algorithm=algorithm,
+                causal=causal,
+                layout=ringx.Sharding(seqlen, 8, layout),
             )
-            for s, c, l in cases
+            for causal, layout in cases
         ]
 
-    for (seqlen, causal, layout), got in zip(cases, run(8, on_rank)[0], strict=True):
-        want = full_attention(problems[seqlen], causal=causal)
-        assert max(errors(got, want).values()) < 1e-10, (seqlen, causal, layout)
+    for (causal, layout), got in zip(cases, run(8, on_rank)[0], strict=True):
+        want = full_attention(p, causal=causal)
+        assert max(errors(got, want).values()) < 1e-10, (causal, layout)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("causal", [False, True])
 def test_lse_is_differentiable(algorithm, causal, poison):
@@ -84,6 +105,7 @@ def test_lse_is_differentiable(algorithm, causal, poison):
     assert max(errors(got, want).values()) < 1e-10
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_lse_alone_is_differentiable(dtype):
     """dout is zero: the fused kernels' formula for delta would divide by it."""
@@ -104,6 +126,7 @@ def test_lse_alone_is_differentiable(dtype):
         assert dv.abs().max() < 1e-9
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_subgroup_whose_ranks_are_not_first(algorithm, poison):
     """Ranks 4, 1, 2 of 5 are a group of three; the others do not take part."""
@@ -139,6 +162,7 @@ def test_bitwise_the_same_again(algorithm):
         assert all(torch.equal(a[n], b[n]) for n in NAMES)
 
 
+@pytest.mark.fast
 def test_alone_without_a_process_group():
     p = problem(13)
     for algorithm in ALGORITHMS:
@@ -146,6 +170,7 @@ def test_alone_without_a_process_group():
         assert max(errors(got, full_attention(p, causal=True)).values()) < 1e-10
 
 
+@pytest.mark.fast
 def test_scale_batch_and_strides(poison):
     """A scale of one's own, two batches, and inputs that are views with odd strides."""
     p = problem(32, B=2, H=4, Hkv=2, D=8)
@@ -171,6 +196,7 @@ def test_scale_batch_and_strides(poison):
         assert relative(dq, want["dq"][:, where]) < 1e-10
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_nan_passes_through(algorithm):
     """One bad key makes NaN of every query that sees it, and of no other."""
@@ -181,6 +207,7 @@ def test_nan_passes_through(algorithm):
     assert bad.tolist() == [i >= 9 for i in range(16)]
 
 
+@pytest.mark.fast
 def test_large_scores_do_not_overflow():
     p = problem(24)
     p = p._replace(q=p.q * 300)
@@ -191,6 +218,7 @@ def test_large_scores_do_not_overflow():
         assert relative(got["lse"], want["lse"]) < 1e-10
 
 
+@pytest.mark.fast
 def test_shard_unshard_and_their_gradients():
     """unshard inverts shard; each is the adjoint of itself for the sum of all ranks' losses."""
     g = torch.Generator().manual_seed(0)
@@ -213,6 +241,7 @@ def test_shard_unshard_and_their_gradients():
             assert torch.equal(dfull, torch.zeros_like(x).index_fill_(1, where, 2.0))
 
 
+@pytest.mark.fast
 def test_shard_other_dims_and_dtypes():
     ids = torch.arange(48).view(2, 24)
 

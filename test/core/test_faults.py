@@ -18,6 +18,7 @@ from ringx.kernels import cpu
 ALGORITHMS = tuple(ringx.algorithms())
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_2_no_mask_is_taken_and_ignored(algorithm):
     """X1 took causal=True and returned wrong gradients, X2o took causal=False: both masks differ here, and both are right."""
@@ -28,10 +29,11 @@ def test_2_no_mask_is_taken_and_ignored(algorithm):
         assert errors(got, full_attention(p, causal=not causal))["dk"] > 0.1
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_4_kernels_that_read_a_bare_pointer_get_what_they_expect(algorithm, monkeypatch):
     """The CPU backward reads lse as if it were contiguous."""
-    original = cpu._bwd
+    original = cpu._aten_backward
 
     def bare(dout, q, k, v, out, lse, *rest, **options):
         b, h, s = lse.shape
@@ -39,12 +41,13 @@ def test_4_kernels_that_read_a_bare_pointer_get_what_they_expect(algorithm, monk
             dout, q, k, v, out, lse.as_strided((b, h, s), (h * s, s, 1)), *rest, **options
         )
 
-    monkeypatch.setattr(cpu, "_bwd", bare)
+    monkeypatch.setattr(cpu, "_aten_backward", bare)
     p = problem(48)
     got = run(3, lambda rank: outputs(rank, p, algorithm=algorithm, causal=True))[0]
     assert max(errors(got, full_attention(p, causal=True)).values()) < 1e-10
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_7_gradients_have_their_inputs_dtype(algorithm, dtype):
@@ -69,6 +72,7 @@ def test_7_errors_do_not_grow_with_ranks():
             assert eight[name] < 1.5 * one[name], (algorithm, name, eight, one)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("algorithm", ["ringx1", "ringx2", "ringx4"])
 def test_13_what_a_reduce_leaves_elsewhere_is_not_used(algorithm, monkeypatch):
     """A backend may write anything to the buffers of ranks that are not the destination."""

@@ -9,6 +9,8 @@ import torch
 from ringx.layout import LAYOUTS, Sharding, TokenRange, clip, pack, rows_upto
 from ringx.tiles import Tile, tiles
 
+pytestmark = pytest.mark.fast
+
 CASES = [
     (name, s, n)
     for name, s, n in itertools.product(LAYOUTS, (1, 2, 7, 16, 23, 48), (1, 2, 3, 4, 6, 8))

@@ -8,6 +8,8 @@ from helpers.ranks import run
 import ringx
 from ringx.kernels import cpu
 
+pytestmark = pytest.mark.fast
+
 WORLD, ROWS = 4, 8
 
 

@@ -3,6 +3,7 @@
 import itertools
 import sys
 
+import pytest
 import torch
 import torch.distributed as dist
 from helpers.oracle import Problem, full_attention, problem, relative
@@ -13,6 +14,10 @@ import ringx
 LIMIT = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 LAYOUTS = ("contiguous", "zigzag", "striped")
 NAMES = ("out", "lse", "dq", "dk", "dv")
+WORLDS = [
+    *(pytest.param(world, marks=pytest.mark.fast) for world in (1, 2, 3)),
+    pytest.param(4, marks=pytest.mark.slow),
+]
 
 
 def gather(x: torch.Tensor, index: torch.Tensor, dim: int, world: int) -> torch.Tensor:
