@@ -25,7 +25,7 @@ from apps.common.arguments import Parser
 from apps.vit import scores
 from apps.vit.scores import Row, SpectrumRow
 from ringx.checks import require_name
-from ringx.report import figures as house  # one look for all figures
+from ringx.report import figures
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -34,7 +34,7 @@ PROG = "apps.vit.maps"
 DIMS = ("time", "lead_time", "latitude", "longitude")
 VARIABLES = 4  # of which maps are drawn unless one is named
 PANELS = 6  # of a figure, at most
-STYLES = (*house.STYLES[:4], (0, (6, 1, 1, 1, 1, 1)), "-")  # of FORECASTS, and the truth
+STYLES = (*figures.STYLES[:4], (0, (6, 1, 1, 1, 1, 1)), "-")  # of FORECASTS, and the truth
 WAVELENGTHS = (20000, 5000, 2000, 500, 100, 20)  # km, marked on spectra
 HOUR = np.timedelta64(1, "h")
 
@@ -205,14 +205,14 @@ def draw_maps(
     across, size = (
         ((1, 3), (11, 3.4 * min(shape, 2) + 1.6))
         if not wide
-        else ((3, 1), (house.WIDTH, 3 * 5.6 * max(shape, 0.2) + 1.8))
+        else ((3, 1), (figures.WIDTH, 3 * 5.6 * max(shape, 0.2) + 1.8))
     )
     at = "right" if wide else "bottom"
     shared = {"cmap": "viridis", "vmin": min(numbers["target_min"], numbers["forecast_min"])}
     shared["vmax"] = max(numbers["target_max"], numbers["forecast_max"])
     most = max(abs(numbers["difference_min"]), abs(numbers["difference_max"])) or 1.0
-    plt = house.pyplot(None)
-    with plt.rc_context(house.RC):
+    plt = figures.pyplot(None)
+    with plt.rc_context(figures.RC):
         fig, axes = plt.subplots(
             *across, sharex=wide, sharey=not wide, layout="compressed", figsize=size
         )
@@ -306,8 +306,8 @@ def draw_skill(rows: Sequence[Row]):
         ValueError: no rows, or more than 6 variables.
         ImportError: matplotlib is missing."""
     variables = _variables(rows)
-    plt = house.pyplot(None)
-    with plt.rc_context(house.RC):
+    plt = figures.pyplot(None)
+    with plt.rc_context(figures.RC):
         fig, panels = _panels(plt, variables, "RMSE by lead time")
         for variable, ax in panels.items():
             mine = [r for r in rows if r.variable == variable]
@@ -350,8 +350,8 @@ def draw_spectra(rows: Sequence[SpectrumRow], lead: int, units: "dict[str, str] 
         )
     rows = [r for r in rows if r.lead_hours == lead and r.wavenumber > 0 and r.energy > 0]
     variables = _variables(rows)
-    plt = house.pyplot(None)
-    with plt.rc_context(house.RC):
+    plt = figures.pyplot(None)
+    with plt.rc_context(figures.RC):
         fig, panels = _panels(plt, variables, f"Zonal energy spectra, lead {lead} h")
         for variable, ax in panels.items():
             for forecast in scores.SPECTRA:
@@ -399,7 +399,7 @@ def _panels(plt, names: Sequence[str], title: str):
     """{name: axes}."""
     across = min(3, len(names)) if len(names) != 4 else 2
     down = math.ceil(len(names) / across)
-    size = (max(house.WIDTH, 3.6 * across), 1.0 + 2.9 * down)
+    size = (max(figures.WIDTH, 3.6 * across), 1.0 + 2.9 * down)
     fig, grid = plt.subplots(down, across, squeeze=False, figsize=size)
     for ax in grid.flat[len(names) :]:
         ax.remove()
@@ -410,8 +410,8 @@ def _panels(plt, names: Sequence[str], title: str):
 def _look(forecast: str) -> dict[str, Any]:
     """Colour, marker and line of a kind of forecast: the same in all figures, and all three other than the others'."""
     k = (*scores.FORECASTS, "truth").index(forecast)
-    colour = "black" if forecast == "truth" else house.COLOURS[k]
-    return {"color": colour, "marker": house.MARKERS[k], "ls": STYLES[k], "lw": 1.6, "ms": 5}
+    colour = "black" if forecast == "truth" else figures.COLOURS[k]
+    return {"color": colour, "marker": figures.MARKERS[k], "ls": STYLES[k], "lw": 1.6, "ms": 5}
 
 
 def _legend(fig, panels: Iterable[Any]) -> None:
@@ -457,7 +457,7 @@ def draw(
         )
         at = _time_index(dataset, time)
         leads = _leads(dataset, lead)
-        plt = house.pyplot()
+        plt = figures.pyplot()
         out.mkdir(parents=True, exist_ok=True)
         coasts: Sequence[np.ndarray] = ()
         try:
@@ -473,7 +473,7 @@ def draw(
                 return draw_maps(dataset, channel, at, index, coasts), rows
 
             stem = f"map_{channel}_{numbers['time'].removesuffix(' UTC')}_{numbers['lead_hours']}h"
-            yield house.draw_figure(
+            yield figures.draw_figure(
                 plt, maps, [numbers], out / re.sub(r"[^\w.-]+", "-", stem).replace(":", "")
             )
         hours = [lead_hours(dataset)[i] for i in leads]
@@ -514,7 +514,7 @@ def _curves(
             return figure(mine), shown
 
         suffix = f"_{number}" if len(parts) > 1 else ""
-        yield house.draw_figure(
+        yield figures.draw_figure(
             plt, drawn, [vars(r) for r in mine], path.with_name(path.name + suffix)
         )
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .field_files import HDF5, SECONDS, Cube, Grid, Hdf5, Source, find_files, reading
+from .field_files import HDF5, SECONDS, FieldFile, Grid, Hdf5File, XarrayFile, find_files, reading
 
 __all__ = ["Fields", "Grid", "Split", "expect_finite", "open_fields", "splits"]
 
@@ -59,7 +59,7 @@ class Fields:
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[FieldFile],
         channels: Sequence[str],
         static: "dict[str, np.ndarray]",
         given: "tuple[np.ndarray | None, np.ndarray | None]" = (None, None),
@@ -167,8 +167,8 @@ def open_fields(
         raise ValueError(
             f"channel_names={list(channel_names)} is for HDF5 files, and {files[0]} is none; use variables."
         )
-    opened: list[Source] = [
-        Hdf5(file, channel_names) if file in hdf5 else Cube(file) for file in files
+    opened: list[FieldFile] = [
+        Hdf5File(file, channel_names) if file in hdf5 else XarrayFile(file) for file in files
     ]
     sources = sorted((s for s in opened if len(s.times)), key=lambda s: s.times[0])
     if not sources:
@@ -198,7 +198,7 @@ def open_fields(
 
 
 def _select(
-    first: Source,
+    first: FieldFile,
     variables: "Sequence[str] | None",
     levels: "Sequence[float] | None",
     static: "dict[str, np.ndarray]",
@@ -236,7 +236,7 @@ def _select(
     return chosen
 
 
-def _repeated(sources: list[Source]) -> dict[str, np.ndarray]:
+def _repeated(sources: list[FieldFile]) -> dict[str, np.ndarray]:
     """Known static variables that have a time nevertheless, and do not change from the first time to the last."""
     found = {}
     last = len(sources[-1].times) - 1
@@ -249,7 +249,7 @@ def _repeated(sources: list[Source]) -> dict[str, np.ndarray]:
     return found
 
 
-def _expect_same_grid(first: Source, other: Source) -> None:
+def _expect_same_grid(first: FieldFile, other: FieldFile) -> None:
     for kind in ("lat", "lon"):
         a, b = getattr(first.grid, kind), getattr(other.grid, kind)
         if a.shape != b.shape or not np.allclose(a, b, rtol=0, atol=1e-4):
@@ -259,7 +259,7 @@ def _expect_same_grid(first: Source, other: Source) -> None:
             )
 
 
-def _expect_same_channels(first: Source, other: Source, channels: list[str]) -> None:
+def _expect_same_channels(first: FieldFile, other: FieldFile, channels: list[str]) -> None:
     for name in channels:
         if name not in other.channels:
             raise ValueError(
@@ -272,7 +272,7 @@ def _expect_same_channels(first: Source, other: Source, channels: list[str]) -> 
             )
 
 
-def _given(first: Source, channels: list[str]) -> "tuple[np.ndarray | None, np.ndarray | None]":
+def _given(first: FieldFile, channels: list[str]) -> "tuple[np.ndarray | None, np.ndarray | None]":
     """[C] float64 of global_means.npy and global_stds.npy in the files' folder, in stats/ in it, or beside it."""
     folder = first.file.parent
 

@@ -5,7 +5,7 @@ What is understood, by the names that the field uses:
     NetCDF 3 and 4, Zarr    dimensions time (valid_time, t), latitude (lat), longitude (lon), and level (pressure_level,
                             isobaricInhPa, plev, lev) of 3-D variables: ERA5 from the CDS, WeatherBench 2, ARCO-ERA5
     HDF5                    one file a year, fields[time, channel, lat, lon], such as 1979.h5: NERSC's tutorials, FourCastNet,
-                            makani.  What such a file does not say follows from the conventions in ``Hdf5``
+                            makani.  What such a file does not say follows from the conventions in ``Hdf5File``
 
 A channel is a 2-D variable, or one level of a 3-D one.  Fields come out north to south and west to east, in the files' units.
 Files are read through xarray's lazy indexing and h5py, one thread at a time: HDF5 and NetCDF allow no more.  A process that
@@ -89,8 +89,8 @@ class Channel(NamedTuple):
 # ---- one file
 
 
-class Source:
-    """One file or store: what ``Cube`` and ``Hdf5`` share.  Rows and columns are turned here, once for all formats."""
+class FieldFile:
+    """One file or store: what ``XarrayFile`` and ``Hdf5File`` share.  Rows and columns are turned here, once for all formats."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -172,7 +172,7 @@ class Source:
         return np.roll(block[..., ::-1, :] if self._flip else block, -self._shift, -1)
 
 
-class Cube(Source):
+class XarrayFile(FieldFile):
     """A NetCDF file or a Zarr store, through xarray."""
 
     def __init__(self, file: Path):
@@ -324,7 +324,7 @@ def _is_classic(file: Path) -> bool:
         return f.read(4) in (b"CDF\x01", b"CDF\x02")
 
 
-class Hdf5(Source):
+class Hdf5File(FieldFile):
     """A file with a dataset fields[time, channel, lat, lon], as in NERSC's tutorials and FourCastNet.
 
     Such files say little of themselves.  Unless datasets of these names are there,

@@ -43,7 +43,7 @@ VERSION = 1  # of how a record is made: raise it whenever the same settings make
 Progress = Callable[[int], None]  # told how many days are done, spin-up included
 
 
-# ---- the forced world
+# ---- the forced flow
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Settings:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0 (infinite: none).")
 
 
-class World:
+class ForcedFlow:
     """ShallowWater with the forcing of the settings: mountains, jets that it is drawn to, the sun, diffusion."""
 
     def __init__(self, settings: Settings):
@@ -186,7 +186,7 @@ def simulate(
     Args:
         days: at least 1.
         seed: at least 0: of the disturbance at the start and of the stirring.
-        settings: of the world that is simulated.
+        settings: of the flow that is simulated.
         progress: told the number of days done, up to settings.spin_up + days.
 
     Raises:
@@ -194,12 +194,12 @@ def simulate(
         FloatingPointError: settings with which the simulation does not stay bounded.
     """
     _expect(days, seed)
-    world, rng = World(settings), np.random.default_rng(seed)
+    flow, rng = ForcedFlow(settings), np.random.default_rng(seed)
     stride, spin_up = EVERY // settings.step, settings.spin_up * DAY // EVERY
     times = days * DAY // EVERY
-    record = np.empty((times, 3, *world.sphere.shape), np.float32)
+    record = np.empty((times, 3, *flow.sphere.shape), np.float32)
     states = itertools.islice(
-        world.march(world.start(rng), rng), 0, (spin_up + times) * stride, stride
+        flow.march(flow.start(rng), rng), 0, (spin_up + times) * stride, stride
     )
     for i, state in enumerate(states):
         if not np.isfinite(state).all():
@@ -207,10 +207,10 @@ def simulate(
                 f"the simulation left all bounds after {i * EVERY / DAY:g} days; take a shorter step than {settings.step} s."
             )
         if i >= spin_up:
-            record[i - spin_up] = world.water.fields(state)
+            record[i - spin_up] = flow.water.fields(state)
         if progress is not None and (i + 1) * EVERY % DAY == 0:
             progress((i + 1) * EVERY // DAY)
-    return _dataset(world, record, f"simulate(days={days}, seed={seed})")
+    return _dataset(flow, record, f"simulate(days={days}, seed={seed})")
 
 
 def _expect(days: int, seed: int) -> None:
@@ -219,7 +219,7 @@ def _expect(days: int, seed: int) -> None:
             raise ValueError(f"{name}={value!r} must be a whole number of at least {least}.")
 
 
-def _dataset(world: World, record: np.ndarray, made_by: str) -> xr.Dataset:
+def _dataset(flow: ForcedFlow, record: np.ndarray, made_by: str) -> xr.Dataset:
     grid = ("latitude", "longitude")
     about = {
         "u": ("eastward wind", "eastward_wind", "m s-1"),
@@ -253,19 +253,19 @@ def _dataset(world: World, record: np.ndarray, made_by: str) -> xr.Dataset:
     }
     time = START + np.arange(len(record)) * np.timedelta64(EVERY, "s")
     return xr.Dataset(
-        {**fields, "orography": (grid, world.orography.astype(np.float32), ground)},
+        {**fields, "orography": (grid, flow.orography.astype(np.float32), ground)},
         coords={
             "time": ("time", time, {"long_name": "time", "standard_name": "time", "axis": "T"}),
-            "latitude": ("latitude", world.sphere.latitude, lat),
-            "longitude": ("longitude", world.sphere.longitude, lon),
+            "latitude": ("latitude", flow.sphere.latitude, lat),
+            "longitude": ("longitude", flow.sphere.longitude, lon),
         },
         attrs={
             "Conventions": "CF-1.8",
             "title": "Weather-like flow of a shallow layer of fluid on the rotating sphere",
-            "source": f"simulation: forced shallow-water equations, spectral, T{world.settings.truncation}; no observations",
+            "source": f"simulation: forced shallow-water equations, spectral, T{flow.settings.truncation}; no observations",
             "history": f"ringx, apps.vit.simulate, recipe {VERSION}: {made_by}",
             "references": "Williamson et al. 1992, J. Comput. Phys. 102, 211-224",
-            "settings": json.dumps(dataclasses.asdict(world.settings)),
+            "settings": json.dumps(dataclasses.asdict(flow.settings)),
         },
     )
 

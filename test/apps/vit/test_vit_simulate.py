@@ -14,7 +14,7 @@ import xarray as xr
 
 from apps.vit.data import simulate as module
 from apps.vit.data.shallow_water import GRAVITY, OMEGA, RADIUS, ShallowWater, Sphere, legendre
-from apps.vit.data.simulate import DAY, Settings, World, default_record, main, simulate
+from apps.vit.data.simulate import DAY, ForcedFlow, Settings, default_record, main, simulate
 
 BARE = Settings(  # the equations alone
     jets=(),
@@ -48,9 +48,9 @@ def coefficients(sphere, k, seed=0):
     return c
 
 
-def march(world, state, steps):
+def march(flow, state, steps):
     """The states at 0, 1, ..., steps."""
-    return np.array(list(itertools.islice(world.march(state, rng()), steps + 1)))
+    return np.array(list(itertools.islice(flow.march(state, rng()), steps + 1)))
 
 
 # ---- transforms
@@ -143,17 +143,17 @@ def test_gradient_laplacian_and_rotation_agree_with_calculus(sphere):
 
 def test_williamson_case_2_stays_as_it_is_whatever_its_tilt():
     """Steady geostrophic flow, its axis tilted by 45 degrees; W92, test case 2."""
-    world = World(dataclasses.replace(BARE, filter=0.03))
-    sphere, tilt = world.sphere, np.pi / 4
+    flow = ForcedFlow(dataclasses.replace(BARE, filter=0.03))
+    sphere, tilt = flow.sphere, np.pi / 4
     lon, lat = np.radians(sphere.longitude), np.radians(sphere.latitude)[:, None]
     speed = 2 * np.pi * RADIUS / (12 * DAY)
     axis = np.sin(lat) * np.cos(tilt) - np.cos(lon) * np.cos(lat) * np.sin(tilt)
     u = speed * (np.cos(lat) * np.cos(tilt) + np.cos(lon) * np.sin(lat) * np.sin(tilt))
     v = np.broadcast_to(-speed * np.sin(lon) * np.sin(tilt), u.shape)
     h = (2.94e4 - (RADIUS * OMEGA * speed + speed**2 / 2) * axis**2) / GRAVITY
-    world.water = ShallowWater(sphere, coriolis=2 * OMEGA * axis)
-    last = march(world, world.water.state(np.stack([u, v, h])), 5 * 48)[-1]
-    after = world.water.fields(last)
+    flow.water = ShallowWater(sphere, coriolis=2 * OMEGA * axis)
+    last = march(flow, flow.water.state(np.stack([u, v, h])), 5 * 48)[-1]
+    after = flow.water.fields(last)
     np.testing.assert_allclose(after[:2], [u, v], atol=1e-7)
     np.testing.assert_allclose(after[2], h, atol=1e-6)
 
@@ -179,10 +179,10 @@ def test_vorticity_of_a_rossby_haurwitz_wave_turns_at_haurwitzs_speed(sphere, m,
 
 
 def test_a_rossby_wave_on_deep_water_turns_at_haurwitzs_speed():
-    world = World(
+    flow = ForcedFlow(
         dataclasses.replace(BARE, truncation=8, height=1e7, step=900)
     )  # so deep that the flow hardly diverges
-    sphere, water = world.sphere, world.water
+    sphere, water = flow.sphere, flow.water
     omega, m, n = 4e-6, 3, 4
     state = np.zeros((9, 9, 3), complex)
     state[..., 0] = haurwitz(sphere, omega, m, n, 2e-6)
@@ -191,7 +191,7 @@ def test_a_rossby_wave_on_deep_water_turns_at_haurwitzs_speed():
     )  # so that it does not diverge to begin with
     state[0, 0, 2] = GRAVITY * 1e7
     speed = omega - 2 * (OMEGA + omega) / (n * (n + 1))
-    states = march(world, state, 2 * 96)
+    states = march(flow, state, 2 * 96)
     turned = -np.unwrap(np.angle(states[:, m, n, 0]))[-1] / m
     assert turned == pytest.approx(speed * 2 * DAY, rel=0.01)
     assert abs(states[-1, m, n, 0]) == pytest.approx(2e-6, rel=0.01)
@@ -204,11 +204,11 @@ def test_gravity_waves_have_the_frequency_of_the_scheme_and_in_its_limit_that_of
     n, height = 5, 6000.0
     frequency = math.sqrt(GRAVITY * height * n * (n + 1)) / RADIUS
     for step, hours in ((3600, 48), (150, 6)):
-        world = World(dataclasses.replace(BARE, truncation=6, step=step, height=height))
-        world.water = ShallowWater(world.sphere, coriolis=np.zeros((1, 1)))
-        state = world.target.copy()
+        flow = ForcedFlow(dataclasses.replace(BARE, truncation=6, step=step, height=height))
+        flow.water = ShallowWater(flow.sphere, coriolis=np.zeros((1, 1)))
+        state = flow.target.copy()
         state[2, n, 2] = 1e-3
-        wave = march(world, state, hours * 3600 // step)[:, 2, n, 2].real
+        wave = march(flow, state, hours * 3600 // step)[:, 2, n, 2].real
         cosine = math.cos(2 * math.atan(frequency * step))
         np.testing.assert_allclose(
             wave[4:] + wave[:-4], 2 * cosine * wave[2:-2], atol=1e-9, err_msg=str(step)
@@ -222,12 +222,12 @@ def test_mass_and_energy_are_conserved_without_forcing():
     settings = dataclasses.replace(
         BARE, jets=Settings.jets, mountains=Settings.mountains, kick=50.0, step=600
     )
-    world = World(settings)
-    sphere, ground = world.sphere, world.orography
-    states = march(world, world.start(rng(3)), 2 * 144)
+    flow = ForcedFlow(settings)
+    sphere, ground = flow.sphere, flow.orography
+    states = march(flow, flow.start(rng(3)), 2 * 144)
     mass = states[:, 0, 0, 2]
     assert np.abs(mass - mass[0]).max() <= 1e-13 * abs(mass[0])
-    u, v, h = np.moveaxis(np.array([world.water.fields(s) for s in states[::24]]), 1, 0)
+    u, v, h = np.moveaxis(np.array([flow.water.fields(s) for s in states[::24]]), 1, 0)
     kinetic = sphere.mean((h - ground) * (u**2 + v**2) / 2)
     energy = kinetic + sphere.mean(GRAVITY * (h**2 - ground**2) / 2)
     assert np.ptp(kinetic) > 0.01 * kinetic[0]  # something happened
@@ -235,9 +235,9 @@ def test_mass_and_energy_are_conserved_without_forcing():
 
 
 def test_water_at_rest_over_mountains_stays_at_rest():
-    world = World(dataclasses.replace(BARE, mountains=Settings.mountains, filter=0.03))
-    assert np.ptp(world.orography) > 2000
-    after = world.water.fields(march(world, world.target, 48)[-1])
+    flow = ForcedFlow(dataclasses.replace(BARE, mountains=Settings.mountains, filter=0.03))
+    assert np.ptp(flow.orography) > 2000
+    after = flow.water.fields(march(flow, flow.target, 48)[-1])
     np.testing.assert_allclose(after[:2], 0, atol=1e-8)
     np.testing.assert_allclose(after[2], Settings.height, atol=1e-6)
 
@@ -246,14 +246,14 @@ def test_water_at_rest_over_mountains_stays_at_rest():
 
 
 def test_the_jets_are_where_they_should_be_and_balanced():
-    world = World(dataclasses.replace(BARE, jets=Settings.jets))
-    assert np.abs(world.water.tendency(world.target)[..., 0]).max() < 1e-20  # s-2
-    assert np.abs(world.water.tendency(world.target)[..., 1]).max() < 1e-20
-    u, v, h = world.water.fields(world.target)
+    flow = ForcedFlow(dataclasses.replace(BARE, jets=Settings.jets))
+    assert np.abs(flow.water.tendency(flow.target)[..., 0]).max() < 1e-20  # s-2
+    assert np.abs(flow.water.tendency(flow.target)[..., 1]).max() < 1e-20
+    u, v, h = flow.water.fields(flow.target)
     np.testing.assert_allclose(v, 0, atol=1e-9)
-    lat = np.radians(world.sphere.latitude)
+    lat = np.radians(flow.sphere.latitude)
     drawn = sum(
-        s * np.exp(-(((world.sphere.latitude - y) / w) ** 2)) for y, s, w in Settings.jets
+        s * np.exp(-(((flow.sphere.latitude - y) / w) ** 2)) for y, s, w in Settings.jets
     ) * np.cos(lat)
     np.testing.assert_allclose(u[:, 0], drawn, atol=0.03 * drawn.max())  # what T21 leaves of it
     slope = np.gradient(h[:, 0], lat) * GRAVITY / RADIUS  # -u (f + u tan(lat) / a): gradient wind
@@ -265,12 +265,12 @@ def test_the_jets_are_where_they_should_be_and_balanced():
 
 @pytest.mark.parametrize(("hour", "noon"), [(0, 180), (6, 90), (12, 0), (18, 270)])
 def test_the_sun_is_highest_at_local_noon_and_adds_nothing_over_a_latitude(hour, noon):
-    world = World(dataclasses.replace(BARE, heating=100.0))
+    flow = ForcedFlow(dataclasses.replace(BARE, heating=100.0))
     rate = (
-        world.sphere.grid(world.rate(3600 * hour, world.target)[..., 2:])[0] / GRAVITY * DAY
+        flow.sphere.grid(flow.rate(3600 * hour, flow.target)[..., 2:])[0] / GRAVITY * DAY
     )  # m a day
     row = rate[15]
-    assert world.sphere.longitude[row.argmax()] == noon
+    assert flow.sphere.longitude[row.argmax()] == noon
     assert row.max() == pytest.approx(100 * (1 - 1 / np.pi), rel=0.03)  # max(0, cos), less its mean
     np.testing.assert_allclose(rate.mean(-1), 0, atol=1e-9)
 
@@ -284,13 +284,13 @@ def test_the_sun_is_highest_at_local_noon_and_adds_nothing_over_a_latitude(hour,
     ],
 )
 def test_relaxation_and_diffusion_damp_at_their_rates(change, n, hours, left):
-    world = World(dataclasses.replace(BARE, **change))
-    world.water = ShallowWater(
-        world.sphere, coriolis=np.zeros((1, 1))
+    flow = ForcedFlow(dataclasses.replace(BARE, **change))
+    flow.water = ShallowWater(
+        flow.sphere, coriolis=np.zeros((1, 1))
     )  # vorticity stays where it is, but for what is tested
-    state = world.target.copy()
+    state = flow.target.copy()
     state[3, n, 0] = 1e-12
-    last = march(world, state, 2 * hours)[-1]
+    last = march(flow, state, 2 * hours)[-1]
     assert last[3, n, 0].real / 1e-12 == pytest.approx(left, rel=1e-6)
 
 
@@ -298,11 +298,13 @@ def test_relaxation_and_diffusion_damp_at_their_rates(change, n, hours, left):
 def test_the_filter_takes_off_its_share_of_the_second_difference(share):
     """A gravity wave against its two complex parts, each followed by itself."""
     n, step, height = 5, 3600, 6000.0
-    world = World(dataclasses.replace(BARE, truncation=6, step=step, height=height, filter=share))
-    world.water = ShallowWater(world.sphere, coriolis=np.zeros((1, 1)))
-    state = world.target.copy()
+    flow = ForcedFlow(
+        dataclasses.replace(BARE, truncation=6, step=step, height=height, filter=share)
+    )
+    flow.water = ShallowWater(flow.sphere, coriolis=np.zeros((1, 1)))
+    state = flow.target.copy()
     state[2, n, 2] = 1e-3
-    wave = march(world, state, 50)[:, 2, n, 2].real
+    wave = march(flow, state, 50)[:, 2, n, 2].real
     turn = 1j * step * math.sqrt(GRAVITY * height * n * (n + 1)) / RADIUS
     x, factor = [1e-3 + 0j], (1 + turn / 2) / (1 - turn / 2)  # the first step is forward
     before = x[0]
@@ -323,12 +325,12 @@ def test_the_seed_decides_both_the_start_and_the_stirring(without):
 
 
 def test_the_start_is_disturbed_by_the_kick():
-    world = World(dataclasses.replace(BARE, kick=100.0))
+    flow = ForcedFlow(dataclasses.replace(BARE, kick=100.0))
     h = (
-        np.array([world.water.fields(world.start(rng(seed)))[2] for seed in range(40)])
+        np.array([flow.water.fields(flow.start(rng(seed)))[2] for seed in range(40)])
         - Settings.height
     )
-    assert math.sqrt(world.sphere.mean(h**2).mean()) == pytest.approx(100, rel=0.1)
+    assert math.sqrt(flow.sphere.mean(h**2).mean()) == pytest.approx(100, rel=0.1)
 
 
 def test_the_flow_is_weather_persistent_for_hours_and_not_for_days():
