@@ -72,10 +72,12 @@ def main(args: argparse.Namespace) -> int:
             f"\nKernels for {str(dtype).removeprefix('torch.')}, head size {d}, {what} on {device.type}"
         )
         auto = kernels.choose("auto", need)
-        for name, text in kernels.KERNELS.items():
+        for name, entry in kernels.KERNELS.items():
             reason = kernels.unsupported_reason(name, need)
             _row(
-                name, text if reason is None else f"no: {reason}", mark="*" if name == auto else " "
+                name,
+                entry.description if reason is None else f"no: {reason}",
+                mark="*" if name == auto else " ",
             )
         print(
             "  * what kernel='auto' takes; those above it cannot serve, those below it are slower or less preferred"

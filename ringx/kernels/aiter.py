@@ -1,31 +1,39 @@
 """AMD's AI tensor engine (package amd-aiter; ROCm): CK and assembly kernels for MI300 and later.
 
-Its forward and backward below autograd are called by name (`bias` and others came and went by version; the backward is wrapped
-as an operator, whose schema has its argument names).  dq, dk and dv are written in place.  Causal is documented as bottom-right,
-but the assembly kernels align top-left, so only Sq == Sk is asked of it.  Grouped heads are supported; head sizes must be
-multiples of 8, up to 256.
+The package's forward and backward below autograd are called by name (`bias` and other arguments
+came and went by version; the backward is wrapped as an operator, whose schema has its argument
+names).  dq, dk and dv are written in place.
 
-Untested on hardware when written; test/standins.py has the signatures that the calls are tested against.
+Causal is documented as bottom-right, but the assembly kernels align top-left, so only Sq == Sk is
+asked of it.  Grouped heads are supported; head sizes must be multiples of 8, up to 256.
+
+Untested on hardware when written; test/helpers/standins.py has the signatures that the calls are
+tested against.
 """
 
 import torch
+from torch import Tensor
 
 from . import gpu
-from .protocol import Band, KernelRequest
+from .protocol import Band, CausalAlignment, KernelRequest
 
-causal = "square"
-_PACKAGE = ("amd-aiter", "aiter.ops.mha")
-_MUST = ("q", "k", "v", "softmax_scale", "causal")
-_fwd = gpu.Function(
-    *_PACKAGE, "_flash_attn_forward", (*_MUST, "return_lse"), op="aiter::_flash_attn_forward"
+causal: CausalAlignment = "square"
+_REQUIRED = ("q", "k", "v", "softmax_scale", "causal")
+_package_forward = gpu.PackageFunction(
+    package="amd-aiter",
+    module="aiter.ops.mha",
+    name="_flash_attn_forward",
+    required=(*_REQUIRED, "return_lse"),
+    operator="aiter::_flash_attn_forward",
 )
-_bwd = gpu.Function(
-    *_PACKAGE,
-    "_flash_attn_backward",
-    (*_MUST, "dout", "out", "softmax_lse", "dq", "dk", "dv", "deterministic"),
-    op="aiter::_flash_attn_backward",
+_package_backward = gpu.PackageFunction(
+    package="amd-aiter",
+    module="aiter.ops.mha",
+    name="_flash_attn_backward",
+    required=(*_REQUIRED, "dout", "out", "softmax_lse", "dq", "dk", "dv", "deterministic"),
+    operator="aiter::_flash_attn_backward",
 )
-_OFF = {
+_UNUSED_FEATURES = {
     "dropout_p": 0.0,
     "window_size_left": -1,
     "window_size_right": -1,
@@ -34,23 +42,57 @@ _OFF = {
 }
 
 
-def unsupported_reason(need: KernelRequest) -> str | None:
-    return gpu.unsupported_reason(need, nvidia=None, rocm=True) or _fwd.missing() or _bwd.missing()
+def unsupported_reason(request: KernelRequest) -> str | None:
+    return (
+        gpu.unsupported_reason(request, nvidia=None, rocm=True)
+        or _package_forward.unsupported_reason()
+        or _package_backward.unsupported_reason()
+    )
 
 
-def fwd(q, k, v, *, band: Band, scale: float):
-    q_, k_, v_ = gpu.pad(q, k, v)
-    out, lse, *_ = _fwd(
-        q=q_, k=k_, v=v_, softmax_scale=scale, causal=band[1] is not None, return_lse=True, **_OFF
+def fwd(q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float) -> tuple[Tensor, Tensor]:
+    q_padded, k_padded, v_padded = gpu.pad(q, k, v)
+    out, lse, *_ = _package_forward(
+        q=q_padded,
+        k=k_padded,
+        v=v_padded,
+        softmax_scale=scale,
+        causal=band[1] is not None,
+        return_lse=True,
+        **_UNUSED_FEATURES,
     )
     return gpu.unpad(out, q), lse
 
 
-def bwd(dout, q, k, v, out, lse, *, band: Band, scale: float, deterministic: bool = False):
-    dout_, q_, k_, v_, out_ = gpu.pad(dout, q, k, v, out)
-    grads = {f"d{name}": torch.empty_like(x) for name, x in (("q", q_), ("k", k_), ("v", v_))}
-    _bwd(
-        dout=dout_, q=q_, k=k_, v=v_, out=out_, softmax_lse=lse.contiguous(), **grads,
-        softmax_scale=scale, causal=band[1] is not None, deterministic=deterministic, **_OFF,
-    )  # fmt: skip
-    return tuple(gpu.unpad(g, q) for g in grads.values())
+def bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    band: Band,
+    scale: float,
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dout_padded, q_padded, k_padded, v_padded, out_padded = gpu.pad(dout, q, k, v, out)
+    dq = torch.empty_like(q_padded)
+    dk = torch.empty_like(k_padded)
+    dv = torch.empty_like(v_padded)
+    _package_backward(
+        dout=dout_padded,
+        q=q_padded,
+        k=k_padded,
+        v=v_padded,
+        out=out_padded,
+        softmax_lse=lse.contiguous(),
+        dq=dq,
+        dk=dk,
+        dv=dv,
+        softmax_scale=scale,
+        causal=band[1] is not None,
+        deterministic=deterministic,
+        **_UNUSED_FEATURES,
+    )
+    return gpu.unpad(dq, q), gpu.unpad(dk, q), gpu.unpad(dv, q)

@@ -1,48 +1,80 @@
-"""aten's flash attention for CPUs: fp64, fp32, bf16, fp16; any head size.
+"""PyTorch's (aten's) flash attention for CPUs: fp64, fp32, bf16, fp16; any head size.
 
-LauncherInfo that shape the calls: causal is aligned top-left; empty operands kill the process (tiles are never empty); the last dimension
-must have stride 1 (otherwise NaN); bwd wants lse contiguous and dout and out in q's dtype; before torch 2.9 grouped heads are
-read out of bounds, so they are repeated there.
+Facts that shape the calls:
+
+- Causal is aligned top-left.
+- Empty operands kill the process (tiles are never empty).
+- The last dimension must have stride 1; otherwise results are NaN.
+- The backward wants lse contiguous, and dout and out in q's dtype.
+- Before torch 2.9 grouped heads are read out of bounds, so they are repeated there.
 """
 
 import torch
+from torch import Tensor
 
 from ..merge import acc_dtype
 from .heads import fold_heads, repeat_heads
-from .protocol import Band, KernelRequest
+from .protocol import Band, CausalAlignment, KernelRequest
 
-causal = "top-left"
-_HAS_GQA = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 9)
-_fwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_bwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-def unsupported_reason(need: KernelRequest) -> str | None:
-    return (
-        None
-        if need.device.type == "cpu"
-        else f"it runs on cpu tensors, these are on {need.device.type}"
-    )
+causal: CausalAlignment = "top-left"
+_TORCH_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
+_HAS_GROUPED_HEADS = _TORCH_VERSION >= (2, 9)
+_aten_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_aten_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def fwd(q, k, v, *, band: Band, scale: float):
-    k, v = _grouped(k, q), _grouped(v, q)
-    out, lse = _fwd(*(_bhsd(x) for x in (q, k, v)), 0.0, band[1] is not None, scale=scale)
+def unsupported_reason(request: KernelRequest) -> str | None:
+    if request.device.type == "cpu":
+        return None
+    return f"it runs on cpu tensors, these are on {request.device.type}"
+
+
+def fwd(q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float) -> tuple[Tensor, Tensor]:
+    is_causal = band[1] is not None
+    k = _match_heads(k, q)
+    v = _match_heads(v, q)
+    out, lse = _aten_forward(_bhsd(q), _bhsd(k), _bhsd(v), 0.0, is_causal, scale=scale)
     return out.transpose(1, 2), lse
 
 
-def bwd(dout, q, k, v, out, lse, *, band: Band, scale: float, deterministic: bool = True):
-    lse = lse.to(acc_dtype(q.dtype)).contiguous()
-    operands = (_bhsd(x) for x in (dout, q, _grouped(k, q), _grouped(v, q), out))
-    dq, dk, dv = (
-        g.transpose(1, 2) for g in _bwd(*operands, lse, 0.0, band[1] is not None, scale=scale)
+def bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    band: Band,
+    scale: float,
+    deterministic: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    is_causal = band[1] is not None
+    dq, dk, dv = _aten_backward(
+        _bhsd(dout),
+        _bhsd(q),
+        _bhsd(_match_heads(k, q)),
+        _bhsd(_match_heads(v, q)),
+        _bhsd(out),
+        lse.to(acc_dtype(q.dtype)).contiguous(),
+        0.0,
+        is_causal,
+        scale=scale,
     )
-    return dq, fold_heads(dk, k), fold_heads(dv, v)
+    return (
+        dq.transpose(1, 2),
+        fold_heads(dk.transpose(1, 2), k),
+        fold_heads(dv.transpose(1, 2), v),
+    )
 
 
-def _grouped(x, q):
-    return x if _HAS_GQA else repeat_heads(x, q.shape[2])
+def _match_heads(x: Tensor, q: Tensor) -> Tensor:
+    """Keys or values with as many heads as q, where this version of torch needs it."""
+    return x if _HAS_GROUPED_HEADS else repeat_heads(x, q.shape[2])
 
 
-def _bhsd(x):
-    return (x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2)
+def _bhsd(x: Tensor) -> Tensor:
+    """[B, S, H, D] -> [B, H, S, D], with stride 1 in the last dimension."""
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    return x.transpose(1, 2)

@@ -1,33 +1,55 @@
-"""Tiles cut into pieces that a kernel can compute."""
+"""Tiles cut into pieces whose bands a kernel can compute."""
 
 from ..tiles import Tile
+from .protocol import CausalAlignment
 
 
-def cut(tile: Tile, causal: str) -> list[Tile]:
-    """The tile in pieces whose bands a kernel of this `causal` kind can do: rectangles and triangles.
+def cut(tile: Tile, alignment: CausalAlignment) -> list[Tile]:
+    r"""The tile in pieces (rectangles and bands) that a kernel of this alignment can compute.
 
-    Rows that see no key are left out.  A "top-left" kernel gets the keys that all rows see as a rectangle and one
-    triangle; a "bottom-right" kernel one band, and a rectangle for rows that see every key."""
-    if causal == "any" or (tile.lo is None and tile.hi is None):
+    A tile with an upper bound only is, below its first rows that see no key and left of its last
+    keys that no row sees,
+
+            k_start    diagonal     k_stop
+               +-----------+-----------+  first_row
+               |           | \         |
+               |           |    \      |
+               |           |       \   |
+               +-----------+-----------+  full_row: this and later rows see every key
+               |           |           |
+               +-----------+-----------+  q_stop
+
+    A "bottom-right" kernel computes the upper half as one band, and the lower half as a rectangle;
+    a "top-left" kernel the left half as a rectangle, and the right half as one band; a "square"
+    kernel the left half, the triangle, and the rectangle below the triangle.
+
+    Raises NotImplementedError for a lower bound, unless the alignment is "any".
+    """
+    if alignment == "any" or (tile.lo is None and tile.hi is None):
         return [tile]
     if tile.lo is not None or tile.hi is None:
         raise NotImplementedError(
             "this kernel cannot bound the distance to earlier keys; use kernel='reference'."
         )
-    q0, k0 = tile.q.start, tile.k.start
-    skip = max(0, -tile.hi)  # rows before see nothing
-    h = tile.hi + skip  # the first row left sees keys 0..h
-    m = tile.q.stop - q0 - skip
-    n = min(tile.k.stop - k0, m + h)  # no row sees keys from n on
-    q0 += skip
-    if n <= h + 1:
-        return [Tile(slice(q0, q0 + m), slice(k0, k0 + n))]
-    full = n - h  # rows from here see all n keys
-    bottom = [Tile(slice(q0 + full, q0 + m), slice(k0, k0 + n))] if full < m else []
-    if causal == "bottom-right":
-        return [Tile(slice(q0, q0 + full), slice(k0, k0 + n), None, h), *bottom]
-    left = [Tile(slice(q0, q0 + m), slice(k0, k0 + h))] if h else []
-    if causal == "top-left":
-        return [*left, Tile(slice(q0, q0 + m), slice(k0 + h, k0 + n), None, 0)]
-    below = [Tile(slice(q0 + full, q0 + m), slice(k0 + h, k0 + n))] if full < m else []
-    return [*left, Tile(slice(q0, q0 + full), slice(k0 + h, k0 + n), None, 0), *below]
+    q_stop = tile.q.stop
+    first_row = tile.q.start + max(0, -tile.hi)
+    k_start = tile.k.start
+    diagonal = k_start + max(0, tile.hi)  # the last key that the first row sees
+    k_stop = min(tile.k.stop, diagonal + q_stop - first_row)
+    if k_stop <= diagonal + 1:
+        return [Tile(slice(first_row, q_stop), slice(k_start, k_stop))]
+    full_row = first_row + k_stop - diagonal
+    if alignment == "bottom-right":
+        band = Tile(slice(first_row, full_row), slice(k_start, k_stop), None, diagonal - k_start)
+        lower_half = Tile(slice(full_row, q_stop), slice(k_start, k_stop))
+        return [band, lower_half] if full_row < q_stop else [band]
+    pieces = []
+    if k_start < diagonal:
+        pieces.append(Tile(slice(first_row, q_stop), slice(k_start, diagonal)))
+    if alignment == "top-left":
+        pieces.append(Tile(slice(first_row, q_stop), slice(diagonal, k_stop), None, 0))
+        return pieces
+    pieces.append(Tile(slice(first_row, full_row), slice(diagonal, k_stop), None, 0))
+    if full_row < q_stop:
+        pieces.append(Tile(slice(full_row, q_stop), slice(diagonal, k_stop)))
+    return pieces

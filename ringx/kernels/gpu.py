@@ -1,51 +1,63 @@
-"""What the GPU kernels share: questions to the machine and to optional packages, head sizes, determinism."""
+"""What the GPU kernels share: questions to the machine and to optional packages, head sizes,
+determinism."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .protocol import KernelRequest
 
-HALF = (torch.float16, torch.bfloat16)
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
 # ---- questions to the machine
 
 
 def unsupported_reason(
-    need: KernelRequest,
+    request: KernelRequest,
     *,
     nvidia: tuple[int, int] | None,
     rocm: bool,
-    dtypes: tuple[torch.dtype, ...] = HALF,
-    head_dim: int = 256,
+    dtypes: tuple[torch.dtype, ...] = HALF_PRECISION,
+    max_head_dim: int = 256,
 ) -> str | None:
-    """What rules a kernel out before any package is looked for.  `nvidia` is the least compute capability (None: not for
-    NVIDIA), `head_dim` the largest head size."""
-    if need.device.type != "cuda":  # torch's name for ROCm devices too
-        return f"it runs on GPUs, these tensors are on {need.device.type}"
-    if need.dtype not in dtypes:
-        return f"it computes in {' and '.join(_short(d) for d in dtypes)}, not {_short(need.dtype)}"
-    if need.head_dim > head_dim:
-        return f"its head size is at most {head_dim}, not {need.head_dim}"
+    """What rules a kernel out before any package is looked for; None if nothing does.
+
+    `nvidia` is the lowest compute capability that the kernel supports (None: it does not run on
+    NVIDIA GPUs), `rocm` whether it runs on AMD GPUs.
+    """
+    if request.device.type != "cuda":  # PyTorch's name for ROCm devices too
+        return f"it runs on GPUs, these tensors are on {request.device.type}"
+    if request.dtype not in dtypes:
+        supported = " and ".join(_dtype_name(dtype) for dtype in dtypes)
+        return f"it computes in {supported}, not {_dtype_name(request.dtype)}"
+    if request.head_dim > max_head_dim:
+        return f"its head size is at most {max_head_dim}, not {request.head_dim}"
     if on_rocm():
         return None if rocm else "it is made for NVIDIA GPUs, this is a ROCm build of PyTorch"
     if nvidia is None:
         return "it is made for AMD GPUs, this is no ROCm build of PyTorch"
-    found = capability(need.device)
-    if found is None:
+    available = capability(request.device)
+    if available is None:
         return "no GPU can be reached"
-    if found < nvidia:
-        return f"it needs compute capability {nvidia[0]}.{nvidia[1]}, this GPU has {found[0]}.{found[1]}"
+    if available < nvidia:
+        return (
+            f"it needs compute capability {nvidia[0]}.{nvidia[1]}, "
+            f"this GPU has {available[0]}.{available[1]}"
+        )
     return None
 
 
 def on_rocm() -> bool:
+    """Whether this PyTorch is built for AMD GPUs."""
     return torch.version.hip is not None
 
 
@@ -54,105 +66,122 @@ def capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
 
 
-def _short(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 # ---- optional packages, whose private functions change their arguments from version to version
 
 
-@functools.lru_cache(
-    maxsize=16
-)  # a package that is not there is searched for once, not in every call
-def _import(module: str) -> "ModuleType | str":
+@functools.lru_cache(maxsize=16)  # an absent package is searched for once, not in every call
+def import_or_reason(module: str) -> ModuleType | str:
+    """The module, or why it cannot be imported."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         return f"is not installed (no module {error.name})"
-    except (
-        ImportError,
-        OSError,
-        RuntimeError,
-        AttributeError,
-    ) as error:  # built for another torch or CUDA, mostly
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        # Most often it is built for another PyTorch or CUDA.
         return f"cannot be imported ({type(error).__name__}: {error})"
 
 
-class Function:
-    """A function of an optional package, called by the names of what it is given.
+@dataclasses.dataclass(frozen=True)
+class PackageFunction:
+    """A function of an optional package, called with keyword arguments only.
 
-    `must` names the arguments without which the result would be wrong, each as "one|or|another" where versions differ; a
-    version that has none of the spellings is refused rather than guessed at.  `op` is the operator that the package may
-    have wrapped the function in, which hides its signature.
+    `package` is the name under which users install it, `module` and `name` say where the function
+    is.  `required` are the arguments without which the result would be wrong, each as
+    "spelling|other spelling" where versions differ: a version that has none of the spellings is
+    refused, and not guessed at.  `operator` is the custom operator in which the package may have
+    wrapped the function, which hides its signature.
     """
 
-    def __init__(self, package: str, module: str, name: str, must: tuple[str, ...], op: str = ""):
-        self.package, self.module, self.name, self.must, self.op = package, module, name, must, op
+    package: str
+    module: str
+    name: str
+    required: tuple[str, ...]
+    operator: str = ""
 
-    def missing(self) -> str | None:
+    def unsupported_reason(self) -> str | None:
         """Why it cannot be called; None if it can."""
-        module = _import(self.module)
+        module = import_or_reason(self.module)
         if isinstance(module, str):
             return f"package {self.package} {module}"
         if not hasattr(module, self.name):
             return f"the installed {self.package} has no {self.module}.{self.name}"
-        lacks = [
-            m
-            for m in self.must
-            if not any(spelling in self.parameters() for spelling in m.split("|"))
-        ]
-        return (
-            f"{self.name} of the installed {self.package} has no argument {', '.join(lacks)}"
-            if lacks
-            else None
-        )
+        parameters = self.parameters()
+        missing = []
+        for spellings in self.required:
+            if not any(spelling in parameters for spelling in spellings.split("|")):
+                missing.append(spellings)
+        if missing:
+            return (
+                f"{self.name} of the installed {self.package} has no argument {', '.join(missing)}"
+            )
+        return None
 
     def parameters(self) -> dict[str, bool]:
-        """{name: whether it must be given}."""
-        return _parameters(getattr(_import(self.module), self.name), self.op)
+        """The parameters of the installed version, and whether each must be given."""
+        return _parameters(self._function(), self.operator)
 
-    def __call__(self, **values):
-        """Arguments that this version does not have are left out, so that all spellings of one can be given; those that it
-        insists on and that are not given are features not used here, switched off with None."""
-        if reason := self.missing():
+    def __call__(self, **values: Any) -> Any:
+        """Calls the function with the values for which the installed version has parameters.
+
+        The caller can therefore give every spelling of an argument.  Parameters that must be given
+        and have no value here belong to features that are not used: they are None.
+        """
+        if reason := self.unsupported_reason():
             raise NotImplementedError(f"{reason}.")
-        given = {
-            name: values.get(name)
-            for name, needed in self.parameters().items()
-            if needed or name in values
-        }
-        return getattr(_import(self.module), self.name)(**given)
+        arguments = {}
+        for parameter, must_be_given in self.parameters().items():
+            if must_be_given or parameter in values:
+                arguments[parameter] = values.get(parameter)
+        return self._function()(**arguments)
+
+    def _function(self) -> Callable:
+        return getattr(import_or_reason(self.module), self.name)
 
 
 @functools.lru_cache(maxsize=32)
-def _parameters(function: Callable, op: str) -> dict[str, bool]:
-    named = inspect.signature(function).parameters.values()
-    if not any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in named):
-        return {p.name: p.default is p.empty for p in named}
-    overload = getattr(
-        function, "_opoverload", None
-    )  # a torch.library.custom_op; otherwise the operator is looked up by name
-    if overload is None and op:
-        namespace, name = op.split("::")
-        overload = getattr(getattr(getattr(torch.ops, namespace), name, None), "default", None)
+def _parameters(function: Callable, operator: str) -> dict[str, bool]:
+    """The function's parameters, and whether each must be given.
+
+    Where the signature is hidden behind *args and **kwargs they come from the schema of the custom
+    operator: of the function itself if it is one (``torch.library.custom_op``), otherwise of the
+    operator of that name.  Empty if there is none.
+    """
+    signature = inspect.signature(function).parameters.values()
+    if not any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature):
+        return {p.name: p.default is p.empty for p in signature}
+    overload = getattr(function, "_opoverload", None)
+    if overload is None and operator:
+        namespace, name = operator.split("::")
+        packet = getattr(getattr(torch.ops, namespace), name, None)
+        overload = getattr(packet, "default", None)
     if overload is None:
         return {}
-    return {a.name: not a.has_default_value() for a in overload._schema.arguments}
+    return {
+        argument.name: not argument.has_default_value() for argument in overload._schema.arguments
+    }
 
 
-# ---- shapes
+# ---- head sizes
 
 
-def pad(*xs: torch.Tensor) -> list[torch.Tensor]:
-    """Contiguous, with zeros behind the head dimension up to a multiple of 8, as the tensor cores want it: they change no
-    score, and the outputs and gradients that belong to them are cut off again by ``unpad``."""
-    missing = -xs[0].shape[-1] % 8
-    return [
-        torch.nn.functional.pad(x, (0, missing)) if missing else x.contiguous() for x in xs
-    ]  # pad copies even by nothing
+def pad(*tensors: Tensor) -> list[Tensor]:
+    """Contiguous tensors whose last dimension is padded with zeros to a multiple of 8.
+
+    Tensor cores need such head sizes.  The zeros change no score, and ``unpad`` removes what
+    belongs to them from outputs and gradients.
+    """
+    missing = -tensors[0].shape[-1] % 8
+    if missing == 0:  # functional.pad would copy all the same
+        return [x.contiguous() for x in tensors]
+    return [torch.nn.functional.pad(x, (0, missing)) for x in tensors]
 
 
-def unpad(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def unpad(x: Tensor, like: Tensor) -> Tensor:
+    """x with the head size of `like`."""
     return x.narrow(-1, 0, like.shape[-1])
 
 
@@ -161,11 +190,12 @@ def unpad(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
-    """PyTorch's own kernels read this process-wide switch; it is put back as it was."""
-    enabled, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    """Turns on, if wanted, the process-wide switch that PyTorch's own kernels read.
+
+    The switch is put back as it was.
+    """
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     if not wanted or (enabled and not warn_only):
         yield
         return

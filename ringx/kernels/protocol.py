@@ -1,50 +1,69 @@
-"""What a local attention kernel is asked, and what each module of this package offers."""
+"""What is asked of a local attention kernel, and what each kernel's module offers."""
 
 from typing import Literal, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 Band = tuple[int | None, int | None]
+"""(lo, hi): key row j is visible to query row i iff lo <= j - i <= hi.  None is unbounded."""
+
+CausalAlignment = Literal["any", "top-left", "bottom-right", "square"]
+"""Which bands a kernel can compute, besides (None, None).
+
+    "any"           every band
+    "top-left"      (None, 0) with Sk <= Sq
+    "bottom-right"  (None, Sk - Sq) with Sk >= Sq
+    "square"        (None, 0) with Sk == Sq
+"""
 
 
 class KernelRequest(NamedTuple):
-    """What a call asks of a kernel."""
+    """What one call of attention asks of a kernel."""
 
     device: torch.device
     dtype: torch.dtype
     head_dim: int
     heads: int = 1
     kv_heads: int = 1
-    grad: bool = True
+    grad: bool = True  # whether the backward is needed
     deterministic: bool = False
 
 
 class Kernel(Protocol):
-    """What each module of this package offers.  q, dout, out [B, Sq, H, D], k and v [B, Sk, Hkv, D], none of them empty;
-    lse [B, H, Sq] in fp32 (fp64 for fp64), natural logarithm.
+    """What each kernel's module offers.
 
-    `band` = (lo, hi): key row j is visible to query row i iff lo <= j - i <= hi (None: unbounded).  `causal` names the
-    bands that a kernel can do; `cut` brings every tile to that form:
-
-        "any"           every band
-        "top-left"      (None, None), and (None, 0) with Sk <= Sq
-        "bottom-right"  (None, None), and (None, Sk - Sq) with Sk >= Sq
-        "square"        (None, None), and (None, 0) with Sk == Sq
-
-    bwd takes `lse` and `out` of the whole row (all keys, all ranks).  `out` only forms delta = rowsum(dout * out).  (The
-    design study passed delta; every fused kernel there is wants `out`, so this interface passes that, and ``merge.absorb_dlse``
-    makes an `out` for any delta.)
+    q, dout and out are [B, Sq, H, D], k and v [B, Sk, Hkv, D], none of them empty.  lse is
+    [B, H, Sq] in fp32 (fp64 for fp64 inputs), in natural logarithms.  ``cut`` brings every tile to
+    bands of the module's `causal` kind.
     """
 
-    causal: Literal["any", "top-left", "bottom-right", "square"]
+    causal: CausalAlignment
 
-    def unsupported_reason(self, need: KernelRequest) -> str | None:
-        """Why this kernel cannot do it here, in a few words; None if it can."""
+    def unsupported_reason(self, request: KernelRequest) -> str | None:
+        """Why this kernel cannot serve the request here, in a few words; None if it can."""
 
-    def fwd(self, q, k, v, *, band: Band, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """-> out like q, lse."""
+    def fwd(
+        self, q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """out, like q, and lse, of these keys alone."""
 
     def bwd(
-        self, dout, q, k, v, out, lse, *, band: Band, scale: float, deterministic: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """-> dq, dk, dv, like q, k, v."""
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        band: Band,
+        scale: float,
+        deterministic: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk and dv of these keys, like q, k and v.
+
+        `lse` and `out` are those of the whole row: of all keys of all ranks.  `out` serves only to
+        form delta = rowsum(dout * out), as the fused kernels do; where delta is another number,
+        ``merge.absorb_dlse`` makes the `dout` and `out` that lead to it.
+        """

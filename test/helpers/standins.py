@@ -381,7 +381,7 @@ def installed(*names: str):
         library.impl("_flash_attn_backward", _aiter_backward, "CPU")
     old = {key: sys.modules.get(key) for key in new}
     sys.modules.update(new)
-    gpu._import.cache_clear()
+    gpu.import_or_reason.cache_clear()
     try:
         yield
     finally:
@@ -393,7 +393,7 @@ def installed(*names: str):
         if "aiter" in names:
             library._destroy()
             torch.ops.aiter.__dict__.pop("_flash_attn_backward", None)
-        gpu._import.cache_clear()
+        gpu.import_or_reason.cache_clear()
 
 
 # ---- PyTorch's own CUDA operators, put in at the dispatcher: it checks every call against the real schema
@@ -578,9 +578,9 @@ def aten_operators(cudnn_lse_dims: int = 4):
         ("_scaled_dot_product_cudnn_attention_backward", backward),
     ):
         library.impl(name, call, "CPU")
-    sdpa_cudnn._lse_dims.cache_clear()
+    sdpa_cudnn._lse_dimensions.cache_clear()
     try:
         yield
     finally:
         library._destroy()
-        sdpa_cudnn._lse_dims.cache_clear()
+        sdpa_cudnn._lse_dimensions.cache_clear()

@@ -258,7 +258,7 @@ def test_shapes_that_pytorch_itself_expects_of_its_cuda_operators(name, monkeypa
     monkeypatch.setattr(
         torch.Tensor, "contiguous", lambda x: x
     )  # it asks for the device, which a CPU build does not know
-    load("sdpa_cudnn")._lse_dims.cache_clear()
+    load("sdpa_cudnn")._lse_dimensions.cache_clear()
     with FakeTensorMode():
         q, k, dout = (
             torch.empty(2, s, h, 64, device="cuda", dtype=torch.bfloat16)
@@ -271,7 +271,7 @@ def test_shapes_that_pytorch_itself_expects_of_its_cuda_operators(name, monkeypa
         )
         assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
         assert all(g.device.type == "cuda" and g.dtype == torch.bfloat16 for g in grads)
-    load("sdpa_cudnn")._lse_dims.cache_clear()
+    load("sdpa_cudnn")._lse_dimensions.cache_clear()
 
 
 # ---- flex
@@ -297,7 +297,7 @@ def test_flex_blocks_cover_the_band():
         (129, 513, (None, 200)),
         (257, 129, (-3, None)),
     ):
-        blocks = flex._mask(m, n, band, CPU).to_dense()[0, 0].bool()
+        blocks = flex._block_mask(m, n, band, CPU).to_dense()[0, 0].bool()
         for i, j in itertools.product(range(blocks.shape[0]), range(blocks.shape[1])):
             there = visible(m, n, *band)[i * 128 : (i + 1) * 128, j * 128 : (j + 1) * 128]
             assert bool(blocks[i, j]) == bool(there.any())
@@ -321,7 +321,7 @@ def test_flex_backward_algebra(monkeypatch):
             -1
         ).masked_fill(blind, -torch.inf)
 
-    monkeypatch.setattr(flex, "_flex", lambda device: (attend, {}))
+    monkeypatch.setattr(flex, "_flex_attention", lambda device: (attend, {}))
     for causal in (True, False):
         pieces, seen = one_rank(causal)
         q, k, v, dout = inputs(*seen.shape)
@@ -420,14 +420,14 @@ def test_reasons_on_rocm(machine, name, changes, reason):
 )
 def test_a_package_that_is_not_installed(machine, monkeypatch, name, found):
     machine(found, hip=None if found else "6.4")
-    monkeypatch.setattr(gpu, "_import", lambda module: "is not installed (no module x)")
+    monkeypatch.setattr(gpu, "import_or_reason", lambda module: "is not installed (no module x)")
     assert "not installed" in kernels.unsupported_reason(name, need())
 
 
 def test_a_package_version_that_we_do_not_know_is_refused(machine, monkeypatch):
     machine((9, 0))
     odd = standins._modules("flash_attn.flash_attn_interface")["flash_attn.flash_attn_interface"]
-    monkeypatch.setattr(gpu, "_import", lambda module: odd)
+    monkeypatch.setattr(gpu, "import_or_reason", lambda module: odd)
     assert (
         "has no flash_attn.flash_attn_interface._flash_attn_forward"
         in kernels.unsupported_reason("flash2", need())
@@ -459,7 +459,7 @@ def test_auto_takes_the_first_of_the_table_that_can(machine, monkeypatch):
         assert kernels.choose("auto", need()) == "flash2"
         machine(hip="6.4")
         assert kernels.choose("auto", need()) in ("flash2", "aiter")
-    monkeypatch.setattr(gpu, "_import", lambda module: "is not installed (no module x)")
+    monkeypatch.setattr(gpu, "import_or_reason", lambda module: "is not installed (no module x)")
     machine((9, 0))
     assert kernels.choose("auto", need()) == "sdpa_flash"
     machine(hip="6.4")
