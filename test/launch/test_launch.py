@@ -53,6 +53,7 @@ SEVERAL = HYDRA | {"MPI_LOCALNRANKS": "2"}  # hosts
 # ---- host lists
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("text", "hosts"),
     [
@@ -70,6 +71,7 @@ def test_host_list(text, hosts):
     assert environ.hosts_of(text) == hosts
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "text",
     [
@@ -100,6 +102,7 @@ def facts(env):
     return f.launcher, f.rank, f.world_size, f.local_rank, f.local_world, f.address
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("env", "want"),
     [
@@ -159,6 +162,7 @@ def test_variables(env, want):
     assert facts(env) == want
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("env", "words"),
     [
@@ -195,6 +199,7 @@ def test_missing_or_contradicting_variables(env, words):
         environ.read(env)
 
 
+@pytest.mark.fast
 def test_ports_tell_jobs_and_steps_apart():
     jobs = [
         SRUN | {"SLURM_JOB_ID": str(j), "SLURM_STEP_ID": str(s)}
@@ -211,6 +216,7 @@ def test_ports_tell_jobs_and_steps_apart():
     assert environ.read(SRUN | {"MASTER_PORT": "1234"}).port == 1234
 
 
+@pytest.mark.fast
 def test_ranks_have_their_own_gpu_or_say_why_not(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     local = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
@@ -226,6 +232,7 @@ def test_ranks_have_their_own_gpu_or_say_why_not(monkeypatch):
         launch.run(ranks_do.who, 3, "")
 
 
+@pytest.mark.fast
 def test_bad_arguments(monkeypatch):
     for nproc in (0, -1, 2.0, True, "2"):
         with pytest.raises(ValueError, match="nproc="):
@@ -301,7 +308,7 @@ def test_a_rank_killed_in_a_collective(direction):
     assert seconds < 10
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("direction", ["forward", pytest.param("backward", marks=pytest.mark.slow)])
 def test_a_rank_that_never_comes(direction):
     message, seconds = failure(ranks_do.die_in, 2, direction, "sleep", timeout=2)
     assert "waited for its peers in vain; rank 2 is still at work." in message
@@ -404,6 +411,7 @@ def test_mpiexec_on_two_hosts_exchanges_the_address_through_mpi4py():
     )
 
 
+@pytest.mark.fast
 def test_without_mpi4py_several_hosts_need_an_address(monkeypatch):
     for name, value in SEVERAL.items():
         monkeypatch.setenv(name, value)
@@ -512,6 +520,7 @@ def world_of(world, local_world, device, launcher="srun"):
     )
 
 
+@pytest.mark.fast
 def test_one_visible_gpu_per_rank_is_said():
     everyone = [(f"n{r // 2 + 1}", "cuda:0", 1, str(r % 2)) for r in range(4)]
     says = launch.described(world_of(4, 2, "cuda"), everyone)[1:]
@@ -522,6 +531,7 @@ def test_one_visible_gpu_per_rank_is_said():
     ]
 
 
+@pytest.mark.fast
 def test_all_gpus_visible_is_said():
     everyone = [("n1", f"cuda:{r}", 4, "0,1,2,3") for r in range(4)]
     head, says, ranks = launch.described(world_of(4, 4, "cuda"), everyone)
@@ -531,6 +541,7 @@ def test_all_gpus_visible_is_said():
     assert ranks == "  n1  " + ", ".join(f"{r}: cuda:{r} of 0,1,2,3" for r in range(4))
 
 
+@pytest.mark.fast
 def test_thousands_of_hosts_are_not_all_listed():
     everyone = [(f"n{r}", "cpu", 0, None) for r in range(4096)]
     lines = launch.described(world_of(4096, 1, "cpu"), everyone)
@@ -540,6 +551,7 @@ def test_thousands_of_hosts_are_not_all_listed():
     )
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(("visible", "local_rank", "want"), [(1, 3, 0), (4, 3, 3)])
 def test_both_habits_bind_the_right_gpu(monkeypatch, visible, local_rank, want):
     """The scheduler shows each rank one GPU, or all of them: rank 3 of 4 takes the only one, or the fourth."""

@@ -23,7 +23,13 @@ def place(rank: int, shape: Shape) -> dict[str, int]:
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
-    "sizes, replicate", [((2, 2, 2), 1), ((2, 1, 4), 2), ((3, 2, 1), 1), ((1, 2, 3), 3)]
+    "sizes, replicate",
+    [
+        pytest.param((2, 2, 2), 1, marks=pytest.mark.fast),
+        ((2, 1, 4), 2),
+        pytest.param((3, 2, 1), 1, marks=pytest.mark.slow),
+        pytest.param((1, 2, 3), 3, marks=pytest.mark.slow),
+    ],
 )
 def test_groups_are_those_counted_by_hand(sizes, replicate, order):
     shape = Shape(*sizes, replicate=replicate, order=order)
@@ -74,6 +80,7 @@ def test_cp_is_counted_along_its_group():
         assert all(at == in_group for at, in_group in run(6, rank, Shape(3, 2, 1, order=order)))
 
 
+@pytest.mark.fast
 def test_axes_left_open_take_what_is_left():
     assert Shape.fit(8) == Shape(8, 1, 1)
     assert Shape.fit(8, cp=2) == Shape(2, 1, 4)
@@ -82,6 +89,7 @@ def test_axes_left_open_take_what_is_left():
     assert Shape.fit(1) == Shape()
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "call, message",
     [
@@ -99,6 +107,7 @@ def test_shapes_that_cannot_be(call, message):
         call()
 
 
+@pytest.mark.fast
 def test_the_rank_map_names_every_rank():
     for order, shape in itertools.product(ORDERS, [(2, 2, 3)]):
         text = Shape(*shape, order=order).describe()

@@ -36,6 +36,7 @@ BENCH = [
 ]
 
 
+@pytest.mark.fast
 def test_one_rank_is_told_and_all_stop_at_the_same_place(monkeypatch):
     """Ranks are threads; the signal's handler is called on one of them between two meetings."""
     world = 3
@@ -55,6 +56,7 @@ def test_one_rank_is_told_and_all_stop_at_the_same_place(monkeypatch):
     assert ranks.run(world, rank_main) == [3, 3, 3]
 
 
+@pytest.mark.fast
 def test_a_rank_that_does_not_come_is_named_as_in_any_other_collective():
     def rank_main(rank):
         me = launch.World(rank, 2, rank, 2, torch.device("cpu"), "gloo", "threads", "", 0)
@@ -91,7 +93,13 @@ def test_signals_are_left_alone_outside():
     ], done.stderr
 
 
-@pytest.mark.parametrize(("nproc", "number"), list(zip(["1", "2"], stopping.SIGNALS, strict=True)))
+@pytest.mark.parametrize(
+    ("nproc", "number"),
+    [
+        pytest.param("1", stopping.SIGNALS[0], marks=pytest.mark.slow),
+        ("2", stopping.SIGNALS[1]),
+    ],
+)
 def test_bench_keeps_what_it_has_and_says_to_come_again(tmp_path, number, nproc):
     """A real process, with and without ranks that it has started itself; told after its first size, before its second."""
     command = [
