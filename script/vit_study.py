@@ -165,11 +165,11 @@ def by_day(run: Path, forecast: Path, data: str) -> list[tuple[str, int, float, 
     from apps.vit.config import load
     from apps.vit.data.samples import Samples
     from apps.vit.data.statistics import statistics as statistics_of
-    from apps.vit.open_data import open_record, parts_of
+    from apps.vit.open_data import open_record, split_record
 
     c = load(str(run / "config.yaml")).data
     fields = open_record(data, c)
-    parts = parts_of(fields, c)
+    parts = split_record(fields, c)
     made = statistics_of(fields, parts["train"], c.hours(), cache=run / "statistics")
     damped = Samples(fields, parts["test"], made, c.lead_hours(), (), "valid", base="damped")
     with xr.open_dataset(forecast / "forecasts.nc") as ds:

@@ -11,7 +11,7 @@ from ringx.launch.mesh import Mesh
 
 from .config import Config
 from .data.samples import Samples
-from .forecast_scores import Scored
+from .forecast_scores import ForecastScores
 from .model import ViT
 from .parallel import Attend
 
@@ -63,7 +63,7 @@ class Forecaster:
 def forecast(
     forecaster: Forecaster,
     samples: Samples,
-    scored: Scored,
+    scored: ForecastScores,
     t0s: np.ndarray,
     saved: np.ndarray,
     *,
@@ -86,7 +86,7 @@ def forecast(
                 scored.add("model", lead, ahead[:, j], some)
         kept |= {int(t): ahead[k] for k, t in enumerate(some) if t in saved}
         for lead, (state, began) in zip(
-            rollout, rolled(forecaster, samples, ahead[:, 0], some), strict=False
+            rollout, roll_out(forecaster, samples, ahead[:, 0], some), strict=False
         ):
             if scores_here:
                 scored.add("roll-out", lead, state, began)
@@ -94,7 +94,7 @@ def forecast(
     return kept
 
 
-def rolled(
+def roll_out(
     forecaster: Forecaster, samples: Samples, state: np.ndarray, t0s: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(forecast [n, C, H, W], its initial times [n]) one, two, three ... of the model's first leads ahead, of which `state` is the
@@ -115,7 +115,7 @@ def rolled(
         states.append(samples.ahead_of(states[k], now, forecaster(inputs))[:, 0])
 
 
-def steps_of(rollout: int, lead: int) -> tuple[int, ...]:
+def rollout_leads(rollout: int, lead: int) -> tuple[int, ...]:
     """The leads that a roll-out to `rollout` hours reaches; none for 0."""
     if rollout % lead:
         raise ValueError(
@@ -124,7 +124,7 @@ def steps_of(rollout: int, lead: int) -> tuple[int, ...]:
     return tuple(range(lead, rollout + 1, lead))
 
 
-def starts_of(samples: Samples, lead: int, inside: bool = False) -> np.ndarray:
+def initial_times(samples: Samples, lead: int, inside: bool = False) -> np.ndarray:
     """Initial times whose valid time lies in the part; with `inside`, only those in the part."""
     lag, back = (
         hours // samples.fields.step_hours for hours in (lead, max(samples.history, default=0))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 FORMATS = ("nc", "zarr")
 
 
-def to_dataset(
+def forecast_dataset(
     samples: Samples, t0s: np.ndarray, ahead: np.ndarray, about: dict[str, str]
 ) -> "xr.Dataset":
     """Forecasts [n, L, C, H, W] from initial times `t0s` and what then was, as CF-1.11 describes forecasts."""

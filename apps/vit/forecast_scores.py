@@ -7,7 +7,7 @@ from apps.vit import scores
 from .data.samples import Samples
 
 
-class Scored:
+class ForecastScores:
     """Scores of a model's forecasts, of its roll-out and of the simple forecasts beside them.
 
     samples: with where="valid", of the model's leads; their statistics have all of `leads`, too."""

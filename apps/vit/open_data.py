@@ -51,7 +51,7 @@ def open_record(path: str, c: DataConfig) -> Fields:
     )
 
 
-def open_alike(path: str, c: DataConfig, identity: str, world: World) -> Fields:
+def open_same_record(path: str, c: DataConfig, identity: str, world: World) -> Fields:
     """``open_record`` on every rank; ValueError on all of them if one sees other data than that of rank 0."""
     try:
         fields = open_record(path, c)
@@ -66,25 +66,25 @@ def open_alike(path: str, c: DataConfig, identity: str, world: World) -> Fields:
     return fields
 
 
-def samples_of(
+def make_samples(
     fields: Fields, c: DataConfig, made: Statistics, part: str, where: str = "inside"
 ) -> Samples:
     """The samples of the part "train", "val" or "test"."""
-    split = parts_of(fields, c)[part]
+    split = split_record(fields, c)[part]
     inputs = c.input_names()
     if inputs is None:
         inputs = tuple(name for name in INPUTS if name != "static" or fields.static)
     return Samples(fields, split, made, c.lead_hours(), inputs, where, c.history_hours(), c.base)
 
 
-def parts_of(fields: Fields, c: DataConfig) -> dict[str, Any]:
+def split_record(fields: Fields, c: DataConfig) -> dict[str, Any]:
     try:
         return splits(fields, c.train_times or None, c.val_times or None, c.test_times or None)
     except ValueError as e:
         raise ValueError(f"--train-times, --val-times, --test-times: {e}") from None
 
 
-def fitted(config: Config, fields: Fields, samples: Samples) -> Config:
+def with_data_sizes(config: Config, fields: Fields, samples: Samples) -> Config:
     """With the data's grid and channels in the model."""
     height, width = fields.grid.shape
     channels = len(fields.channels) * len(samples.leads)
@@ -97,7 +97,7 @@ def fitted(config: Config, fields: Fields, samples: Samples) -> Config:
     return replace(config, model=replace(config.model, **sizes))
 
 
-def _fitted_without_reading(config: Config, data: "str | None") -> Config:
+def with_expected_data_sizes(config: Config, data: "str | None") -> Config:
     """With the sizes of the data, whose values nobody looks at."""
     if not data:
         height, width, fields, static = 32, 64, 3, 1  # of the default record

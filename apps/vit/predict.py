@@ -38,10 +38,10 @@ from apps.vit.config import Config
 from apps.vit.data.dataset import expect_finite
 from apps.vit.data.samples import Samples
 from apps.vit.data.statistics import Statistics, expect_room, statistics
-from apps.vit.forecast import Forecaster, forecast, starts_of, steps_of
-from apps.vit.forecast_files import FORMATS, to_dataset, write_dataset
-from apps.vit.forecast_scores import Scored
-from apps.vit.open_data import STATISTICS, open_alike, open_record, parts_of, samples_of
+from apps.vit.forecast import Forecaster, forecast, initial_times, rollout_leads
+from apps.vit.forecast_files import FORMATS, forecast_dataset, write_dataset
+from apps.vit.forecast_scores import ForecastScores
+from apps.vit.open_data import STATISTICS, make_samples, open_record, open_same_record, split_record
 from ringx.launch import World
 from ringx.launch.mesh import Mesh, Shape
 
@@ -50,7 +50,7 @@ PARTS = ("test", "val", "train")
 
 
 @dataclass(frozen=True)
-class Job:
+class PredictOptions:
     """What the command line asks for."""
 
     checkpoint: str
@@ -71,11 +71,11 @@ class Job:
 # ---- a rank
 
 
-def work(world: World, job: Job) -> int:
-    """One rank's job; returns the process's exit status."""
+def work(world: World, options: PredictOptions) -> int:
+    """One rank's part of the command; returns the process's exit status."""
     ringx.launch.announce(world)
     try:
-        _work(world, job)
+        _work(world, options)
     except ValueError as e:  # of all ranks alike
         if world.rank == 0:
             print(f"{PROG}: error: {e}", file=sys.stderr, flush=True)
@@ -83,65 +83,65 @@ def work(world: World, job: Job) -> int:
     return 0
 
 
-def _work(world: World, job: Job) -> None:
-    out, chief = Path(job.out), world.rank == 0
-    path, about = find_checkpoint(job.checkpoint, job.step, world)
-    config = ringx.launch.decide(world, lambda: config_of(path, about))
+def _work(world: World, options: PredictOptions) -> None:
+    out, chief = Path(options.out), world.rank == 0
+    path, about = find_checkpoint(options.checkpoint, options.step, world)
+    config = ringx.launch.decide(world, lambda: checkpoint_config(path, about))
     first = config.data.lead_hours()[0]
-    leads = tuple(sorted({*config.data.lead_hours(), *steps_of(job.rollout, first)}))
-    if job.rollout and (between := [h for h in config.data.history_hours() if h % first]):
+    leads = tuple(sorted({*config.data.lead_hours(), *rollout_leads(options.rollout, first)}))
+    if options.rollout and (between := [h for h in config.data.history_hours() if h % first]):
         raise ValueError(
-            f"--rollout {job.rollout}: the model sees what was {between[0]} h before, and forecasts every {first} h."
+            f"--rollout {options.rollout}: the model sees what was {between[0]} h before, and forecasts every {first} h."
         )
 
     def prepare() -> tuple[Statistics, str]:
-        fields = open_record(job.data, config.data)
+        fields = open_record(options.data, config.data)
         if fields.identity != about["data"]:
             raise ValueError(
                 f"--data: {fields.source} is other data than {path} was trained on; name the same with --data."
             )
-        split = parts_of(fields, config.data)["train"]
+        split = split_record(fields, config.data)["train"]
         folder = path.parent.parent / STATISTICS
         hours = sorted({*leads, *config.data.hours()})
         made = statistics(
             fields, split, hours, cache=folder if os.access(folder, os.W_OK) else out / STATISTICS
         )
-        samples = samples_of(fields, config.data, made, job.part, "valid")
+        samples = make_samples(fields, config.data, made, options.part, "valid")
         expect_room(samples.split, max(samples.leads) // fields.step_hours, max(samples.leads))
-        kept_starts(samples, job)
+        saved_initial_times(samples, options)
         back = max(samples.history, default=0) // fields.step_hours
         for t in range(
-            min(starts_of(samples, lead)[0] for lead in leads) - back, samples.split.stop
+            min(initial_times(samples, lead)[0] for lead in leads) - back, samples.split.stop
         ):  # now, on all ranks alike
             expect_finite(fields, np.array([t]), fields.read([t]))
         return made, fields.identity
 
     made, identity = ringx.launch.decide(world, prepare)
-    fields = open_alike(job.data, config.data, identity, world)
-    samples = samples_of(fields, config.data, made, job.part, "valid")
+    fields = open_same_record(options.data, config.data, identity, world)
+    samples = make_samples(fields, config.data, made, options.part, "valid")
 
-    mesh = Mesh.make(Shape.fit(world.world_size, cp=job.cp, tp=1, dp=0), world.device.type)
+    mesh = Mesh.make(Shape.fit(world.world_size, cp=options.cp, tp=1, dp=0), world.device.type)
     config.expect_fits(mesh.shape)
     dtype = (
-        TORCH_DTYPES[job.dtype]
-        if job.dtype
+        TORCH_DTYPES[options.dtype]
+        if options.dtype
         else torch.promote_types(TORCH_DTYPES[config.train.dtype], torch.float32)
     )
     forecaster = Forecaster(config, CheckpointWeights(path), mesh, world.device, dtype)
-    t0s = np.unique(np.concatenate([starts_of(samples, lead) for lead in leads]))
-    saved = kept_starts(samples, job)
-    scored, mine_t0s = Scored(samples, leads), t0s[mesh.dp_rank :: mesh.shape.dp]
+    t0s = np.unique(np.concatenate([initial_times(samples, lead) for lead in leads]))
+    saved = saved_initial_times(samples, options)
+    scored, mine_t0s = ForecastScores(samples, leads), t0s[mesh.dp_rank :: mesh.shape.dp]
     if chief:
         print(
-            f"{path}, {len(t0s)} initial times for the {job.part} times\n{mesh.shape.describe()}",
+            f"{path}, {len(t0s)} initial times for the {options.part} times\n{mesh.shape.describe()}",
             flush=True,
         )
     kept, fault = {}, None
     with _bar(len(mine_t0s), chief) as tick:
         try:
             kept = forecast(
-                forecaster, samples, scored, mine_t0s, saved, batch=job.batch,
-                rollout=steps_of(job.rollout, samples.leads[0]), scores_here=mesh.cp_rank == 0, tick=tick,
+                forecaster, samples, scored, mine_t0s, saved, batch=options.batch,
+                rollout=rollout_leads(options.rollout, samples.leads[0]), scores_here=mesh.cp_rank == 0, tick=tick,
             )  # fmt: skip
         except (
             ValueError
@@ -157,7 +157,7 @@ def _work(world: World, job: Job) -> None:
                 scored.take(made_there[0])
                 kept |= made_there[1]
         _write(
-            job,
+            options,
             samples,
             scored,
             saved,
@@ -167,26 +167,28 @@ def _work(world: World, job: Job) -> None:
 
 
 def _write(
-    job: Job,
+    options: PredictOptions,
     samples: Samples,
-    scored: Scored,
+    scored: ForecastScores,
     saved: np.ndarray,
     kept: dict[int, np.ndarray],
     about: dict,
 ) -> None:
-    out = Path(job.out)
+    out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     ahead = np.stack([kept[int(t)] for t in saved])
-    path = write_dataset(to_dataset(samples, saved, ahead, about), out, job.format)
+    path = write_dataset(forecast_dataset(samples, saved, ahead, about), out, options.format)
     rows, spectra = scored.rows(), scored.spectrum_rows()
     scores.write_scores(out / "scores.csv", rows)
     print(scores.table([r for r in rows if r.lead_hours in samples.leads]))
-    if rolled := [r for r in rows if r.lead_hours in steps_of(job.rollout, samples.leads[0])]:
+    if rolled := [
+        r for r in rows if r.lead_hours in rollout_leads(options.rollout, samples.leads[0])
+    ]:
         print("Fed with its own forecasts:\n" + scores.table(rolled, "roll-out"))
     if spectra:
         scores.write_spectra(out / "spectra.csv", spectra)
-    drawn = job.maps
-    if job.maps:
+    drawn = options.maps
+    if options.maps:
         from apps.vit.maps import draw
 
         try:
@@ -245,7 +247,7 @@ def expect_checkpoint(path: Path) -> None:
         )
 
 
-def config_of(path: Path, about: Any) -> Config:
+def checkpoint_config(path: Path, about: Any) -> Config:
     """The configuration that a checkpoint was trained with."""
     try:
         return from_dict(Config, about["config"])
@@ -255,28 +257,28 @@ def config_of(path: Path, about: Any) -> Config:
         ) from None
 
 
-def kept_starts(samples: Samples, job: Job) -> np.ndarray:
+def saved_initial_times(samples: Samples, options: PredictOptions) -> np.ndarray:
     """Initial times whose fields are kept; ValueError for one that is asked for and cannot be had."""
-    there, times = starts_of(samples, max(samples.leads), inside=True), samples.fields.times
-    if not job.times:
-        return evenly(there, job.save)
+    there, times = initial_times(samples, max(samples.leads), inside=True), samples.fields.times
+    if not options.times:
+        return evenly_spaced(there, options.save)
     try:
         wanted = np.array(
-            [word.strip().removesuffix("Z") for word in job.times.split(",")], "datetime64[s]"
+            [word.strip().removesuffix("Z") for word in options.times.split(",")], "datetime64[s]"
         )
     except ValueError:
         raise ValueError(
-            f"--times {job.times}: they must be ISO times such as 2019-03-25T06, with commas between."
+            f"--times {options.times}: they must be ISO times such as 2019-03-25T06, with commas between."
         ) from None
     for time in wanted[~np.isin(wanted, times[there])]:
         raise ValueError(
-            f"--times: {time} is no initial time of the {job.part} times, which go from {times[there[0]]} to {times[there[-1]]} "
+            f"--times: {time} is no initial time of the {options.part} times, which go from {times[there[0]]} to {times[there[-1]]} "
             f"every {samples.fields.step_hours} h (the longest lead is still among them)."
         )
     return np.unique(np.searchsorted(times, wanted))
 
 
-def evenly(t0s: np.ndarray, n: int) -> np.ndarray:
+def evenly_spaced(t0s: np.ndarray, n: int) -> np.ndarray:
     """n of them, or all if there are fewer, spread evenly."""
     return t0s[np.unique(np.linspace(0, len(t0s) - 1, min(n, len(t0s))).round().astype(int))]
 
@@ -371,8 +373,8 @@ def parser() -> Parser:
     return p
 
 
-def configure(args: argparse.Namespace) -> Job:
-    """The job; ValueError for what can be known to be wrong before ranks start."""
+def configure(args: argparse.Namespace) -> PredictOptions:
+    """The options; ValueError for what can be known to be wrong before ranks start."""
     if args.times and args.save is not None:
         raise ValueError(f"--times {args.times} and --save {args.save}: give one.")
     for name in ("save", "batch"):
@@ -402,7 +404,7 @@ def configure(args: argparse.Namespace) -> Job:
             f"--out {args.out} is no folder and cannot be made: {e.strerror}."
         ) from None
     dtype = SHORT_DTYPES.get(args.dtype, args.dtype) if args.dtype else ""
-    return Job(
+    return PredictOptions(
         args.checkpoint,
         args.out,
         data,
@@ -423,10 +425,12 @@ def main(argv: "list[str] | None" = None) -> int:
     p = parser()
     args = p.parse_args(argv)
     try:
-        job = configure(args)
+        options = configure(args)
     except ValueError as e:
         p.error(str(e))
-    return max(ringx.launch.run(work, args.nproc, job, device=args.device, timeout=args.timeout))
+    return max(
+        ringx.launch.run(work, args.nproc, options, device=args.device, timeout=args.timeout)
+    )
 
 
 if __name__ == "__main__":

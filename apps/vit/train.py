@@ -44,13 +44,13 @@ from apps.vit.data.statistics import Statistics, statistics
 from apps.vit.flops import flops_per_token, parameters
 from apps.vit.open_data import (
     STATISTICS,
-    _fitted_without_reading,
     data_path,
-    fitted,
-    open_alike,
+    make_samples,
     open_record,
-    parts_of,
-    samples_of,
+    open_same_record,
+    split_record,
+    with_data_sizes,
+    with_expected_data_sizes,
 )
 from apps.vit.parallel import Attend, build
 from ringx.launch import World
@@ -79,7 +79,7 @@ def train(
     total, micro, _ = config.plan_batch(mesh.shape)
     mine = config.my_samples(mesh.shape, mesh.dp_rank)
     epoch = math.ceil(len(samples) / total)
-    cut = Cut(config, mesh, attend, engine.device, samples)
+    cut = BatchSharder(config, mesh, attend, engine.device, samples)
 
     def read(step: int) -> tuple[torch.Tensor, torch.Tensor]:
         return cut.read(samples, samples.rows(step, total, c.seed)[mine.start : mine.stop])
@@ -88,7 +88,7 @@ def train(
         return [cut(*piece) for piece in zip(*(x.split(micro) for x in data), strict=True)]
 
     def validate() -> dict[str, float]:
-        return {} if val is None else validated(val, config, mesh, engine, cut)
+        return {} if val is None else validation_metrics(val, config, mesh, engine, cut)
 
     def numbered(record: Record) -> None:
         on_step({**record, "epoch": (record["step"] + 1) / epoch})
@@ -100,7 +100,7 @@ def train(
     run_steps(c, engine, attend, work, first=first, on_step=numbered, before_step=before_step)
 
 
-class Cut:
+class BatchSharder:
     """This rank's tokens of samples."""
 
     def __init__(
@@ -128,13 +128,13 @@ class Cut:
         return self.tokens(inputs), self.places.to(self._device), self.tokens(target), self.weights
 
 
-def validated(
-    val: Samples, config: Config, mesh: Mesh, engine: Engine, cut: Cut
+def validation_metrics(
+    val: Samples, config: Config, mesh: Mesh, engine: Engine, cut: BatchSharder
 ) -> dict[str, float]:
     """val_loss, and the latitude-weighted root mean square error of each channel and lead in its own unit, over samples spread
     evenly over the validation times; on every rank."""
     _, micro, _ = config.plan_batch(mesh.shape)
-    chosen = chosen_starts(val, config)
+    chosen = validation_t0s(val, config)
     mine = chosen[mesh.dp_rank :: mesh.shape.dp]
     squares = torch.zeros(config.model.out_channels, dtype=torch.float64, device=engine.device)
     most = math.ceil(len(chosen) / mesh.shape.dp)  # all ranks must make as many passes
@@ -160,7 +160,7 @@ def validated(
     return {"val_loss": float(means.mean()), **of_each}
 
 
-def chosen_starts(val: Samples, config: Config) -> np.ndarray:
+def validation_t0s(val: Samples, config: Config) -> np.ndarray:
     """The initial times that validation takes, spread evenly: --val-batches times a global batch of them."""
     starts = val.starts(val.leads[0])
     most = min(len(starts), config.train.global_batch * config.train.val_batches)
@@ -189,19 +189,19 @@ class VitRun(TrainingRun):
             path = data_path(self.options.data)
             fields = open_record(path, c)
             made = statistics(
-                fields, parts_of(fields, c)["train"], c.hours(), cache=self.out / STATISTICS
+                fields, split_record(fields, c)["train"], c.hours(), cache=self.out / STATISTICS
             )
-            samples_of(fields, c, made, "train")
+            make_samples(fields, c, made, "train")
             if self.config.train.val_every or self.config.train.epochs:
-                samples_of(fields, c, made, "val")
+                make_samples(fields, c, made, "val")
             return path, made, fields.identity
 
         self.path, made, identity = ringx.launch.decide(self.world, prepare)
-        self.fields = open_alike(self.path, c, identity, self.world)
-        self.samples = samples_of(self.fields, c, made, "train")
+        self.fields = open_same_record(self.path, c, identity, self.world)
+        self.samples = make_samples(self.fields, c, made, "train")
         validates = self.config.train.val_every or self.config.train.epochs
-        self.val = samples_of(self.fields, c, made, "val") if validates else None
-        self.config = fitted(self.config, self.fields, self.samples)
+        self.val = make_samples(self.fields, c, made, "val") if validates else None
+        self.config = with_data_sizes(self.config, self.fields, self.samples)
         self.config.expect_fits(self.config.mesh.fit(self.world.world_size))
 
     def complete_config(self) -> None:
@@ -215,7 +215,7 @@ class VitRun(TrainingRun):
             val = self.val
 
             def expect_values() -> None:  # now, not at the first validation
-                for t0 in chosen_starts(val, self.config):
+                for t0 in validation_t0s(val, self.config):
                     val.get([t0])
 
             ringx.launch.decide(self.world, expect_values)
@@ -265,9 +265,9 @@ class VitRun(TrainingRun):
         return f"{self.config.train.global_batch} fields of {self.config.model.patches().tokens} tokens"
 
 
-def work(world: World, job: RunOptions) -> int:
-    """One rank's job; returns the process's exit status."""
-    return VitRun(world, job).main()
+def work(world: World, options: RunOptions) -> int:
+    """One rank's part of the command; returns the process's exit status."""
+    return VitRun(world, options).main()
 
 
 # ---- the command line
@@ -292,7 +292,7 @@ def parser() -> Parser:
 
 
 def configure(args: argparse.Namespace) -> tuple[RunOptions, Shape | None]:
-    """(the job, its mesh if it is known yet).  Everything that can be known to be wrong before ranks start raises ValueError or
+    """(the options, its mesh if it is known yet).  Everything that can be known to be wrong before ranks start raises ValueError or
     NotImplementedError here."""
     if args.preset and args.config:
         raise ValueError(
@@ -300,7 +300,7 @@ def configure(args: argparse.Namespace) -> tuple[RunOptions, Shape | None]:
         )
     if args.epochs and args.steps:
         raise ValueError(f"--epochs {args.epochs} and --steps {args.steps}: give one.")
-    config, shape = command.configure(args, base_of(args))
+    config, shape = command.configure(args, base_config(args))
     if args.steps:
         config = replace(config, train=replace(config.train, epochs=0))
     if config.train.epochs and args.val_every is not None:
@@ -308,10 +308,10 @@ def configure(args: argparse.Namespace) -> tuple[RunOptions, Shape | None]:
             f"--val-every {args.val_every}: a run of epochs is validated after each; leave it out, or give --steps."
         )
     out = args.out or args.resume or "vit_out"
-    job = RunOptions(
+    options = RunOptions(
         config,
         out,
-        args.data or data_of(args.resume),
+        args.data or resumed_data_path(args.resume),
         args.resume,
         None,
         args.tensorboard,
@@ -328,18 +328,18 @@ def configure(args: argparse.Namespace) -> tuple[RunOptions, Shape | None]:
                     f"{flag}: without --data an estimate is of {config.name}'s own channels; name the --data it is for."
                 )
         else:
-            config = _fitted_without_reading(config, args.data)
-            job = replace(job, config=config)
+            config = with_expected_data_sizes(config, args.data)
+            options = replace(options, config=config)
             if shape:
                 config.expect_fits(shape)
     else:
         command.expect_runnable(
-            job, args, heads=(m.heads, m.heads), head_dim=m.dim // m.heads, causal=False
+            options, args, heads=(m.heads, m.heads), head_dim=m.dim // m.heads, causal=False
         )
-    return job, shape
+    return options, shape
 
 
-def base_of(args: argparse.Namespace) -> Config:
+def base_config(args: argparse.Namespace) -> Config:
     """What the flags change: a preset, a YAML file, or the configuration of the run that is resumed."""
     if args.config:
         return load(args.config)
@@ -348,19 +348,19 @@ def base_of(args: argparse.Namespace) -> Config:
     return preset(args.preset or "tiny")
 
 
-def data_of(run: "str | None") -> "str | None":
+def resumed_data_path(run: "str | None") -> "str | None":
     """The files that a run has read; None if it has none yet."""
     return command.resumed_data(run).get("folder")
 
 
-def plan(config: Config, shape: Shape) -> Any:
-    from apps.vit.estimate import make_plan  # here: it imports torch's testing tools
+def estimate(config: Config, shape: Shape) -> Any:
+    from apps.vit.estimate import estimate_step  # here: it imports torch's testing tools
 
-    return make_plan(config, shape)
+    return estimate_step(config, shape)
 
 
 def main(argv: "list[str] | None" = None) -> int:
-    return command.main(parser(), argv, configure, plan, work)
+    return command.main(parser(), argv, configure, estimate, work)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ xr = pytest.importorskip("xarray")
 
 from apps.vit.data.dataset import open_fields  # noqa: E402
 from apps.vit.data.statistics import statistics  # noqa: E402
-from apps.vit.open_data import fitted, parts_of, samples_of  # noqa: E402
+from apps.vit.open_data import make_samples, split_record, with_data_sizes  # noqa: E402
 from apps.vit.train import main, train  # noqa: E402
 
 MODEL = ModelConfig(dim=16, layers=2, heads=4, ffn=24, patch=4)
@@ -61,12 +61,12 @@ class Opened:
         self.config, self.fields = DataConfig(**how), open_fields(folder / "a.nc")
         made = statistics(
             self.fields,
-            parts_of(self.fields, self.config)["train"],
+            split_record(self.fields, self.config)["train"],
             self.config.hours(),
             cache=None,
         )
         self.train, self.val = (
-            samples_of(self.fields, self.config, made, part) for part in ("train", "val")
+            make_samples(self.fields, self.config, made, part) for part in ("train", "val")
         )
 
 
@@ -97,7 +97,7 @@ def config(data, model=None, mesh=None, **changes) -> Config:
         replace(TRAIN, **changes),
         replace(MeshConfig(), **(mesh or {})),
     )
-    return fitted(c, data.fields, data.train)
+    return with_data_sizes(c, data.fields, data.train)
 
 
 def trained(shape: Shape, c: Config, data, **how):
@@ -440,7 +440,7 @@ def test_validation_equals_that_of_a_plain_vit_on_any_mesh(two_leads):
     assert sum(key.startswith("val_rmse/") for key in last) == 4
 
     fewer = replace(data.config, val_times="33/39", train_times="0/33", test_times="39/48")
-    odd = samples_of(data.fields, fewer, data.val.statistics, "val")
+    odd = make_samples(data.fields, fewer, data.val.statistics, "val")
     assert len(odd) == 3
     for val, want in ((data.val, one), (odd, alone(c, data, val=odd))):
         for rank in trained(Shape(2, 1, 2), c, data, val=val):

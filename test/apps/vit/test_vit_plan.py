@@ -22,10 +22,10 @@ from apps.common.config import MeshConfig
 from apps.vit import open_data, train
 from apps.vit.config import PRESETS, Config, ModelConfig, TrainConfig, preset
 from apps.vit.data import simulate
+from apps.vit.estimate import estimate_step
 from apps.vit.flops import flops_per_token, parameters
 from apps.vit.model import ViT
 from apps.vit.parallel import Attend, build
-from apps.vit.estimate import make_plan
 from apps.vit.train import configure, main, parser
 from ringx.launch.mesh import Mesh, Shape
 from ringx.measure.peak import Lifetimes
@@ -114,7 +114,7 @@ def measured(c: Config, shape: Shape) -> list[tuple[int, float, float]]:
 )
 def test_peak_and_bytes_of_attention_are_those_of_a_real_run(shape, model, changes):
     c = config(replace(MODEL, **model)).changed(changes)
-    real, plan = measured(c, shape)[0], make_plan(c, shape)
+    real, plan = measured(c, shape)[0], estimate_step(c, shape)
     assert plan.memory.peak == pytest.approx(real[0], rel=0.03)
     sent = [
         sum(plan.sent.get(f"attention {direction}", {}).values())
@@ -131,7 +131,7 @@ def test_bytes_equal_closed_forms(algorithm):
         Shape(4, 1, 2),
         config(model, algorithm=algorithm, checkpointing="selective", global_batch=4),
     )
-    plans = [make_plan(c, shape, rank) for rank in range(4)]
+    plans = [estimate_step(c, shape, rank) for rank in range(4)]
     form = ringx.algorithms()[algorithm].bytes(2, 512, 4, 4, 32, 4, 4, False, "contiguous")
     for direction, want in zip(("forward", "backward"), form, strict=True):
         got = [sum(p.sent[f"attention {direction}"].values()) for p in plans]
@@ -148,7 +148,7 @@ def test_bytes_equal_closed_forms(algorithm):
 @pytest.mark.parametrize("dtype, size", [("float32", 4), ("bfloat16", 2)])
 @pytest.mark.parametrize("engine", ["fsdp", "ddp"])
 def test_what_is_kept_equals_closed_forms(engine, dtype, size):
-    plan = make_plan(config(mesh={"dp_engine": engine}, dtype=dtype), Shape(2, 1, 2))
+    plan = estimate_step(config(mesh={"dp_engine": engine}, dtype=dtype), Shape(2, 1, 2))
     number = parameters(MODEL).total / (4 if engine == "fsdp" else 1)
     tensors = 2 + 1 + MODEL.layers * 16 + 2 + 2
     assert plan.memory.parameters == plan.memory.gradients == 4 * number
@@ -159,7 +159,7 @@ def test_what_is_kept_equals_closed_forms(engine, dtype, size):
 
 
 def test_passes_are_multiplied():
-    once, many = (make_plan(config(global_batch=n, micro_batch=2), Shape(2)) for n in (2, 10))
+    once, many = (estimate_step(config(global_batch=n, micro_batch=2), Shape(2)) for n in (2, 10))
     assert (once.passes, many.passes) == (1, 5) and many.flops_full == pytest.approx(
         5 * once.flops_full
     )
@@ -173,11 +173,11 @@ def test_refused():
         ValueError,
         match="dp_engine=zero2: memory and bytes of DeepSpeed's engines cannot be estimated",
     ):
-        make_plan(config(mesh={"dp_engine": "zero2"}), Shape(2))
+        estimate_step(config(mesh={"dp_engine": "zero2"}), Shape(2))
     with pytest.raises(ValueError, match="tp=3 does not divide heads=4"):
-        make_plan(config(), Shape(1, 3))
+        estimate_step(config(), Shape(1, 3))
     with pytest.raises(ValueError, match="cp=513 is more than the 512 tokens"):
-        make_plan(config(), Shape(513))
+        estimate_step(config(), Shape(513))
     assert not dist.is_initialized()
 
 
@@ -251,7 +251,7 @@ def test_flops_are_those_that_torch_counts(changes):
 
 
 def test_flops_of_a_step_are_shared_by_the_ranks():
-    plan = make_plan(config(global_batch=4), Shape(2, 1, 2))
+    plan = estimate_step(config(global_batch=4), Shape(2, 1, 2))
     assert (
         plan.tokens == 4 * 512
         and plan.flops_full == plan.flops_causal == flops_per_token(MODEL).full * 4 * 512 / 4
@@ -323,10 +323,12 @@ def test_a_file_gives_its_sizes_and_is_not_read(times, year, tmp_path, monkeypat
     c = planned(*flags)
     opened = open_data.open_record(flags[1], c.data)
     made = train.statistics(
-        opened, open_data.parts_of(opened, c.data)["train"], c.data.hours(), cache=None
+        opened, open_data.split_record(opened, c.data)["train"], c.data.hours(), cache=None
     )
     assert (
-        open_data.fitted(c, opened, open_data.samples_of(opened, c.data, made, "train")).model
+        open_data.with_data_sizes(
+            c, opened, open_data.make_samples(opened, c.data, made, "train")
+        ).model
         == c.model
     )
 
@@ -359,7 +361,7 @@ def test_a_large_plan_in_numbers():
     """Two of its layers."""
     c = preset("2.6b-p2")
     c = replace(c, model=replace(c.model, layers=2))
-    plan = make_plan(c, c.mesh.fit(8))
+    plan = estimate_step(c, c.mesh.fit(8))
     assert (
         plan.tokens == 64_800 and plan.layers == 2 and plan.parameters == parameters(c.model).total
     )
