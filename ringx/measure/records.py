@@ -31,11 +31,12 @@ import math
 import os
 import statistics
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import files
+from ..comm.collectives import COLLECTIVES
 
 SCHEMA = 2
 DERIVED = ("machine.json", "environment.json")  # files beside records that are made from them
@@ -154,6 +155,9 @@ SIZE: dict[
         "bytes that left the hosts / what an optimal implementation would send",
     ),
 }
+# Every table of attention has a column of the bytes sent by each of these, 0 where a record sent none; others have one where
+# some record did.
+ALWAYS_A_COLUMN = ("broadcast", "reduce", "all_reduce", "all_gather", "all_to_all")
 STATS = ("median", "min", "q1", "q3", "raw")  # raw: one value per repetition, in order
 
 
@@ -260,6 +264,17 @@ def _sizes(record):
 
 def _positive(x: object) -> bool:
     return isinstance(x, _number) and not isinstance(x, bool) and math.isfinite(x) and x > 0
+
+
+def collectives_sent(found: Iterable[dict[str, Any]]) -> list[str]:
+    """The names of the collectives that have a column in a table of these records of attention: ALWAYS_A_COLUMN, and whatever
+    else a record sent bytes by.  In the order of ``comm.collectives``, others behind."""
+    sent: set[str] = set()
+    for record in found:
+        for direction in ("forward", "backward"):
+            sent.update(record["bytes"][direction]["collectives"])
+    known = [name for name in COLLECTIVES if name in sent or name in ALWAYS_A_COLUMN]
+    return known + sorted(sent - COLLECTIVES.keys())
 
 
 # ---- files

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import files
+from ..comm.collectives import COLLECTIVES
 from ..measure import machine, records
 
 TABLES = {"attention": "attention", "collective": "collectives"}  # kind -> name of its table
@@ -57,9 +58,15 @@ def main(args: argparse.Namespace) -> int:
     out = args.out or args.folders[0]
     records.expect_room(out, 2**16 + 2**12 * len(found))
     collectives = [r for _, r in found if r["kind"] == "collective"]
+    names = records.collectives_sent([r for _, r in found if r["kind"] == "attention"])
     fits = machine.of(collectives)["fits"]
     for kind, name in TABLES.items():
-        rows = [row for path, r in found if r["kind"] == kind for row in rows_of(r, path, fits)]
+        rows = [
+            row
+            for path, r in found
+            if r["kind"] == kind
+            for row in rows_of(r, path, fits, collectives=names)
+        ]
         if rows:
             frame = pandas.DataFrame(rows)
             frame.to_parquet(out / f"{name}.parquet", index=False)
@@ -114,11 +121,15 @@ def gather(folders: Sequence[Path]) -> tuple[list[tuple[Path, dict[str, Any]]], 
 
 
 def rows_of(
-    r: dict[str, Any], path: Path | None = None, fits: Sequence[dict[str, Any]] = ()
+    r: dict[str, Any],
+    path: Path | None = None,
+    fits: Sequence[dict[str, Any]] = (),
+    collectives: Sequence[str] | None = None,
 ) -> list[Row]:
-    """The rows of a record, flat, with where they come from, and what `fits` of the collectives make of its bytes."""
+    """The rows of a record, flat, with where they come from, and what `fits` of the collectives make of its bytes.  `collectives`:
+    those that have a column in the rows of attention (default: ``records.collectives_sent`` of this record)."""
     if r["kind"] == "attention":
-        return [{**attention(r), **expected(r, fits), **origin(r, path)}]
+        return [{**attention(r, collectives), **expected(r, fits), **origin(r, path)}]
     fit = machine.fit_of(r)
     head = {
         **r["case"],
@@ -142,8 +153,10 @@ def _written(labels: dict[str, str]) -> str:
     return " ".join(f"{k}={v}" for k, v in sorted(labels.items()))
 
 
-def attention(r: dict[str, Any]) -> Row:
+def attention(r: dict[str, Any], collectives: Sequence[str] | None = None) -> Row:
     """What a record of attention says, in one flat row."""
+    if collectives is None:
+        collectives = records.collectives_sent([r])
     case, seconds, baseline = r["case"], r["seconds"], r["baseline"]
     row: Row = {k: case[k] for k in ("algorithm", "layout", "overlap", "mask", "world", "seqlen")}
     row |= {
@@ -185,7 +198,7 @@ def attention(r: dict[str, Any]) -> Row:
             f"{direction}_bytes": sent["counted"],
             f"{direction}_bytes_closed_form": sent["closed_form"],
         }
-    for name in ("broadcast", "reduce", "all_reduce", "all_gather", "all_to_all"):
+    for name in collectives:
         row |= {
             f"{name}_bytes": sum(
                 r["bytes"][d]["collectives"].get(name, 0) for d in ("forward", "backward")
@@ -208,7 +221,9 @@ def expected(r: dict[str, Any], fits: Sequence[dict[str, Any]]) -> Row:
         try:
             parts = [
                 of(
-                    machine.find(fits, kind, r["case"]["world"], r["labels"]),
+                    machine.find(
+                        fits, COLLECTIVES[kind].benchmark_name, r["case"]["world"], r["labels"]
+                    ),
                     n,
                     sent["messages"][kind],
                 )

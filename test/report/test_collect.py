@@ -110,6 +110,50 @@ def test_a_table_draws_what_its_records_draw(folders, tmp_path, kind, capsys):
                 )
 
 
+def with_collective(record, name, sent=7.0, messages=1):
+    """The record, in which the ranks also sent so many bytes by the collective `name`, forward."""
+    forward = record["bytes"]["forward"]
+    forward["collectives"][name] = sent
+    forward["messages"][name] = messages
+    forward["counted"] += sent
+    return record
+
+
+@pytest.mark.parametrize("name", ["send_recv", "not_in_the_table"])
+def test_a_collective_that_only_some_records_name_has_a_column(tmp_path, name):
+    put(tmp_path, invented.attention(world=2))
+    put(tmp_path, with_collective(invented.attention(world=4), name))
+    assert cli.main(["collect", str(tmp_path)]) == 0
+    rows = collect.read_table(tmp_path / "attention.csv")
+    assert [r[f"{name}_bytes"] for r in sorted(rows, key=lambda r: r["world"])] == [0, 7]
+    of_collectives = [c for c in rows[0] if c.endswith("_bytes") and c[:5] not in ("wire_", "peak_")]
+    for r in rows:
+        assert sum(r[c] for c in of_collectives[2:]) == r["forward_bytes"] + r["backward_bytes"]
+
+
+def test_a_collective_that_no_record_names_adds_no_column(tmp_path):
+    put(tmp_path, invented.attention())
+    assert cli.main(["collect", str(tmp_path)]) == 0
+    (row,) = collect.read_table(tmp_path / "attention.csv")
+    assert [c for c in row if c.endswith("_bytes")] == [
+        "forward_bytes", "backward_bytes", "broadcast_bytes", "reduce_bytes", "all_reduce_bytes",
+        "all_gather_bytes", "all_to_all_bytes", "wire_bytes", "peak_bytes", "wire_expected_bytes",
+    ]  # fmt: skip
+
+
+def test_what_is_expected_of_send_recv_follows_from_its_benchmark(tmp_path):
+    """The benchmark of send_recv is called ring."""
+    put(tmp_path, with_collective(invented.attention(world=2), "send_recv", sent=1000.0, messages=4))
+    put(tmp_path, invented.collective("ring", world=2, alpha=1e-3, beta=1e-6, factor=1.25))
+    put(tmp_path, invented.collective("all_gather", world=2, alpha=1e-3, beta=1e-6, factor=1.25))
+    assert cli.main(["collect", str(tmp_path)]) == 0
+    (row,) = collect.read_table(tmp_path / "attention.csv")
+    gathered = row["all_gather_bytes"]
+    assert row["wire_expected_bytes"] == pytest.approx(1.25 * (gathered + 1000))
+    seconds = (4 + 4) * 1e-3 + (1000 + gathered / 0.5) * 1e-6
+    assert row["unhidden_s"] == pytest.approx(seconds)
+
+
 def test_nothing_to_collect(tmp_path, capsys):
     assert cli.main(["collect", str(tmp_path)]) == 2
     assert "no valid record" in capsys.readouterr().err
