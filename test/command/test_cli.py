@@ -47,6 +47,7 @@ def test_verify_on_two_processes(tmp_path, capfd):
     assert max(map(len, said.splitlines())) <= 100
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("spoil", "missed"),
     [
@@ -65,6 +66,7 @@ def test_verify_finds_faults(spoil, missed, monkeypatch, capsys):
     verify._expected.cache_clear()
 
 
+@pytest.mark.fast
 def test_errors_that_grow_with_the_ranks_are_missed():
     """bf16 errors within the limit, but more than twice the kernel's own, are misses too."""
     result = {
@@ -78,6 +80,7 @@ def test_errors_that_grow_with_the_ranks_are_missed():
     )
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -109,6 +112,7 @@ def test_mistakes_are_explained_without_a_traceback(argv, message, capsys, tmp_p
     assert "Traceback" not in said.err
 
 
+@pytest.mark.fast
 def test_info_says_why_not(capsys):
     assert cli.main(["info", "--head-dim", "64,40"]) == 0
     said = capsys.readouterr().out
@@ -132,6 +136,7 @@ def test_as_a_module_and_version():
     )
 
 
+@pytest.mark.fast
 def test_demo(tmp_path, capsys, monkeypatch):
     """What it asks for and says, with its commands stood in for; `make demo` (in CI) runs them."""
     out, asked, status = tmp_path / "a folder", [], {"bench": 0}

@@ -30,6 +30,7 @@ def visible(m, n, lo, hi):
     return (ahead >= (-m if lo is None else lo)) & (ahead <= (n if hi is None else hi))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("kind", ["top-left", "bottom-right", "square", "any"])
 def test_cut_leaves_exactly_the_band_in_pieces_the_kernel_can_do(kind):
     q0, k0 = 3, 5
@@ -51,6 +52,7 @@ def test_cut_leaves_exactly_the_band_in_pieces_the_kernel_can_do(kind):
             assert count.sum() == tile.area
 
 
+@pytest.mark.fast
 def test_cut_refuses_a_lower_bound_for_kernels_without_windows():
     with pytest.raises(NotImplementedError, match="reference"):
         cut(Tile(slice(0, 4), slice(0, 4), -2, 0), "square")
@@ -128,6 +130,7 @@ def assert_close(got, want, bound):
         assert relative(got[name], want[name]) < bound, name
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", ["reference", "cpu"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
 @pytest.mark.parametrize(
@@ -141,6 +144,7 @@ def test_a_single_call_equals_the_definition(name, heads, dtype, bound, D):
         assert_close(got, masked(q, k, v, dout, visible(37, 37, None, hi), 0.2), bound)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("band", [(None, 3), (-4, None), (-4, 2), (0, 1), (None, -3), (2, 9)])
 def test_reference_does_every_band_and_rows_without_keys(band):
     q, k, v, dout = inputs(12, 15)
@@ -155,6 +159,7 @@ def test_reference_does_every_band_and_rows_without_keys(band):
     assert_close(got, want, 1e-12)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous", "striped"])
 def test_pieces_of_a_rank_add_up(causal, layout):
@@ -166,6 +171,7 @@ def test_pieces_of_a_rank_add_up(causal, layout):
         )
 
 
+@pytest.mark.fast
 def test_reference_is_the_oracle_of_the_other_tests():
     p = problem(19)
     out, lse = reference.fwd(*p[:3], band=(None, 0), scale=16**-0.5)
@@ -190,6 +196,7 @@ def stand_in(what):
 OPERATORS = ["sdpa_flash", "sdpa_efficient", "sdpa_cudnn:3", "sdpa_cudnn:4"]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("what", [*standins.PACKAGES, *OPERATORS])
 @pytest.mark.parametrize("causal", [True, False])
 def test_calls_of_a_stand_in(what, causal):
@@ -206,6 +213,7 @@ def test_calls_of_a_stand_in(what, causal):
             )
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("what", [*standins.PACKAGES, "sdpa_flash", "sdpa_efficient"])
 def test_determinism_is_asked_for_and_the_switch_put_back(what):
     q, k, v, dout = inputs(8, 8)
@@ -224,6 +232,7 @@ def test_determinism_is_asked_for_and_the_switch_put_back(what):
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.fast
 def test_cudnn_does_a_single_key_by_the_definition():
     q, k, v, dout = inputs(5, 4)
     with standins.aten_operators():  # which refuses a single key
@@ -233,6 +242,7 @@ def test_cudnn_does_a_single_key_by_the_definition():
     assert_close(got, masked(q, k, v, dout, torch.ones(5, 4, dtype=torch.bool), 1.0), 1e-12)
 
 
+@pytest.mark.fast
 def test_an_algorithm_through_a_stand_in(monkeypatch):
     monkeypatch.setattr(load("flash2"), "unsupported_reason", lambda need: None)
     p = problem(24)
@@ -251,6 +261,7 @@ def test_an_algorithm_through_a_stand_in(monkeypatch):
         assert_close(got, {name: want[name] for name in got}, 1e-10)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", ["sdpa_flash", "sdpa_efficient", "sdpa_cudnn"])
 def test_shapes_that_pytorch_itself_expects_of_its_cuda_operators(name, monkeypatch):
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -277,6 +288,7 @@ def test_shapes_that_pytorch_itself_expects_of_its_cuda_operators(name, monkeypa
 # ---- flex
 
 
+@pytest.mark.fast
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("band", [(None, None), (None, 0), (-140, 7), (None, -3)])
 def test_flex_forward_on_cpu(band):
@@ -290,6 +302,7 @@ def test_flex_forward_on_cpu(band):
         assert relative(lse[~blind], want_lse[~blind]) < 1e-6 and lse.dtype == want_lse.dtype
 
 
+@pytest.mark.fast
 def test_flex_blocks_cover_the_band():
     for m, n, band in (
         (1, 1, (0, 0)),
@@ -303,6 +316,7 @@ def test_flex_blocks_cover_the_band():
             assert bool(blocks[i, j]) == bool(there.any())
 
 
+@pytest.mark.fast
 def test_flex_backward_algebra(monkeypatch):
     """With a differentiable stand-in, since flex has no backward on CPU."""
 
@@ -330,6 +344,7 @@ def test_flex_backward_algebra(monkeypatch):
         )
 
 
+@pytest.mark.fast
 def test_flex_refuses_to_train_on_cpu():
     assert "inference" in flex.unsupported_reason(KernelRequest(CPU, torch.float32, 64))
     assert flex.unsupported_reason(KernelRequest(CPU, torch.float32, 64, grad=False)) is None
@@ -369,11 +384,13 @@ def need(**changes):
 ABSENT = set(KERNELS) - {"cpu", "reference", "flex"}
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", sorted(ABSENT))
 def test_gpu_kernels_say_that_these_tensors_are_on_the_cpu(name):
     assert "on GPUs" in kernels.unsupported_reason(name, need(device=CPU))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("name", "found", "changes", "reason"),
     [
@@ -400,6 +417,7 @@ def test_reasons_on_nvidia(machine, name, found, changes, reason):
     assert reason in kernels.unsupported_reason(name, need(**changes))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("name", "changes", "reason"),
     [
@@ -415,6 +433,7 @@ def test_reasons_on_rocm(machine, name, changes, reason):
     assert reason in kernels.unsupported_reason(name, need(**changes))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("name", "found"), [("flash2", (9, 0)), ("flash3", (9, 0)), ("flash4", (9, 0)), ("aiter", None)]
 )
@@ -424,6 +443,7 @@ def test_a_package_that_is_not_installed(machine, monkeypatch, name, found):
     assert "not installed" in kernels.unsupported_reason(name, need())
 
 
+@pytest.mark.fast
 def test_a_package_version_that_we_do_not_know_is_refused(machine, monkeypatch):
     machine((9, 0))
     odd = standins._modules("flash_attn.flash_attn_interface")["flash_attn.flash_attn_interface"]
@@ -441,6 +461,7 @@ def test_a_package_version_that_we_do_not_know_is_refused(machine, monkeypatch):
         load("flash2").fwd(x, x, x, band=(None, None), scale=1.0)
 
 
+@pytest.mark.fast
 def test_auto_on_cpu_takes_the_cpu_kernel():
     for grad, dtype in itertools.product(
         (True, False), (torch.float64, torch.float32, torch.bfloat16)
@@ -448,6 +469,7 @@ def test_auto_on_cpu_takes_the_cpu_kernel():
         assert kernels.choose("auto", KernelRequest(CPU, dtype, 40, grad=grad)) == "cpu"
 
 
+@pytest.mark.fast
 def test_auto_takes_the_first_of_the_table_that_can(machine, monkeypatch):
     packages = ("flash-attn 4", "flash-attn 3", "flash-attn 2.8", "aiter")
     with standins.installed(*packages):
@@ -466,6 +488,7 @@ def test_auto_takes_the_first_of_the_table_that_can(machine, monkeypatch):
     assert kernels.choose("auto", need(head_dim=300)) == "sdpa_efficient"
 
 
+@pytest.mark.fast
 def test_a_named_kernel_that_cannot_raises_with_its_reason():
     with pytest.raises(
         NotImplementedError, match=r"kernel='flash2' cannot do this: it runs on GPUs.*ringx info"
@@ -473,11 +496,13 @@ def test_a_named_kernel_that_cannot_raises_with_its_reason():
         kernels.choose("flash2", KernelRequest(CPU, torch.float32, 64))
 
 
+@pytest.mark.fast
 def test_an_unknown_kernel_raises_with_the_nearest_name():
     with pytest.raises(ValueError, match=r"'sdpa_flsh' is unknown\. Did you mean 'sdpa_flash'"):
         kernels.choose("sdpa_flsh", KernelRequest(CPU, torch.float32, 64))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", ["reference", "cpu"])
 def test_a_second_run_is_bitwise_the_same(name):
     pieces, seen = one_rank(True)
@@ -486,6 +511,7 @@ def test_a_second_run_is_bitwise_the_same(name):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.fast
 def test_every_kernel_of_the_table_keeps_the_protocol():
     for name in KERNELS:
         kernel = load(name)
@@ -530,6 +556,7 @@ def test_gpu_check_runs_on_cpu(check, tmp_path, capsys):
     assert max(len(line) for line in capsys.readouterr().out.splitlines()) <= 100
 
 
+@pytest.mark.fast
 def test_gpu_check_finds_a_wrong_gradient_and_a_kernel_that_fails(check, monkeypatch):
     report = {"kernels": {}, "misses": []}
     args = check._arguments(["--device", "cpu", "--quick"])

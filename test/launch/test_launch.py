@@ -23,6 +23,7 @@ from programs import ranks_do
 import ringx
 from ringx import launch
 from ringx.launch import environ
+from ringx.launch.placement import Placement
 
 LAUNCHERS = (
     "SLURM",
@@ -522,8 +523,8 @@ def world_of(world, local_world, device, launcher="srun"):
 
 @pytest.mark.fast
 def test_one_visible_gpu_per_rank_is_said():
-    everyone = [(f"n{r // 2 + 1}", "cuda:0", 1, str(r % 2)) for r in range(4)]
-    says = launch.described(world_of(4, 2, "cuda"), everyone)[1:]
+    everyone = [Placement(f"n{r // 2 + 1}", "cuda:0", 1, str(r % 2)) for r in range(4)]
+    says = launch.describe_placement(world_of(4, 2, "cuda"), everyone)[1:]
     assert says[0] == "each rank sees one GPU, the one it computes on"
     assert says[1:] == [
         "  n1  0: cuda:0 of 0, 1: cuda:0 of 1",
@@ -533,8 +534,8 @@ def test_one_visible_gpu_per_rank_is_said():
 
 @pytest.mark.fast
 def test_all_gpus_visible_is_said():
-    everyone = [("n1", f"cuda:{r}", 4, "0,1,2,3") for r in range(4)]
-    head, says, ranks = launch.described(world_of(4, 4, "cuda"), everyone)
+    everyone = [Placement("n1", f"cuda:{r}", 4, "0,1,2,3") for r in range(4)]
+    head, says, ranks = launch.describe_placement(world_of(4, 4, "cuda"), everyone)
     assert head.startswith("4 ranks on 1 host, started by srun") and says == (
         "each rank sees all 4 GPUs of its host and computes on that of its local rank"
     )
@@ -543,11 +544,11 @@ def test_all_gpus_visible_is_said():
 
 @pytest.mark.fast
 def test_thousands_of_hosts_are_not_all_listed():
-    everyone = [(f"n{r}", "cpu", 0, None) for r in range(4096)]
-    lines = launch.described(world_of(4096, 1, "cpu"), everyone)
+    everyone = [Placement(f"n{r}", "cpu", 0, None) for r in range(4096)]
+    lines = launch.describe_placement(world_of(4096, 1, "cpu"), everyone)
     assert (
-        lines[-1] == f"  and {4096 - launch.ANNOUNCED} hosts more"
-        and len(lines) == launch.ANNOUNCED + 2
+        lines[-1] == f"  and {4096 - launch.MAX_LISTED_HOSTS} hosts more"
+        and len(lines) == launch.MAX_LISTED_HOSTS + 2
     )
 
 

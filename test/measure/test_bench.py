@@ -61,6 +61,7 @@ def record(tmp_path):
 # ---- the numbers
 
 
+@pytest.mark.fast
 def test_the_slowest_rank_of_each_repetition_counts():
     got = bench_attention.slowest(
         [[(1.0, 3.0), (2.0, 9.0), (1.0, 4.0)], [(2.0, 4.0), (1.0, 5.0), (3.0, 5.0)]]
@@ -71,6 +72,7 @@ def test_the_slowest_rank_of_each_repetition_counts():
     assert got["total"]["median"] == 5.0 and got["total"]["min"] == 4.0
 
 
+@pytest.mark.fast
 def test_median_and_quartiles():
     got = records.stats([5.0, 1.0, 3.0, 2.0, 4.0])
     assert (got["min"], got["q1"], got["median"], got["q3"]) == (1.0, 2.0, 3.0, 4.0)
@@ -85,6 +87,7 @@ def case(**changes):
     return replace(made, **changes)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous", "striped"])
 @pytest.mark.parametrize("mask", ["causal", "full"])
 def test_flops_are_those_of_the_pairs_that_the_ranks_compute(layout, mask):
@@ -103,6 +106,7 @@ def seconds(forward, total):
     return bench_attention.slowest([[(forward, total)] * 7])
 
 
+@pytest.mark.fast
 def test_derived_numbers():
     against = {"kernel": "cpu", "workers": 2, "seconds": seconds(1.0, 4.0), "missing": None}
     got = bench_attention.derived(case(world=4), seconds(0.5, 2.5), 4, against)
@@ -120,6 +124,7 @@ def test_derived_numbers():
     )
 
 
+@pytest.mark.fast
 def test_peak_memory_of_known_tensors():
     before = torch.ones(1000)
 
@@ -138,6 +143,7 @@ def test_peak_memory_of_known_tensors():
 # ---- records
 
 
+@pytest.mark.fast
 def test_a_record_survives_the_file(record, tmp_path):
     new = tmp_path / "new"
     new.mkdir()
@@ -146,6 +152,7 @@ def test_a_record_survives_the_file(record, tmp_path):
     assert [p.name for p in new.iterdir()] == [path.name]  # nothing left aside
 
 
+@pytest.mark.fast
 def test_a_late_write_changes_nothing(record, tmp_path):
     """A rank that lost its job to a restart may still come to the end of a case that the restarted job has measured."""
     path = records.path_of(tmp_path, record["id"])
@@ -155,6 +162,7 @@ def test_a_late_write_changes_nothing(record, tmp_path):
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
+@pytest.mark.fast
 def test_records_of_schema_1_are_read(record, tmp_path):
     old = json.loads(json.dumps(record))
     for key in ("labels", "wire", "wire_missing"):
@@ -191,6 +199,7 @@ def edits():
     yield "bytes.forward.counted", lambda r: r["bytes"]["forward"].pop("counted")
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(("says", "edit"), list(edits()))
 def test_a_broken_record_is_refused(record, tmp_path, says, edit):
     edit(record)
@@ -203,6 +212,7 @@ def test_a_broken_record_is_refused(record, tmp_path, says, edit):
     assert path.name in str(e.value)
 
 
+@pytest.mark.fast
 def test_read_all_names_every_broken_file(record, tmp_path):
     good = next(tmp_path.glob("*.json"))
     (tmp_path / "half.json").write_text(good.read_text()[:500])
@@ -271,6 +281,7 @@ def test_every_case_gives_a_valid_record(tmp_path, capsys):
     assert printed.count("ringx4") == 2 * 16
 
 
+@pytest.mark.fast
 def test_weak_scaling_and_no_baseline(tmp_path):
     args = options(tmp_path, "--nproc", "1,2", "--algorithms", "ringx4", "--no-baseline")
     args.seqlens, args.seqlens_per_rank = None, "32"
@@ -280,6 +291,7 @@ def test_weak_scaling_and_no_baseline(tmp_path):
     assert all(r["baseline"] is None and r["efficiency_percent"] is None for r in found)
 
 
+@pytest.mark.fast
 def test_where_the_baseline_does_not_fit_the_algorithms_are_measured_still(tmp_path, monkeypatch):
     def full(self):
         raise RuntimeError(
@@ -315,6 +327,7 @@ def test_resume_measures_only_what_is_missing_or_broken(tmp_path, capsys, monkey
         bench_attention.main(options(tmp_path, "--resume", "--reps", "3"))
 
 
+@pytest.mark.fast
 def test_an_interruption_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
     measured, real = [], bench_attention.measure_size
 
@@ -349,7 +362,7 @@ def test_ctrl_c_on_real_processes(tmp_path):
         "cpu",
         *SMALL,
     ]
-    command += ["--algorithms", "ringx3", "--seqlens", "64,4096", "--reps", "50"]
+    command += ["--algorithms", "ringx3", "--seqlens", "64,4096", "--reps", "10"]
     root = ROOT
     process = subprocess.Popen(
         command,
@@ -370,13 +383,14 @@ def test_ctrl_c_on_real_processes(tmp_path):
     (r,) = records.read_all(tmp_path)[0]
     assert (
         r["launch"]["launcher"] == "ringx"
-        and r["case"]["reps"] == len(r["seconds"]["total"]["raw"]) == 50
+        and r["case"]["reps"] == len(r["seconds"]["total"]["raw"]) == 10
     )
 
 
 # ---- refusals
 
 
+@pytest.mark.fast
 def test_all_unknown_names_at_once(tmp_path):
     argv = (
         "--algorithms",
@@ -411,6 +425,7 @@ def test_all_unknown_names_at_once(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.fast
 def test_all_impossible_cases_at_once(tmp_path):
     with pytest.raises(ValueError) as e:
         bench_attention.main(
@@ -440,6 +455,7 @@ def test_all_impossible_cases_at_once(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.fast
 def test_only_the_launchers_number_of_ranks(tmp_path):
     with pytest.raises(ValueError, match="--nproc 2: the launcher started 4 ranks"):
         bench_attention.plan(options(tmp_path, "--nproc", "2,4"), launched=4)
@@ -448,6 +464,7 @@ def test_only_the_launchers_number_of_ranks(tmp_path):
     assert {c.world for c in bench_attention.plan(args, launched=4)} == {4}
 
 
+@pytest.mark.fast
 def test_a_folder_that_cannot_hold_records(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):

@@ -46,6 +46,7 @@ def on_threads(monkeypatch):
 # ---- what is measured
 
 
+@pytest.mark.fast
 def test_every_row_of_the_table_of_collectives_is_measured():
     assert bench_collectives.PREPARATIONS.keys() == BENCHMARKS.keys()
 
@@ -81,6 +82,7 @@ def test_each_collective_against_its_definition(name, world):
         assert torch.equal(got, defined) and torch.equal(want, defined)
 
 
+@pytest.mark.fast
 def test_wrong_elements_are_counted(on_threads, tmp_path, monkeypatch, capsys):
     """A broadcast that delivers one element wrong on every rank."""
     real = dist.broadcast
@@ -96,6 +98,7 @@ def test_wrong_elements_are_counted(on_threads, tmp_path, monkeypatch, capsys):
     assert [s["wrong"] for s in r["sizes"]] == [2, 2]
 
 
+@pytest.mark.fast
 def test_bandwidths_are_those_of_nccl_tests():
     """doc/PERFORMANCE.md of nccl-tests: the factors from algbw to busbw."""
     n = 8
@@ -104,6 +107,7 @@ def test_bandwidths_are_those_of_nccl_tests():
     assert bus == {"broadcast": 1, "reduce": 1, "ring": 1, "all_reduce": 2 * 7 / 8} | of_parts
 
 
+@pytest.mark.fast
 def test_sizes():
     assert bench_collectives.sizes_of(1024, 2**20, 4, 8) == [4**k for k in range(5, 11)]
     assert bench_collectives.sizes_of(1000, 1000, 2, 3) == [
@@ -120,6 +124,7 @@ def test_sizes():
 # ---- records
 
 
+@pytest.mark.fast
 def test_records_table_and_machine_file(on_threads, tmp_path, capsys):
     assert bench_collectives.main(options(tmp_path, "--label", "net=x")) == 0
     said = capsys.readouterr().out
@@ -189,6 +194,7 @@ def test_time_and_memory_bound_the_sizes(on_threads, tmp_path, monkeypatch):
     )  # 4 x 16 KiB x 2 ranks is more than half
 
 
+@pytest.mark.fast
 def test_told_to_stop_it_keeps_what_is_complete(on_threads, tmp_path, monkeypatch, capsys):
     real = bench_collectives.measure_collective
 
@@ -203,6 +209,7 @@ def test_told_to_stop_it_keeps_what_is_complete(on_threads, tmp_path, monkeypatc
     assert "interrupted by SIGUSR1" in capsys.readouterr().out
 
 
+@pytest.mark.fast
 def test_told_before_anything_is_complete_it_does_not_ask_to_come_again(
     on_threads, tmp_path, monkeypatch
 ):
@@ -210,6 +217,7 @@ def test_told_before_anything_is_complete_it_does_not_ask_to_come_again(
     assert bench_collectives.main(options(tmp_path)) == 1
 
 
+@pytest.mark.fast
 def test_mistakes_are_named_at_once(capsys, tmp_path):
     argv = [
         "bench-comm",
@@ -246,6 +254,7 @@ def edits():
     yield "sizes is empty", lambda r: r.update(sizes=[])
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(("says", "edit"), list(edits()))
 def test_a_broken_record_is_refused(tmp_path, says, edit):
     record = invented.collective()
@@ -257,6 +266,7 @@ def test_a_broken_record_is_refused(tmp_path, says, edit):
 # ---- the model
 
 
+@pytest.mark.fast
 def test_the_fit_finds_alpha_and_beta():
     points = [(2**k, 3e-5 + 2e-9 * 2**k) for k in range(10, 28, 2)]
     got = machine.fit(points)
@@ -267,6 +277,7 @@ def test_the_fit_finds_alpha_and_beta():
     )
 
 
+@pytest.mark.fast
 def test_the_fit_is_never_negative():
     """Points of which plain least squares would make a negative latency or a negative time per byte."""
     steep = machine.fit([(10, 1.0), (100, 20.0), (1000, 300.0)])
@@ -278,6 +289,7 @@ def test_the_fit_is_never_negative():
     assert machine.fit([(10, 1.0)]) is None
 
 
+@pytest.mark.fast
 def test_the_fit_is_the_best_one():
     """Noisy points: no other alpha and beta on a fine grid has a smaller sum of squared logarithms."""
     noise = [1.3, 0.8, 1.1, 0.7, 1.4, 0.9]
@@ -296,6 +308,7 @@ def test_the_fit_is_the_best_one():
     )
 
 
+@pytest.mark.fast
 def test_the_machine_file_answers(tmp_path):
     kinds = itertools.product(("broadcast", "reduce"), (2, 4), "ab")
     made = [
@@ -315,6 +328,7 @@ def test_the_machine_file_answers(tmp_path):
         machine.load(tmp_path / "machine.json")
 
 
+@pytest.mark.fast
 def test_wire_bytes_grow_linearly_between_sizes():
     """As gloo's reduce does: 1.5 times the optimum up to 4 MiB, 2.5 bytes for every further byte."""
     mib = 2**20

@@ -41,6 +41,7 @@ def folders(tmp_path):
     return tmp_path
 
 
+@pytest.mark.fast
 def test_one_table_of_all_records(folders, capsys):
     out = folders / "table"
     assert cli.main(["collect", str(folders / "a"), str(folders / "b"), "--out", str(out)]) == 0
@@ -80,7 +81,7 @@ def test_one_table_of_all_records(folders, capsys):
     )
 
 
-@pytest.mark.parametrize("kind", ["parquet", "csv"])
+@pytest.mark.parametrize("kind", ["parquet", pytest.param("csv", marks=pytest.mark.slow)])
 def test_a_table_draws_what_its_records_draw(folders, tmp_path, kind, capsys):
     """All figures that a folder of records allows, with the same numbers."""
     source = folders / "a/200"
@@ -119,6 +120,7 @@ def with_collective(record, name, sent=7.0, messages=1):
     return record
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", ["send_recv", "not_in_the_table"])
 def test_a_collective_that_only_some_records_name_has_a_column(tmp_path, name):
     put(tmp_path, invented.attention(world=2))
@@ -126,11 +128,14 @@ def test_a_collective_that_only_some_records_name_has_a_column(tmp_path, name):
     assert cli.main(["collect", str(tmp_path)]) == 0
     rows = collect.read_table(tmp_path / "attention.csv")
     assert [r[f"{name}_bytes"] for r in sorted(rows, key=lambda r: r["world"])] == [0, 7]
-    of_collectives = [c for c in rows[0] if c.endswith("_bytes") and c[:5] not in ("wire_", "peak_")]
+    of_collectives = [
+        c for c in rows[0] if c.endswith("_bytes") and c[:5] not in ("wire_", "peak_")
+    ]
     for r in rows:
         assert sum(r[c] for c in of_collectives[2:]) == r["forward_bytes"] + r["backward_bytes"]
 
 
+@pytest.mark.fast
 def test_a_collective_that_no_record_names_adds_no_column(tmp_path):
     put(tmp_path, invented.attention())
     assert cli.main(["collect", str(tmp_path)]) == 0
@@ -141,9 +146,12 @@ def test_a_collective_that_no_record_names_adds_no_column(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.fast
 def test_what_is_expected_of_send_recv_follows_from_its_benchmark(tmp_path):
     """The benchmark of send_recv is called ring."""
-    put(tmp_path, with_collective(invented.attention(world=2), "send_recv", sent=1000.0, messages=4))
+    put(
+        tmp_path, with_collective(invented.attention(world=2), "send_recv", sent=1000.0, messages=4)
+    )
     put(tmp_path, invented.collective("ring", world=2, alpha=1e-3, beta=1e-6, factor=1.25))
     put(tmp_path, invented.collective("all_gather", world=2, alpha=1e-3, beta=1e-6, factor=1.25))
     assert cli.main(["collect", str(tmp_path)]) == 0
@@ -154,6 +162,7 @@ def test_what_is_expected_of_send_recv_follows_from_its_benchmark(tmp_path):
     assert row["unhidden_s"] == pytest.approx(seconds)
 
 
+@pytest.mark.fast
 def test_nothing_to_collect(tmp_path, capsys):
     assert cli.main(["collect", str(tmp_path)]) == 2
     assert "no valid record" in capsys.readouterr().err
@@ -161,6 +170,7 @@ def test_nothing_to_collect(tmp_path, capsys):
     assert "is no directory" in capsys.readouterr().err
 
 
+@pytest.mark.fast
 def test_what_is_no_table(tmp_path):
     (tmp_path / "bad.parquet").write_text("no")
     for name in ("absent.csv", "bad.parquet", "table.xlsx"):
@@ -168,6 +178,7 @@ def test_what_is_no_table(tmp_path):
             collect.read_table(tmp_path / name)
 
 
+@pytest.mark.fast
 def test_committed_results_are_valid_records_or_tables():
     """Whatever is committed under results/ can be read by this version."""
     results = RESULTS

@@ -43,7 +43,11 @@ def test_the_four_notebooks():
     }
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda n: n.stem)
+@pytest.mark.parametrize(
+    "notebook",
+    [NOTEBOOKS[0], *(pytest.param(n, marks=pytest.mark.slow) for n in NOTEBOOKS[1:])],
+    ids=lambda n: n.stem,
+)
 def test_a_notebook_runs_on_committed_data(committed, notebook):
     made = nbformat.read(notebook, as_version=4)
     nbclient.NotebookClient(

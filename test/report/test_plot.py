@@ -113,6 +113,7 @@ def test_settings_do_not_mix(tmp_path, capsys):
     assert "skipped weak_scaling_kv2" in capsys.readouterr().out
 
 
+@pytest.mark.fast
 def test_figures_that_lack_data_say_what_they_need(tmp_path, capsys):
     records.write(tmp_path, invented.attention(world=1, baseline=False))
     assert run(tmp_path) == 0
@@ -138,6 +139,7 @@ def test_one_colour_an_algorithm(many):
     )  # overlap on, off
 
 
+@pytest.mark.fast
 def test_nothing_to_draw(tmp_path):
     with pytest.raises(ValueError, match="no valid record"):
         run(tmp_path)
@@ -145,6 +147,7 @@ def test_nothing_to_draw(tmp_path):
         run(tmp_path / "absent")
 
 
+@pytest.mark.fast
 def test_without_matplotlib_the_remedy_is_named(tmp_path, monkeypatch):
     records.write(tmp_path, invented.attention())
     monkeypatch.setitem(sys.modules, "matplotlib", None)

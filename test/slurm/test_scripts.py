@@ -21,6 +21,8 @@ from apps.vit.config import load
 from ringx.launch import environ
 from ringx.measure import bench_attention, bench_collectives
 
+pytestmark = pytest.mark.fast
+
 SHELL = sorted(
     [
         *SCRIPT.glob("*.sbatch"),

@@ -77,6 +77,7 @@ def rendered(*argv):
     return [submit.render(job).replace(str(ROOT), "/home/me/ringx") for job in jobs(*argv)[0]]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", RENDERED)
 def test_golden(name):
     GOLDEN.mkdir(exist_ok=True)
@@ -87,6 +88,7 @@ def test_golden(name):
     assert text == file.read_text()
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", RENDERED)
 def test_a_rendered_script_is_bash_and_its_command_says_what_was_asked_for(name, tmp_path):
     """The command line reaches Python as it was typed: bash splits it, with a stand-in for job.sh and an array task."""
@@ -120,6 +122,7 @@ def test_a_rendered_script_is_bash_and_its_command_says_what_was_asked_for(name,
             assert (args.max_bytes, args.seconds, args.label) == ("4M", 9, ["a=b"])
 
 
+@pytest.mark.fast
 def test_header_lines_hold_nothing_that_slurm_would_split():
     (text,) = rendered("--site", "generic-cpu")
     header = [line for line in text.splitlines() if line.startswith("#SBATCH")]
@@ -128,6 +131,7 @@ def test_header_lines_hold_nothing_that_slurm_would_split():
     assert ["--output=/scratch/my runs/jobs/ringx-bench-n1_%j.out"] in words
 
 
+@pytest.mark.fast
 def test_everything_wrong_is_named_at_once(capsys):
     argv = [
         "submit",
@@ -177,6 +181,7 @@ def test_everything_wrong_is_named_at_once(capsys):
     assert "Traceback" not in said
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
@@ -232,11 +237,13 @@ def test_refusals(argv, says):
     assert says in str(e.value)
 
 
+@pytest.mark.fast
 def test_quotes_in_the_folder_are_refused():
     with pytest.raises(ValueError, match="mean something to Slurm"):
         jobs("--site", "generic-cpu", out="/a/%j\"b'")
 
 
+@pytest.mark.fast
 def test_node_hours(capsys, tmp_path):
     argv = [
         "submit",
@@ -258,6 +265,7 @@ def test_node_hours(capsys, tmp_path):
     assert all(len(line) <= 100 for line in said.splitlines() if line.startswith(("job", "ringx-")))
 
 
+@pytest.mark.fast
 def test_without_sbatch_the_remedy_is_named(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert cli.main(["submit", "--site", "generic-cpu", "--out", str(tmp_path / "out")]) == 2
@@ -265,6 +273,7 @@ def test_without_sbatch_the_remedy_is_named(capsys, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.fast
 def test_what_is_there_is_looked_at_before_the_queue(capsys, tmp_path, monkeypatch):
     """Records of other labels are refused; where everything is measured nothing is submitted."""
     fake = tmp_path / "bin/sbatch"
@@ -294,6 +303,7 @@ def test_what_is_there_is_looked_at_before_the_queue(capsys, tmp_path, monkeypat
     )
 
 
+@pytest.mark.fast
 def test_a_refusal_half_way_says_what_was_submitted(capsys, tmp_path, monkeypatch):
     """sbatch takes the first script and not the second."""
     fake = tmp_path / "bin/sbatch"
@@ -343,6 +353,7 @@ def test_least_memory_is_below_what_is_measured(tmp_path):
 # ---- sites
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", site.names(ROOT / "env"))
 def test_every_site_file(name):
     found = site.load(ROOT / "env", name)
@@ -355,6 +366,7 @@ def test_every_site_file(name):
     subprocess.run(["bash", "-n", ROOT / f"env/{name}.sh"], check=True)
 
 
+@pytest.mark.fast
 def test_the_sites_that_users_ask_for():
     assert set(site.names(ROOT / "env")) == {
         "alps",
@@ -367,6 +379,7 @@ def test_the_sites_that_users_ask_for():
     }
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [
@@ -385,12 +398,14 @@ def test_walltime(text, seconds):
     assert site.walltime(site.written(time)) == time
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("text", ["", "soon", "1:2:3", "-5", "0", "1:00:00:00", "1h"])
 def test_no_walltime(text):
     with pytest.raises(ValueError, match=r"is no time"):
         site.walltime(text)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("line", "says"),
     [
@@ -409,6 +424,7 @@ def test_a_site_file_that_makes_no_sense(tmp_path, line, says):
         site.load(tmp_path, "here")
 
 
+@pytest.mark.fast
 def test_site_facts(tmp_path):
     (tmp_path / "here.sh").write_text(
         "# Here\n#SITE device cuda  # torch's name\n#SITE memory-per-rank 39.5\n#SITE srun --a=b -c 7\n#SITE limit 4 1:00:00\n"
@@ -426,6 +442,7 @@ def test_site_facts(tmp_path):
         here.longest(9)
 
 
+@pytest.mark.fast
 @pytest.mark.skipif(torch.cuda.is_available(), reason="looks at a machine without GPUs")
 def test_a_gpu_site_can_be_rendered_where_there_is_no_gpu():
     ((job,), _) = jobs("--site", "perlmutter", "--account", "a", "--kernel", "flash2")
