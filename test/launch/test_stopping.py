@@ -112,7 +112,7 @@ def test_bench_keeps_what_it_has_and_says_to_come_again(tmp_path, number, nproc)
         "--seqlens",
         "64,4096",
         "--reps",
-        "200",
+        "20",
         "--out",
         str(tmp_path),
     ]
