@@ -242,7 +242,7 @@ def data_of(run: "str | None") -> "str | None":
 
 
 def plan(config: Config, shape: Shape) -> Any:
-    from apps.gpt.plan import make_plan  # here: it imports torch's testing tools
+    from apps.gpt.estimate import make_plan  # here: it imports torch's testing tools
 
     return make_plan(config, shape)
 

@@ -20,7 +20,7 @@ from apps.gpt.config import Config, ModelConfig, TrainConfig, preset
 from apps.gpt.flops import flops_per_token, parameters
 from apps.gpt.model import Llama
 from apps.gpt.parallel import Attend, build
-from apps.gpt.plan import make_plan
+from apps.gpt.estimate import make_plan
 from apps.gpt.train import main
 from ringx.launch.mesh import Mesh, Shape
 from ringx.measure import peak
