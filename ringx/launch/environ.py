@@ -1,16 +1,20 @@
-"""What the environment says about this process: pure functions of a mapping, one for each launcher, and mpi4py for the rest.
+"""What the environment says about this process: pure functions of a mapping, one for each launcher,
+and mpi4py for the rest.
 
 The first that applies:
 
     torchrun   RANK and WORLD_SIZE (also what deepspeed, accelerate and hand-written scripts set)
-    mpirun     OMPI_COMM_WORLD_*, MV2_COMM_WORLD_*, or PMI_* with the local rank that hydra or PALS set; before srun, whose
-               variables reach every rank that mpirun starts from inside a Slurm job
-    srun       SLURM_STEP_ID and SLURM_PROCID: a task of a job step.  A batch script and salloc's shell are plain processes
+    mpirun     OMPI_COMM_WORLD_*, MV2_COMM_WORLD_*, or PMI_* with the local rank that hydra or PALS
+               set; before srun, whose variables reach every rank that mpirun starts from inside a
+               Slurm job
+    srun       SLURM_STEP_ID and SLURM_PROCID: a task of a job step.  A batch script and salloc's
+               shell are plain processes
     mpirun     bare PMI_RANK or PMIX_RANK: mpi4py tells the rest
 
-MASTER_ADDR and MASTER_PORT always win.  Without them rank 0 is on the first host of the step's node list (127.0.0.1 if there is
-only one host), and the port follows from the job and step (srun) or the job's name or parent process (mpirun), so that two
-jobs on one host do not meet.  Ranks of mpirun on several hosts exchange the address through mpi4py.
+MASTER_ADDR and MASTER_PORT always win.  Without them rank 0 is on the first host of the step's node
+list (127.0.0.1 if there is only one host), and the port follows from the job and step (srun) or the
+job's name or parent process (mpirun), so that two jobs on one host use different ports.  Ranks of
+mpirun on several hosts exchange the address through mpi4py.
 """
 
 import itertools
@@ -20,290 +24,392 @@ import socket
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-MPI = (  # rank, world, local rank, local world
-    (
+# Slurm numbers its own steps from here: batch script, salloc's shell, external processes
+FIRST_INTERNAL_STEP = 2**32 - 16
+NODE_LISTS = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
+TASK_COUNTS = ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE")
+FIRST_PORT = 15000  # ports that systems give out themselves begin at 32768
+NUMBER_OF_PORTS = 12007
+
+
+class _MpiVariables(NamedTuple):
+    """Names of the variables in which an MPI describes a rank."""
+
+    rank: str
+    world_size: str
+    local_rank: str
+    local_world: str
+
+
+MPI_VARIABLES = (
+    _MpiVariables(
         "OMPI_COMM_WORLD_RANK",
         "OMPI_COMM_WORLD_SIZE",
         "OMPI_COMM_WORLD_LOCAL_RANK",
         "OMPI_COMM_WORLD_LOCAL_SIZE",
     ),
-    (
+    _MpiVariables(
         "MV2_COMM_WORLD_RANK",
         "MV2_COMM_WORLD_SIZE",
         "MV2_COMM_WORLD_LOCAL_RANK",
         "MV2_COMM_WORLD_LOCAL_SIZE",
     ),
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # hydra: MPICH, Intel MPI
-    ("PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),  # PALS: HPE Cray
+    # hydra: MPICH, Intel MPI
+    _MpiVariables("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    # PALS: HPE Cray
+    _MpiVariables("PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),
 )
 
 
 @dataclass(frozen=True)
 class LauncherInfo:
-    """What the environment says, before any device or peer was asked."""
+    """What the environment says, before any device or other rank was asked."""
 
     launcher: str
     rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_world: int = 1
+    world_size: int = 1  # 0: not known
+    local_rank: int = 0  # -1: not known
+    local_world: int = 1  # 0: not known
     address: str = ""
     port: int = 0
-    job: str = ""  # tells this job's ranks from another's that meet at the same port
+    job: str = ""  # tells this job's ranks from another's that use the same port
 
 
 def read(env: Mapping[str, str]) -> LauncherInfo:
-    scheduler = _mpirun(env) or _srun(env) or _pmi(env)
-    facts = _torchrun(env, scheduler) or scheduler or LauncherInfo("plain")
-    if facts.launcher == "plain":
-        return facts
+    """What the variables `env` say about this process.
+
+    Raises:
+        ValueError: variables are missing or contradict each other; names them, and the remedy."""
+    scheduler = _read_mpirun(env) or _read_srun(env) or _read_bare_pmi(env)
+    info = _read_torchrun(env, scheduler) or scheduler or LauncherInfo("plain")
+    if info.launcher == "plain":
+        return info
     if env.get("MASTER_ADDR"):
-        facts = replace(facts, address=env["MASTER_ADDR"])
+        info = replace(info, address=env["MASTER_ADDR"])
     if env.get("MASTER_PORT"):
-        facts = replace(facts, port=_int(env, "MASTER_PORT", 1, 65536))
-    for what, n, size in (
-        ("rank", facts.rank, facts.world_size),
-        ("local rank", facts.local_rank, facts.local_world),
-    ):
-        if size and n >= size:
-            raise ValueError(
-                f"{facts.launcher} says {what} {n} of {size}: its variables contradict each other; see the top of ringx/launch/environ.py."
-            )
-    if facts.local_world > facts.world_size > 0:
+        info = replace(info, port=_read_port(env))
+    _check_rank(info.launcher, "rank", info.rank, info.world_size)
+    _check_rank(info.launcher, "local rank", info.local_rank, info.local_world)
+    if info.local_world > info.world_size > 0:
         raise ValueError(
-            f"{facts.launcher} says {facts.local_world} ranks on this host of {facts.world_size} in all."
+            f"{info.launcher} says {info.local_world} ranks on this host "
+            f"of {info.world_size} in all."
         )
-    return facts
+    return info
 
 
-def _int(env: Mapping[str, str], name: str, low: int = 0, high: int | None = None) -> int:
+def _check_rank(launcher: str, name: str, rank: int, size: int) -> None:
+    if size and rank >= size:
+        raise ValueError(
+            f"{launcher} says {name} {rank} of {size}: its variables contradict each other; "
+            "see the top of ringx/launch/environ.py."
+        )
+
+
+def _read_int(env: Mapping[str, str], name: str, low: int = 0, high: int | None = None) -> int:
+    """The integer of a variable, at least `low` and less than `high`."""
     text = env.get(name)
     if text is None:
         raise ValueError(
-            f"{name} is not set, though other variables of the launcher are; start all ranks with one launcher."
+            f"{name} is not set, though other variables of the launcher are; "
+            "start all ranks with one launcher."
         )
-    if (
-        not re.fullmatch(r"\d+", text)
-        or int(text) < low
-        or (high is not None and int(text) >= high)
-    ):
+    is_number = re.fullmatch(r"\d+", text) is not None
+    if not is_number or int(text) < low or (high is not None and int(text) >= high):
         bounds = f"at least {low}" if high is None else f"{low} to {high - 1}"
         raise ValueError(
-            f"{name}={text!r} must be an integer, {bounds}; unset it, or set it right on every rank."
+            f"{name}={text!r} must be an integer, {bounds}; "
+            "unset it, or set it right on every rank."
         )
     return int(text)
 
 
-def _torchrun(env: Mapping[str, str], scheduler: LauncherInfo | None) -> LauncherInfo | None:
-    there = [name for name in ("RANK", "WORLD_SIZE") if name in env]
-    if not there or (scheduler and len(there) == 1):
+def _read_port(env: Mapping[str, str]) -> int:
+    return _read_int(env, "MASTER_PORT", 1, 65536)
+
+
+# ---- torchrun
+
+
+def _read_torchrun(env: Mapping[str, str], scheduler: LauncherInfo | None) -> LauncherInfo | None:
+    present = [name for name in ("RANK", "WORLD_SIZE") if name in env]
+    if not present or (scheduler and len(present) == 1):
         return None
-    world = _int(env, "WORLD_SIZE", 1)
-    rank = _int(env, "RANK", 0, world)
-    if rank == 0 == world - 1 and "MASTER_ADDR" not in env:  # needs no meeting point
-        return LauncherInfo(
-            "torchrun", address="127.0.0.1", port=_port("torchrun", str(os.getpid()))
-        )
-    fallback = (
-        scheduler if scheduler and (scheduler.rank, scheduler.world_size) == (rank, world) else None
-    )
-    address = env.get("MASTER_ADDR") or (fallback.address if fallback else "")
-    port = (
-        _int(env, "MASTER_PORT", 1, 65536)
-        if "MASTER_PORT" in env or not fallback
-        else fallback.port
-    )
+    world_size = _read_int(env, "WORLD_SIZE", 1)
+    rank = _read_int(env, "RANK", 0, world_size)
+    if world_size == 1 and "MASTER_ADDR" not in env:  # there are no others to find
+        port = _port_of_name("torchrun", str(os.getpid()))
+        return LauncherInfo("torchrun", address="127.0.0.1", port=port)
+    # where only RANK and WORLD_SIZE were set, by a wrapper script, the scheduler knows the rest
+    fallback = None
+    if scheduler and (scheduler.rank, scheduler.world_size) == (rank, world_size):
+        fallback = scheduler
+    address = env.get("MASTER_ADDR", "")
+    if not address and fallback:
+        address = fallback.address
+    if "MASTER_PORT" in env or fallback is None:
+        port = _read_port(env)
+    else:
+        port = fallback.port
     if not address:
         raise ValueError(
-            "MASTER_ADDR is not set, though RANK and WORLD_SIZE are; set it to the host of rank 0, or use torchrun."
+            "MASTER_ADDR is not set, though RANK and WORLD_SIZE are; "
+            "set it to the host of rank 0, or use torchrun."
         )
-    if not fallback and (address == "localhost" or address == "::1" or address.startswith("127.")):
-        fallback = LauncherInfo("", local_rank=rank, local_world=world)
-    local = [  # torchrun sets both; hand-written scripts may not
-        getattr(fallback, field) if fallback and name not in env else _int(env, name, low)
-        for name, field, low in (
-            ("LOCAL_RANK", "local_rank", 0),
-            ("LOCAL_WORLD_SIZE", "local_world", 1),
-        )
-    ]
-    job = env.get("TORCHELASTIC_RUN_ID", "") + "/" + env.get("TORCHELASTIC_RESTART_COUNT", "")
-    return LauncherInfo("torchrun", rank, world, local[0], local[1], address, port, job)
+    if fallback is None and _is_this_host(address):
+        fallback = LauncherInfo("", local_rank=rank, local_world=world_size)
+    local_rank, local_world = _read_local_rank(env, fallback)
+    run_id = env.get("TORCHELASTIC_RUN_ID", "")
+    restart = env.get("TORCHELASTIC_RESTART_COUNT", "")
+    return LauncherInfo(
+        launcher="torchrun",
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        local_world=local_world,
+        address=address,
+        port=port,
+        job=f"{run_id}/{restart}",
+    )
 
 
-def _mpirun(env: Mapping[str, str]) -> LauncherInfo | None:
-    for names in MPI:
-        if names[0] in env and names[2] in env:
-            rank, world, local_rank, local_world = (
-                _int(env, name, low) for name, low in zip(names, (0, 1, 0, 1), strict=True)
-            )
-            job = (
-                env.get("PMIX_NAMESPACE")
-                or env.get("OMPI_MCA_ess_base_jobid")
-                or env.get("PMI_JOBID")
-                or ""
-            )
-            if local_world < world:  # which host rank 0 is on, only MPI can tell
-                return LauncherInfo("mpirun", rank, world, local_rank, local_world, job=job)
-            job = job or f"parent {os.getppid()}"  # hydra: one proxy starts all ranks of a host
-            return LauncherInfo(
-                "mpirun",
-                rank,
-                world,
-                local_rank,
-                local_world,
-                "127.0.0.1",
-                _port("mpirun", job),
-                job,
-            )
+def _is_this_host(address: str) -> bool:
+    return address in ("localhost", "::1") or address.startswith("127.")
+
+
+def _read_local_rank(env: Mapping[str, str], fallback: LauncherInfo | None) -> tuple[int, int]:
+    """(local rank, local world); torchrun sets both, hand-written scripts may not."""
+    if fallback and "LOCAL_RANK" not in env:
+        local_rank = fallback.local_rank
+    else:
+        local_rank = _read_int(env, "LOCAL_RANK")
+    if fallback and "LOCAL_WORLD_SIZE" not in env:
+        local_world = fallback.local_world
+    else:
+        local_world = _read_int(env, "LOCAL_WORLD_SIZE", 1)
+    return local_rank, local_world
+
+
+# ---- mpirun
+
+
+def _read_mpirun(env: Mapping[str, str]) -> LauncherInfo | None:
+    for names in MPI_VARIABLES:
+        if names.rank in env and names.local_rank in env:
+            return _read_mpi_rank(env, names)
     return None
 
 
-def _pmi(env: Mapping[str, str]) -> LauncherInfo | None:
-    """Ranks of an MPI that does not say who shares this host (PMIX_RANK: nor how many there are)."""
+def _read_mpi_rank(env: Mapping[str, str], names: _MpiVariables) -> LauncherInfo:
+    info = LauncherInfo(
+        "mpirun",
+        rank=_read_int(env, names.rank),
+        world_size=_read_int(env, names.world_size, 1),
+        local_rank=_read_int(env, names.local_rank),
+        local_world=_read_int(env, names.local_world, 1),
+    )
+    job_names = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID")
+    job = next((env[name] for name in job_names if env.get(name)), "")
+    if info.local_world < info.world_size:  # which host rank 0 is on, only MPI can tell
+        return replace(info, job=job)
+    if not job:
+        job = f"parent {os.getppid()}"  # hydra: one proxy starts all ranks of a host
+    return replace(info, address="127.0.0.1", port=_port_of_name("mpirun", job), job=job)
+
+
+def _read_bare_pmi(env: Mapping[str, str]) -> LauncherInfo | None:
+    """A rank of an MPI that does not say who shares this host (PMIX_RANK: nor the world size)."""
     if "PMI_RANK" in env and "PMI_SIZE" in env:
-        world = _int(env, "PMI_SIZE", 1)
-        return LauncherInfo("mpirun", _int(env, "PMI_RANK", 0, world), world, -1, 0)
-    return LauncherInfo("mpirun", _int(env, "PMIX_RANK"), 0, -1, 0) if "PMIX_RANK" in env else None
+        world_size = _read_int(env, "PMI_SIZE", 1)
+        rank = _read_int(env, "PMI_RANK", 0, world_size)
+        return LauncherInfo(
+            "mpirun", rank=rank, world_size=world_size, local_rank=-1, local_world=0
+        )
+    if "PMIX_RANK" in env:
+        rank = _read_int(env, "PMIX_RANK")
+        return LauncherInfo("mpirun", rank=rank, world_size=0, local_rank=-1, local_world=0)
+    return None
 
 
-def _srun(env: Mapping[str, str]) -> LauncherInfo | None:
-    # Steps numbered from 2**32 - 16 are Slurm's own: batch script, salloc's shell, external.  sbatch sets SLURM_PROCID=0 and
-    # SLURM_NTASKS for its script, but no step.
-    if (
-        not {"SLURM_STEP_ID", "SLURM_PROCID"} <= env.keys()
-        or _int(env, "SLURM_STEP_ID") >= 2**32 - 16
-    ):
+# ---- srun
+
+
+def _read_srun(env: Mapping[str, str]) -> LauncherInfo | None:
+    # sbatch sets SLURM_PROCID=0 and SLURM_NTASKS for its script, but no step
+    if "SLURM_STEP_ID" not in env or "SLURM_PROCID" not in env:
         return None
-    world = _int(
-        env, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS", 1
-    )
-    rank, local_rank, job = (
-        _int(env, "SLURM_PROCID", 0, world),
-        _int(env, "SLURM_LOCALID"),
-        _int(env, "SLURM_JOB_ID"),
-    )
-    hosts = next(
-        (
-            hosts_of(env[n], n)
-            for n in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
-            if env.get(n)
-        ),
-        [],
-    )
-    local_world = _tasks_here(env, world, len(hosts))
-    address = (
-        "127.0.0.1"
-        if local_world == world
-        else env.get("MASTER_ADDR") or (hosts[0] if hosts else "")
-    )
+    step = _read_int(env, "SLURM_STEP_ID")
+    if step >= FIRST_INTERNAL_STEP:
+        return None
+    in_step = "SLURM_STEP_NUM_TASKS" in env
+    world_size = _read_int(env, "SLURM_STEP_NUM_TASKS" if in_step else "SLURM_NTASKS", 1)
+    rank = _read_int(env, "SLURM_PROCID", 0, world_size)
+    local_rank = _read_int(env, "SLURM_LOCALID")
+    job = _read_int(env, "SLURM_JOB_ID")
+    hosts = _read_hosts(env)
+    local_world = _tasks_on_this_node(env, world_size, len(hosts))
+    address = env.get("MASTER_ADDR", "")
+    if local_world == world_size:
+        address = "127.0.0.1"
+    elif not address and hosts:
+        address = hosts[0]
     if not address:
         raise ValueError(
-            "SLURM_STEP_NODELIST is not set, though SLURM_STEP_ID is; set MASTER_ADDR to the host of rank 0."
+            "SLURM_STEP_NODELIST is not set, though SLURM_STEP_ID is; "
+            "set MASTER_ADDR to the host of rank 0."
         )
-    step = _int(env, "SLURM_STEP_ID")
     return LauncherInfo(
-        "srun",
-        rank,
-        world,
-        local_rank,
-        local_world,
-        address,
-        _port("srun", job, step),
-        f"slurm {job}.{step}",
+        launcher="srun",
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        local_world=local_world,
+        address=address,
+        port=_port_of_step(job, step),
+        job=f"slurm {job}.{step}",
     )
 
 
-def _tasks_here(env: Mapping[str, str], world: int, hosts: int) -> int:
-    """How many of the step's tasks are on this node."""
+def _read_hosts(env: Mapping[str, str]) -> list[str]:
+    """The hosts of the step, or of the job; [] where they are not told."""
+    for name in NODE_LISTS:
+        if env.get(name):
+            return hosts_of(env[name], name)
+    return []
+
+
+def _tasks_on_this_node(env: Mapping[str, str], world_size: int, hosts: int) -> int:
+    """How many of the step's tasks are on this node; `hosts` is the number of its nodes, or 0."""
     if hosts == 1:
-        return world
-    for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE"):
+        return world_size
+    for name in TASK_COUNTS:
         if name not in env:
             continue
-        counts: list[int] = []
-        for item in env[name].split(","):
-            if not (match := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", item)):
-                raise ValueError(f"{name}={env[name]!r} is not of the form 4(x2),3.")
-            counts += [int(match[1])] * int(match[2] or 1)
-        if name == "SLURM_NTASKS_PER_NODE":  # a bare number, for every node
+        counts = _parse_task_counts(name, env[name])
+        if name == "SLURM_NTASKS_PER_NODE":  # one number, for every node
             counts *= hosts or 1
-        if sum(counts) != world:  # the job's, not the step's
-            if name == "SLURM_STEP_TASKS_PER_NODE":
-                raise ValueError(
-                    f"{name}={env[name]!r} has {sum(counts)} tasks, but the step has {world}; set MASTER_ADDR etc."
-                )
-            continue
-        if len(set(counts)) == 1:
-            return counts[0]
-        return counts[_int(env, "SLURM_NODEID", 0, len(counts))]
+        if sum(counts) == world_size:
+            if len(set(counts)) == 1:
+                return counts[0]
+            return counts[_read_int(env, "SLURM_NODEID", 0, len(counts))]
+        # else these are the counts of the job, not those of the step
+        if name == "SLURM_STEP_TASKS_PER_NODE":
+            raise ValueError(
+                f"{name}={env[name]!r} has {sum(counts)} tasks, but the step has {world_size}; "
+                "set MASTER_ADDR etc."
+            )
     raise ValueError(
-        "SLURM_STEP_TASKS_PER_NODE is not set or not this step's; how many ranks share this node is not known."
+        "SLURM_STEP_TASKS_PER_NODE is not set or not this step's; "
+        "how many ranks share this node is not known."
     )
+
+
+def _parse_task_counts(name: str, text: str) -> list[int]:
+    """ "4(x2),3" -> [4, 4, 3]: the tasks on each node."""
+    counts: list[int] = []
+    for item in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", item)
+        if match is None:
+            raise ValueError(f"{name}={text!r} is not of the form 4(x2),3.")
+        tasks, repetitions = match.groups(default="1")
+        counts += [int(tasks)] * int(repetitions)
+    return counts
 
 
 def hosts_of(text: str, name: str = "node list") -> list[str]:
-    """The hosts of a compact Slurm list such as n[1-3,07-09],gpu[001-002]-ib,login."""
-    parts = re.findall(r"(?:[^,\[\]\s]|\[[^\[\]\s]+\])+", text)
-    if not parts or ",".join(parts) != text:
+    """The hosts of a compact Slurm list such as n[1-3,07-09],gpu[001-002]-ib,login.
+
+    Args:
+        name: for the error message, what `text` is.
+
+    Raises:
+        ValueError: it is no such list."""
+    groups = re.findall(r"(?:[^,\[\]\s]|\[[^\[\]\s]+\])+", text)
+    if not groups or ",".join(groups) != text:
         raise ValueError(f"{name}={text!r} is not a host list such as n[1-3,07-09],login.")
-    hosts = []
-    for part in parts:
-        choices = []
-        for i, piece in enumerate(re.split(r"\[(.*?)\]", part)):
-            choices.append([piece] if i % 2 == 0 else [])
-            for item in piece.split(",") if i % 2 else ():
-                match = re.fullmatch(r"(\d+)(?:-(\d+))?", item)
-                low, high = (match[1], match[2] or match[1]) if match else ("1", "0")
-                if int(low) > int(high):
-                    raise ValueError(
-                        f"{name}={text!r}: {item!r} is not a number or a rising range."
-                    )
-                choices[-1] += [str(n).zfill(len(low)) for n in range(int(low), int(high) + 1)]
-        hosts += ["".join(pick) for pick in itertools.product(*choices)]
+    hosts: list[str] = []
+    for group in groups:
+        # the parts of r[1-2]n[01,3] are alternately fixed and in brackets
+        alternatives: list[list[str]] = []
+        for index, part in enumerate(re.split(r"\[(.*?)\]", group)):
+            in_brackets = index % 2 == 1
+            alternatives.append(_expand_brackets(part, text, name) if in_brackets else [part])
+        hosts += ["".join(parts) for parts in itertools.product(*alternatives)]
     return hosts
 
 
-def _port(launcher: str, job: "int | str", step: int = 0) -> int:
-    """Below the ports that systems give out (32768 and up).  Neighbouring Slurm jobs differ by 131, steps by 1."""
-    return (
-        15000
-        + (131 * job + step if isinstance(job, int) else zlib.crc32(f"{launcher} {job}".encode()))
-        % 12007
-    )
+def _expand_brackets(part: str, text: str, name: str) -> list[str]:
+    """ "1-3,07" -> ["1", "2", "3", "07"]."""
+    numbers: list[str] = []
+    for item in part.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", item)
+        first = match[1] if match else "1"
+        last = (match[2] or match[1]) if match else "0"
+        if int(first) > int(last):
+            raise ValueError(f"{name}={text!r}: {item!r} is not a number or a rising range.")
+        width = len(first)
+        numbers += [str(number).zfill(width) for number in range(int(first), int(last) + 1)]
+    return numbers
 
 
-def ask_mpi4py(facts: LauncherInfo) -> LauncherInfo:
-    """The ranks tell each other what their environment does not.  Collective over all ranks of mpirun."""
+# ---- ports
+
+
+def _port_of_step(job: int, step: int) -> int:
+    """Neighbouring Slurm jobs differ by 131, steps by 1."""
+    return FIRST_PORT + (131 * job + step) % NUMBER_OF_PORTS
+
+
+def _port_of_name(launcher: str, job: str) -> int:
+    return FIRST_PORT + zlib.crc32(f"{launcher} {job}".encode()) % NUMBER_OF_PORTS
+
+
+# ---- mpi4py
+
+
+def ask_mpi4py(info: LauncherInfo) -> LauncherInfo:
+    """What the environment does not say, asked of MPI.  Collective over all ranks of mpirun.
+
+    Raises:
+        ValueError: mpi4py is missing, or was built for another MPI."""
     try:
-        from mpi4py import MPI as mpi
+        from mpi4py import MPI as mpi  # an optional dependency
     except ImportError as error:
         raise ValueError(
-            f"mpirun's variables do not say where rank 0 is, and mpi4py cannot be imported ({error}): install mpi4py, or set "
-            "MASTER_ADDR and MASTER_PORT to the host of rank 0 and a free port there (and RANK, WORLD_SIZE, LOCAL_RANK and "
-            "LOCAL_WORLD_SIZE where an MPI does not say who shares a host)."
+            "mpirun's variables do not say where rank 0 is, and mpi4py cannot be imported "
+            f"({error}): install mpi4py, or set MASTER_ADDR and MASTER_PORT to the host of rank 0 "
+            "and a free port there (and RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE where an "
+            "MPI does not say who shares a host)."
         ) from error
-    everyone = mpi.COMM_WORLD
-    if facts.world_size not in (0, everyone.size) or facts.rank != everyone.rank:
+    communicator = mpi.COMM_WORLD
+    if info.world_size not in (0, communicator.size) or info.rank != communicator.rank:
         raise ValueError(
-            f"mpirun says rank {facts.rank} of {facts.world_size}, mpi4py rank {everyone.rank} of {everyone.size}: mpi4py was built for "
-            "another MPI than mpirun; install one that fits, or set MASTER_ADDR and MASTER_PORT."
+            f"mpirun says rank {info.rank} of {info.world_size}, mpi4py rank {communicator.rank} "
+            f"of {communicator.size}: mpi4py was built for another MPI than mpirun; "
+            "install one that fits, or set MASTER_ADDR and MASTER_PORT."
         )
-    local = everyone.Split_type(mpi.COMM_TYPE_SHARED)
-    here = (
-        (facts.address or socket.gethostname(), facts.port or _free_port())
-        if everyone.rank == 0
-        else None
-    )
-    address, port = everyone.bcast(here)
-    if local.size == everyone.size and not facts.address:
+    host_communicator = communicator.Split_type(mpi.COMM_TYPE_SHARED)
+    address_of_rank_0 = None
+    if communicator.rank == 0:
+        address_of_rank_0 = (info.address or socket.gethostname(), info.port or _free_port())
+    address, port = communicator.bcast(address_of_rank_0)
+    if host_communicator.size == communicator.size and not info.address:
         address = "127.0.0.1"
     return LauncherInfo(
-        "mpirun", everyone.rank, everyone.size, local.rank, local.size, address, port, facts.job
+        launcher="mpirun",
+        rank=communicator.rank,
+        world_size=communicator.size,
+        local_rank=host_communicator.rank,
+        local_world=host_communicator.size,
+        address=address,
+        port=port,
+        job=info.job,
     )
 
 
 def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return s.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]

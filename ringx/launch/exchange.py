@@ -8,27 +8,33 @@ import torch.distributed as dist
 from .world import World
 
 
-def decide(world: World | None, ask: Callable[[], Any]) -> Any:
-    """Rank 0's ask() on every rank: for what the ranks may see differently, such as files.  A ValueError or OSError of rank 0 is
-    raised on every rank.  `world` None is a process without peers."""
+def decide(world: World | None, compute: Callable[[], Any]) -> Any:
+    """The result of compute() on rank 0, on every rank: for what the ranks may see differently,
+    such as files.  Only rank 0 calls it.
+
+    Args:
+        world: None is a process without peers.
+
+    Raises:
+        ValueError, OSError: those that compute() raised on rank 0, on every rank."""
     if world is None or world.world_size == 1:
-        return ask()
-    told: list[Any] = [None]
+        return compute()
+    outcome: list[Any] = [None]  # (result, its error), in a list that the broadcast fills
     if world.rank == 0:
         try:
-            told = [(ask(), None)]
+            outcome = [(compute(), None)]
         except (ValueError, OSError) as error:
-            told = [(None, error)]
-    dist.broadcast_object_list(told, 0)
-    answer, refusal = told[0]
+            outcome = [(None, error)]
+    dist.broadcast_object_list(outcome, 0)
+    result, refusal = outcome[0]
     if refusal is not None:
         raise refusal
-    return answer
+    return result
 
 
-def gather(mine: Any, world: World) -> list[Any]:
-    """What every rank has, by rank; on every rank."""
-    everyone = [mine] * world.world_size
+def gather(local: Any, world: World) -> list[Any]:
+    """The `local` objects of all ranks, by rank, on every rank.  They must be picklable."""
+    gathered = [local] * world.world_size
     if world.world_size > 1:
-        dist.all_gather_object(everyone, mine)
-    return everyone
+        dist.all_gather_object(gathered, local)
+    return gathered

@@ -1,10 +1,12 @@
 """One named DeviceMesh for context, tensor and data parallelism, in any order of the ranks.
 
-A rank has one index along each of three axes: cp (its part of the sequence), tp (its part of each matrix), dp (its sequences of
-the batch).  ``order`` says how the axes are laid over the ranks, the leftmost varying fastest: with "cp-tp-dp" the ranks of a
-context-parallel group are neighbours, on one node where they fit.
+A rank has one index along each of three axes: cp (its part of the sequence), tp (its part of each
+matrix), dp (its sequences of the batch).  ``order`` says how the axes are laid over the ranks, the
+leftmost varying fastest: with "cp-tp-dp" the ranks of a context-parallel group are neighbours, on
+one node where they fit.
 
-dp is in turn replicate x shard: parameters are sharded over `shard` x cp and replicated `replicate` times (HSDP).
+dp is in turn replicate x shard: parameters are sharded over `shard` x cp and replicated `replicate`
+times (HSDP).
 """
 
 import warnings
@@ -29,7 +31,7 @@ class Shape:
     replicate: int = 1
     order: str = "cp-tp-dp"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for axis in (*AXES, "replicate"):
             value = getattr(self, axis)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -45,12 +47,13 @@ class Shape:
 
     @property
     def world_size(self) -> int:
+        """Number of ranks."""
         return self.cp * self.tp * self.dp
 
     @classmethod
     def fit(
         cls,
-        world: int,
+        world_size: int,
         *,
         cp: int = 0,
         tp: int = 0,
@@ -58,17 +61,21 @@ class Shape:
         replicate: int = 1,
         order: str = "cp-tp-dp",
     ) -> "Shape":
-        """The shape of `world` ranks; of the axes left at 0, dp takes what is left if cp is given, cp otherwise; others are 1.
+        """The shape of `world_size` ranks.  Of the axes left at 0, dp takes the ranks that are left
+        if cp is given, cp does otherwise, and the others are 1.
 
-        Raises ValueError if the axes do not multiply to world."""
-        if not dp and cp:
-            dp = max(1, world // (cp * max(tp, 1)))
-        tp, dp = tp or 1, dp or 1
-        cp = cp or max(1, world // (tp * dp))
+        Raises:
+            ValueError: the axes do not multiply to `world_size`."""
+        tp = tp or 1
+        if not dp:
+            dp = max(1, world_size // (cp * tp)) if cp else 1
+        if not cp:
+            cp = max(1, world_size // (tp * dp))
         shape = cls(cp, tp, dp, replicate, order)
-        if shape.world_size != world:
+        if shape.world_size != world_size:
             raise ValueError(
-                f"cp={cp} x tp={tp} x dp={dp} is {shape.world_size} ranks, but there are {world}; change one of them."
+                f"cp={cp} x tp={tp} x dp={dp} is {shape.world_size} ranks, "
+                f"but there are {world_size}; change one of them."
             )
         return shape
 
@@ -76,8 +83,9 @@ class Shape:
     def names(self) -> tuple[str, str, str, str]:
         """Axes of the mesh: "replicate", then "shard" and "cp", the slower one first, then "tp"."""
         order = self.order.split("-")
-        cp_fast = order.index("cp") < order.index("dp")
-        return ("replicate", "shard", "cp", "tp") if cp_fast else ("replicate", "cp", "shard", "tp")
+        if order.index("cp") < order.index("dp"):  # cp varies faster
+            return ("replicate", "shard", "cp", "tp")
+        return ("replicate", "cp", "shard", "tp")
 
     def ranks(self) -> torch.Tensor:
         """int64 over the axes ``names``: the global rank at each place."""
@@ -89,73 +97,92 @@ class Shape:
         return grid if self.names[1] == "shard" else grid.transpose(1, 2)
 
     def describe(self, rows: int = 16) -> str:
-        """The rank map, a line per place along the slower axes, for people."""
-        fast, *slow = self.order.split("-")
+        """The rank map for people: a line for each group of ranks along the fastest axis."""
+        fastest, middle, slowest = self.order.split("-")
         sizes = {"cp": self.cp, "tp": self.tp, "dp": self.dp}
+        length = sizes[fastest]
         lines = [
-            f"mesh: cp {self.cp} x tp {self.tp} x dp {self.dp} ({self.replicate} replicas), {self.world_size} ranks, order {self.order}"
+            f"mesh: cp {self.cp} x tp {self.tp} x dp {self.dp} ({self.replicate} replicas), "
+            f"{self.world_size} ranks, order {self.order}"
         ]
-        number = self.world_size // sizes[fast]
-        for i in range(min(number, rows)):
-            first, second = i % sizes[slow[0]], i // sizes[slow[0]]
-            start = i * sizes[fast]
-            span = str(start) if sizes[fast] == 1 else f"{start}..{start + sizes[fast] - 1}"
+        groups = self.world_size // length
+        for group in range(min(groups, rows)):
+            slowest_index, middle_index = divmod(group, sizes[middle])
+            first = group * length
+            ranks = str(first) if length == 1 else f"{first}..{first + length - 1}"
             lines.append(
-                f"  {slow[1]} {second}  {slow[0]} {first}:  {fast} 0..{sizes[fast] - 1} = ranks {span}"
+                f"  {slowest} {slowest_index}  {middle} {middle_index}:  "
+                f"{fastest} 0..{length - 1} = ranks {ranks}"
             )
-        if number > rows:
-            lines.append(f"  ... and {number - rows} more groups")
+        if groups > rows:
+            lines.append(f"  ... and {groups - rows} more groups")
         return "\n".join(lines)
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """The process groups of one rank.  Made by every rank (collective); a mesh of one rank has no groups."""
+    """The process groups of one rank.
+
+    Made by every rank (collective); a mesh of one rank has no groups."""
 
     shape: Shape
     cp_rank: int
     tp_rank: int
     dp_rank: int
     device_mesh: DeviceMesh | None = None  # axes shape.names
-    shard_mesh: DeviceMesh | None = (
-        None  # what FSDP2 shards over: shard x cp, or (replicate, shard x cp)
-    )
+    # what FSDP2 shards over: shard x cp, or (replicate, shard x cp)
+    shard_mesh: DeviceMesh | None = None
     data_mesh: DeviceMesh | None = None  # dp x cp
 
     @classmethod
     def make(cls, shape: Shape, device_type: str = "cpu", rank: int | None = None) -> "Mesh":
-        """The mesh over the default process group, whose size must be the shape's; without one, of a lone rank."""
-        started = dist.is_available() and dist.is_initialized()
-        world = dist.get_world_size() if started else 1
-        if world != shape.world_size:
+        """The mesh over the default process group; without one, of a lone rank.
+
+        Raises:
+            ValueError: the group has not as many ranks as the shape."""
+        initialized = dist.is_available() and dist.is_initialized()
+        world_size = dist.get_world_size() if initialized else 1
+        if world_size != shape.world_size:
             raise ValueError(
-                f"cp={shape.cp} x tp={shape.tp} x dp={shape.dp} is {shape.world_size} ranks, but there are {world}."
+                f"cp={shape.cp} x tp={shape.tp} x dp={shape.dp} is {shape.world_size} ranks, "
+                f"but there are {world_size}."
             )
-        if not started:
+        if not initialized:
             return cls(shape, 0, 0, 0)
-        # The order of the axes is in the ranks, not in the names: torch slices a mesh only in the order of its axes.  But shard and
-        # cp, which become one axis, must ascend together: a process group sorts its ranks, and FSDP2 would gather them otherwise.
-        mesh = DeviceMesh(device_type, shape.ranks(), mesh_dim_names=shape.names)
-        place = dict(zip(shape.names, mesh.get_coordinate() or (), strict=True))
-        shards, data = (
-            mesh[shape.names[1:3]]._flatten("fsdp"),
-            mesh[shape.names[:3]]._flatten("data"),
-        )
+        # The order of the axes is in the ranks, not in the names: torch slices a mesh only in the
+        # order of its axes.  But shard and cp, which become one axis, must ascend together: a
+        # process group sorts its ranks, and FSDP2 would gather them in another order otherwise.
+        device_mesh = DeviceMesh(device_type, shape.ranks(), mesh_dim_names=shape.names)
+        coordinate = dict(zip(shape.names, device_mesh.get_coordinate() or (), strict=True))
+        shard_mesh = device_mesh[shape.names[1:3]]._flatten("fsdp")
+        data_mesh = device_mesh[shape.names[:3]]._flatten("data")
         if shape.replicate > 1:
-            with (
-                warnings.catch_warnings()
-            ):  # torch announces another way to name a flattened axis, and does not have it yet
+            with warnings.catch_warnings():
+                # torch announces another way to name a flattened axis, and does not have it yet
                 warnings.simplefilter("ignore", UserWarning)
-                shards = mesh["replicate", "fsdp"]
-        dp_rank = place["replicate"] * (shape.dp // shape.replicate) + place["shard"]
-        return cls(shape, place["cp"], place["tp"], dp_rank, mesh, shards, data)
+                shard_mesh = device_mesh["replicate", "fsdp"]
+        shards = shape.dp // shape.replicate
+        return cls(
+            shape,
+            cp_rank=coordinate["cp"],
+            tp_rank=coordinate["tp"],
+            dp_rank=coordinate["replicate"] * shards + coordinate["shard"],
+            device_mesh=device_mesh,
+            shard_mesh=shard_mesh,
+            data_mesh=data_mesh,
+        )
 
     @property
     def cp(self) -> "dist.ProcessGroup | None":
-        """The group along the sequence; None on a lone rank, as for the others."""
-        return self.device_mesh["cp"].get_group() if self.device_mesh is not None else None
+        """The group along the sequence; None on a lone rank."""
+        if self.device_mesh is None:
+            return None
+        return self.device_mesh["cp"].get_group()
 
     @property
     def data(self) -> "dist.ProcessGroup | None":
-        """The ranks that hold different tokens: dp x cp.  Losses and gradients are summed over them."""
-        return self.data_mesh.get_group() if self.data_mesh is not None else None
+        """The ranks that hold different tokens: dp x cp.  Losses and gradients are summed over
+        them. None on a lone rank."""
+        if self.data_mesh is None:
+            return None
+        return self.data_mesh.get_group()

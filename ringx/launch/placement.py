@@ -1,54 +1,88 @@
-"""Who is where: the lines that rank 0 prints at the start."""
+"""Which rank is on which host and device: the lines that rank 0 prints at the start."""
 
 import os
 import socket
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from .exchange import gather
 from .world import World
 
-ANNOUNCED = 8  # hosts that announce() names
+MAX_LISTED_HOSTS = 8
+# the variables in which a scheduler says which GPUs a process may see
+VISIBLE_DEVICES = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
 
-VISIBLE = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
+
+class Placement(NamedTuple):
+    """Where a rank is."""
+
+    host: str
+    device: str
+    visible_gpus: int  # how many GPUs it sees
+    visible_devices: str | None  # the scheduler's variable
 
 
 def announce(world: World) -> None:
-    """Rank 0 says on stderr who is where, and which GPUs each rank sees.  Collective; silent where ranks are on one host's CPU."""
-    visible = next((os.environ[name] for name in VISIBLE if os.environ.get(name)), None)
-    count = torch.cuda.device_count() if world.device.type == "cuda" else 0
-    mine = (socket.gethostname(), str(world.device), count, visible)
-    everyone = gather(mine, world)
-    if world.rank == 0 and (world.device.type == "cuda" or world.local_world < world.world_size):
-        print("\n".join(described(world, everyone)), file=sys.stderr, flush=True)
+    """Rank 0 prints on stderr which rank is where, and which GPUs each rank sees.  Collective.
+    Prints nothing where all ranks compute on the CPU of one host."""
+    on_gpu = world.device.type == "cuda"
+    settings = [os.environ[name] for name in VISIBLE_DEVICES if os.environ.get(name)]
+    local = Placement(
+        host=socket.gethostname(),
+        device=str(world.device),
+        visible_gpus=torch.cuda.device_count() if on_gpu else 0,
+        visible_devices=settings[0] if settings else None,
+    )
+    placements = gather(local, world)
+    if world.rank == 0 and (on_gpu or world.local_world < world.world_size):
+        print("\n".join(describe_placement(world, placements)), file=sys.stderr, flush=True)
 
 
-def described(world: World, everyone: Sequence[tuple[str, str, int, str | None]]) -> list[str]:
-    """The lines of ``announce``, from every rank's (host, device, number of GPUs it sees, what the scheduler's variable says)."""
-    hosts: dict[str, list[int]] = {}
-    for rank, (host, *_) in enumerate(everyone):
-        hosts.setdefault(host, []).append(rank)
-    lines = [
-        f"{world.world_size} ranks on {len(hosts)} host{'s'[: len(hosts) != 1]}, started by {world.launcher}, {world.backend}"
-    ]
-    if interfaces := os.environ.get("GLOO_SOCKET_IFNAME"):
-        lines[0] += f" over {interfaces}"
-    counts = {count for _, _, count, _ in everyone}
-    if counts == {1}:
-        lines.append("each rank sees one GPU, the one it computes on")
-    elif counts != {0}:
-        seen = "-".join(str(n) for n in sorted({min(counts), max(counts)}))
-        lines.append(
-            f"each rank sees all {seen} GPUs of its host and computes on that of its local rank"
-        )
-    for host, ranks in list(hosts.items())[:ANNOUNCED]:
-        says = [
-            f"{r}: {everyone[r][1]}" + (f" of {everyone[r][3]}" if everyone[r][3] else "")
-            for r in ranks
-        ]
-        lines.append(f"  {host}  " + ", ".join(says))
-    if len(hosts) > ANNOUNCED:
-        lines.append(f"  and {len(hosts) - ANNOUNCED} hosts more")
+def describe_placement(world: World, placements: Sequence[Placement]) -> list[str]:
+    """The lines that ``announce`` prints, from the placements of all ranks, by rank."""
+    ranks_of_host: dict[str, list[int]] = {}
+    for rank, placement in enumerate(placements):
+        ranks_of_host.setdefault(placement.host, []).append(rank)
+    lines = [_headline(world, len(ranks_of_host))]
+    visibility = _describe_visibility({placement.visible_gpus for placement in placements})
+    if visibility:
+        lines.append(visibility)
+    for host, ranks in list(ranks_of_host.items())[:MAX_LISTED_HOSTS]:
+        devices = ", ".join(_describe_rank(rank, placements[rank]) for rank in ranks)
+        lines.append(f"  {host}  {devices}")
+    if len(ranks_of_host) > MAX_LISTED_HOSTS:
+        lines.append(f"  and {len(ranks_of_host) - MAX_LISTED_HOSTS} hosts more")
     return lines
+
+
+def _headline(world: World, hosts: int) -> str:
+    plural = "" if hosts == 1 else "s"
+    text = (
+        f"{world.world_size} ranks on {hosts} host{plural}, started by {world.launcher}, "
+        f"{world.backend}"
+    )
+    interfaces = os.environ.get("GLOO_SOCKET_IFNAME")
+    if interfaces:
+        text += f" over {interfaces}"
+    return text
+
+
+def _describe_visibility(gpu_counts: set[int]) -> str:
+    """How many GPUs the ranks see; "" where they see none."""
+    if gpu_counts == {0}:
+        return ""
+    if gpu_counts == {1}:
+        return "each rank sees one GPU, the one it computes on"
+    fewest = min(gpu_counts)
+    most = max(gpu_counts)
+    count = str(most) if fewest == most else f"{fewest}-{most}"
+    return f"each rank sees all {count} GPUs of its host and computes on that of its local rank"
+
+
+def _describe_rank(rank: int, placement: Placement) -> str:
+    if placement.visible_devices:
+        return f"{rank}: {placement.device} of {placement.visible_devices}"
+    return f"{rank}: {placement.device}"
