@@ -267,6 +267,7 @@ def test_a_plain_process_loads_what_four_ranks_saved(saved):
     assert_equal(whole(state), expected)
 
 
+@pytest.mark.fast
 def test_training_goes_on_as_if_it_had_never_stopped(tmp_path):
     straight, resumed = make(1), make(2)
     train(*straight)
@@ -350,6 +351,7 @@ def two_steps(tmp_path_factory):
     return folder
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("what", DAMAGE)
 def test_a_damaged_one_is_named_and_passed_over(two_steps, tmp_path, what):
     damage, reason = DAMAGE[what]
@@ -377,6 +379,7 @@ def test_a_damaged_one_is_named_and_passed_over(two_steps, tmp_path, what):
     assert names(tmp_path) == ["step-00000002"]
 
 
+@pytest.mark.fast
 def test_damaged_ones_do_not_count_as_kept(two_steps, tmp_path):
     shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
     shutil.copytree(tmp_path / "step-00000002", tmp_path / "step-00000007")
@@ -392,6 +395,7 @@ def test_damaged_ones_do_not_count_as_kept(two_steps, tmp_path):
         assert names(tmp_path) == ["step-00000003", "step-00000008"]
 
 
+@pytest.mark.fast
 def test_between_two_renames_the_old_one_counts(two_steps, tmp_path):
     shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
     (tmp_path / "step-00000002").rename(tmp_path / "step-00000002.old")
@@ -406,6 +410,7 @@ def test_between_two_renames_the_old_one_counts(two_steps, tmp_path):
     assert names(tmp_path) == ["step-00000002", "step-00000003"]
 
 
+@pytest.mark.fast
 def test_what_remains_of_others_is_removed_and_strangers_stay(tmp_path):
     for name in ("step-00000001.partial", "step-00000009.partial", "step-9", "notes"):
         (tmp_path / name).mkdir()
@@ -417,6 +422,7 @@ def test_what_remains_of_others_is_removed_and_strangers_stay(tmp_path):
     assert names(tmp_path) == ["notes", "step-00000005", "step-9"] and not said
 
 
+@pytest.mark.fast
 def test_training_goes_on_while_it_is_written(tmp_path, monkeypatch):
     """save() returns while the writer is held up, and what training then does to the tensors is not in the file."""
     gate = threading.Event()
@@ -448,6 +454,7 @@ def test_training_goes_on_while_it_is_written(tmp_path, monkeypatch):
     assert (tmp_path / "step-00000001" / "__0_0.distcp").stat().st_size < 10_000
 
 
+@pytest.mark.fast
 def test_everything_is_on_disk_before_the_name_is(tmp_path, monkeypatch):
     """The order of writes, fsyncs and renames, as the system sees it."""
     events = []
@@ -537,6 +544,7 @@ def test_stopped_at_any_moment_there_is_a_whole_one(two_steps, tmp_path, monkeyp
     assert about == {"n": 3} and limit > 8
 
 
+@pytest.mark.fast
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"^keep=-1 must be"):
         Checkpoints(tmp_path, keep=-1)

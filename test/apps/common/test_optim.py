@@ -132,6 +132,7 @@ def written_out(name, model, batches, clip=1.0):
     return {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", ["adamw", "lamb"])
 def test_the_papers_formula(name, batches):
     want = written_out(name, network(), batches)
@@ -145,6 +146,7 @@ def test_the_papers_formula(name, batches):
     assert all(s == STEPS for (_, k), s in state.items() if k == "step")
 
 
+@pytest.mark.fast
 def test_lamb_by_hand():
     """A first step: u = g / (|g| + eps) + decay x, whatever the betas; here (1, -1) + 0.5 (3, 4) = (2.5, 1)."""
     x, bias, zero = (
@@ -167,6 +169,7 @@ def test_lamb_by_hand():
     torch.testing.assert_close(zero.data, torch.tensor([[-0.1, 0.1]], dtype=torch.float64))
 
 
+@pytest.mark.fast
 def test_lamb_without_a_gradient_or_with_a_zero_one():
     unused, still = (nn.Parameter(torch.ones(3, 2)) for _ in range(2))
     still.grad = torch.zeros(3, 2)
@@ -178,6 +181,7 @@ def test_lamb_without_a_gradient_or_with_a_zero_one():
         optimizer.step(lambda: 0.0)
 
 
+@pytest.mark.fast
 def test_lamb_in_fp32_far_from_one():
     """Norms whose squares fp32 cannot hold."""
     for size in (1e-25, 1e25):
@@ -208,6 +212,7 @@ def test_shards_equal_one_process(name, kind, world, batches):
                 torch.testing.assert_close(mine[n], p, rtol=1e-12, atol=1e-12, msg=str(n))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("layers", [1, 6])
 def test_messages_do_not_grow_with_the_number_of_parameters(layers, monkeypatch):
     models, sent, all_reduce = (
@@ -295,6 +300,7 @@ def test_distributed_checkpoint_goes_on_elsewhere(name, batches, tmp_path):
 # ---- clipping
 
 
+@pytest.mark.fast
 def test_clipping_by_the_true_norm():
     params = [
         nn.Parameter(torch.zeros(3)),
@@ -315,6 +321,7 @@ def test_clipping_by_the_true_norm():
     assert clip_by_global_norm(params, 1.0) == math.inf
 
 
+@pytest.mark.fast
 def test_the_norm_of_bf16_gradients_is_fp32():
     """4096 numbers of 1 + 1/128: bf16 cannot hold their norm, 64.5."""
     p, q = nn.Parameter(torch.zeros(4096, dtype=torch.bfloat16)), nn.Parameter(torch.zeros(3))
@@ -327,6 +334,7 @@ def test_the_norm_of_bf16_gradients_is_fp32():
     assert q.grad[1].item() == 1.5 and p.grad[7].item() == 2 / 64
 
 
+@pytest.mark.fast
 def test_gradients_that_wait_for_their_sum():
     """Of a sequence-parallel norm, say: each rank has its tokens' part."""
 
@@ -359,6 +367,7 @@ def test_gradients_that_wait_for_their_sum():
 # ---- by name
 
 
+@pytest.mark.fast
 def test_groups_and_what_has_no_gradient():
     frozen, matrix, bias = (
         nn.Parameter(torch.zeros(2, 2), requires_grad=False),
@@ -376,6 +385,7 @@ def test_groups_and_what_has_no_gradient():
         }
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_adamw_is_fused_where_it_can_be(dtype):
     p = nn.Parameter(torch.ones(4, dtype=dtype))
@@ -389,6 +399,7 @@ def test_adamw_is_fused_where_it_can_be(dtype):
     ).param_groups[0]["fused"]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "wrong, message",
     [
@@ -410,6 +421,7 @@ def test_mistakes_name_the_argument(wrong, message):
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.fast
 def test_clipping_mistakes():
     p = nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="no gradient to clip"):
@@ -426,6 +438,7 @@ class OnGpu(nn.Parameter):
     device = torch.device("cuda")
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "name, module, cls",
     [
@@ -459,6 +472,7 @@ def test_fused_lambs_that_are_not_installed_and_what_they_would_get(name, module
     )
 
 
+@pytest.mark.fast
 def test_every_name_has_a_description():
     assert list(OPTIMIZERS) == ["adamw", "lamb", "lamb_apex", "lamb_deepspeed"] and issubclass(
         Lamb, torch.optim.Optimizer

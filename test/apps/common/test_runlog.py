@@ -48,6 +48,7 @@ def steps_in(folder):
 # ---- metrics
 
 
+@pytest.mark.fast
 def test_records_are_read_as_written(tmp_path):
     records = [
         record(0, lr=0.1 + 0.2, name="ü", done=True),
@@ -74,6 +75,7 @@ def test_a_killed_run_loses_no_finished_step(tmp_path):
     assert done.returncode == -signal.SIGKILL and steps_in(tmp_path) == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("cut", [1, 2, 10, 40])
 def test_resumption_drops_what_is_redone_and_a_torn_line(tmp_path, cut):
     written(tmp_path, 0, 1, 2, 3, 4, 5)
@@ -92,6 +94,7 @@ def test_resumption_drops_what_is_redone_and_a_torn_line(tmp_path, cut):
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+@pytest.mark.fast
 def test_a_whole_last_line_without_its_end_is_kept_and_ended(tmp_path):
     written(tmp_path, 0, 1)
     path = tmp_path / "metrics.jsonl"
@@ -100,6 +103,7 @@ def test_a_whole_last_line_without_its_end_is_kept_and_ended(tmp_path):
     assert steps_in(tmp_path) == [0, 1, 2]
 
 
+@pytest.mark.fast
 def test_a_kill_while_the_file_is_rewritten_loses_nothing(tmp_path, monkeypatch):
     written(tmp_path, 0, 1, 2)
     before = (tmp_path / "metrics.jsonl").read_bytes()
@@ -114,6 +118,7 @@ def test_a_kill_while_the_file_is_rewritten_loses_nothing(tmp_path, monkeypatch)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.fast
 def test_a_broken_line_in_the_middle_is_named_and_not_dropped(tmp_path):
     written(tmp_path, 0, 1, 2)
     path = tmp_path / "metrics.jsonl"
@@ -130,6 +135,7 @@ def test_a_broken_line_in_the_middle_is_named_and_not_dropped(tmp_path):
         assert path.read_bytes() == before
 
 
+@pytest.mark.fast
 def test_mistakes_in_records(tmp_path):
     with Metrics(tmp_path, start_step=3, tensorboard=False) as metrics:
         with pytest.raises(ValueError, match=r"record=.* lacks loss, tokens_per_s\."):
@@ -150,6 +156,7 @@ def test_mistakes_in_records(tmp_path):
         read_metrics(tmp_path / "absent")
 
 
+@pytest.mark.fast
 def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with Metrics(None, start_step=2) as metrics:
@@ -160,6 +167,7 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch):
 # ---- TensorBoard and W&B
 
 
+@pytest.mark.fast
 def test_tensorboard_shows_the_records_and_a_resumption_purges(tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -182,6 +190,7 @@ def test_tensorboard_shows_the_records_and_a_resumption_purges(tmp_path):
     assert not (tmp_path / "none" / "tensorboard").exists()
 
 
+@pytest.mark.fast
 def test_loggers_that_are_asked_for_and_missing(tmp_path, monkeypatch):
     for package in ("tensorboard", "wandb"):
         monkeypatch.setitem(sys.modules, package, None)
@@ -204,6 +213,7 @@ def test_loggers_that_are_asked_for_and_missing(tmp_path, monkeypatch):
         expect_loggers(False, "")
 
 
+@pytest.mark.fast
 def test_wandb_gets_project_configuration_and_numbers(tmp_path, monkeypatch):
     """Against a stand-in: W&B needs an account."""
     calls = []
@@ -241,6 +251,7 @@ def test_wandb_gets_project_configuration_and_numbers(tmp_path, monkeypatch):
 # ---- run.json
 
 
+@pytest.mark.fast
 def test_sessions(tmp_path):
     folder = tmp_path / "run"
     assert read_sessions(folder) == []
@@ -276,6 +287,7 @@ def shown_steps(text):
     return [int(line.split()[1]) for line in text.splitlines()]
 
 
+@pytest.mark.fast
 def test_lines_where_there_is_no_terminal(capsys, monkeypatch):
     now = itertools.count(0.0, 0.5)  # every look at the clock: half a second
     monkeypatch.setattr(log, "monotonic", lambda: next(now))
@@ -297,6 +309,7 @@ def test_lines_where_there_is_no_terminal(capsys, monkeypatch):
     )
 
 
+@pytest.mark.fast
 def test_slow_steps_have_a_line_each(capsys, monkeypatch):
     now = itertools.count(0.0, 11.0)
     monkeypatch.setattr(log, "monotonic", lambda: next(now))
@@ -306,6 +319,7 @@ def test_slow_steps_have_a_line_each(capsys, monkeypatch):
     assert shown_steps(capsys.readouterr().out) == list(range(5, 40))
 
 
+@pytest.mark.fast
 def test_the_last_step_before_a_failure_is_shown(capsys):
     with pytest.raises(FloatingPointError), progress(50, 0, "a run") as show:
         for step in range(30):
@@ -314,6 +328,7 @@ def test_the_last_step_before_a_failure_is_shown(capsys):
     assert shown_steps(capsys.readouterr().out) == [*range(20), 29]
 
 
+@pytest.mark.fast
 def test_a_bar_at_a_terminal(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "150")
@@ -330,6 +345,7 @@ def test_a_bar_at_a_terminal(monkeypatch):
     assert "step    " not in said
 
 
+@pytest.mark.fast
 def test_other_ranks_show_nothing(capsys, monkeypatch):
     for terminal in (False, True):
         if terminal:
@@ -386,6 +402,7 @@ def test_figures_and_what_lacks_data(drawn):
     assert said[-1] == "skipped mfu: it needs records with 'mfu'" and len(said) == 5
 
 
+@pytest.mark.fast
 def test_the_csv_holds_the_records_numbers(drawn):
     runs, out, _ = drawn
     for name, columns in (
@@ -415,6 +432,7 @@ def test_the_csv_holds_the_records_numbers(drawn):
     assert not any("mean" in column for column in rows(out / "memory.csv")[0])
 
 
+@pytest.mark.fast
 def test_units_runs_and_validation_are_named(drawn, tmp_path, monkeypatch):
     import matplotlib.figure
 
@@ -453,11 +471,13 @@ def test_units_runs_and_validation_are_named(drawn, tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.fast
 def test_many_runs_look_different():
     looks = [plot._look(k, 100) for k in range(32)]
     assert len({(look["color"], look["marker"], look["ls"]) for look in looks}) == 32
 
 
+@pytest.mark.fast
 def test_smoothing():
     assert plot.mean_of_last([1.0, 2.0, 6.0, 4.0], 2) == [1.0, 1.5, 4.0, 5.0]
     assert plot.mean_of_last([], 3) == []
@@ -496,6 +516,7 @@ def test_the_plot_module_runs(tmp_path):
 # ---- schedules
 
 
+@pytest.mark.fast
 def test_wsd():
     rates = [wsd(s, steps=20, peak=1.0, warmup=4, decay=5, floor=0.1) for s in range(20)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4:15] == [1.0] * 11
@@ -511,6 +532,7 @@ def test_wsd():
     ]
 
 
+@pytest.mark.fast
 def test_a_schedule_by_name():
     common = {"steps": 20, "peak": 0.5, "warmup": 4, "floor": 0.1}
     for s in range(20):
@@ -519,6 +541,7 @@ def test_a_schedule_by_name():
     assert list(SCHEDULES) == ["cosine", "wsd"]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "wrong, message",
     [

@@ -150,6 +150,7 @@ def test_tiles_and_checkpointing_under_tp(tokens):
     expect_same(one, trained(Shape(2, 2), c, tokens)[3])
 
 
+@pytest.mark.fast
 def test_equals_a_plain_trainer(tokens, alone):
     """The whole recipe once more, with none of this repository's code but data and model: torch's attention and mean
     loss; clipping, schedule and AdamW written out."""
@@ -227,6 +228,7 @@ def test_gradient_of_every_parameter_equals_plain_sdpa(shape, tied, tokens):
 # ---- what is asked for is done
 
 
+@pytest.mark.fast
 def test_what_is_asked_for_reaches_attention(tokens, monkeypatch):
     seen = []
     attention = ringx.attention
@@ -248,6 +250,7 @@ def test_what_is_asked_for_reaches_attention(tokens, monkeypatch):
     assert [kw["check"] for kw in seen].count(True) == len(seen) / 2  # in the first of two steps
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("checkpointing, times", [("none", 1), ("selective", 1), ("full", 2)])
 def test_selective_checkpointing_never_attends_again(checkpointing, times, tokens, monkeypatch):
     import ringx.patterns.gather_kv as pattern
@@ -258,6 +261,7 @@ def test_selective_checkpointing_never_attends_again(checkpointing, times, token
     assert len(calls) == times * MODEL.layers
 
 
+@pytest.mark.fast
 def test_offload_saves_on_the_host(tokens, monkeypatch):
     """On a GPU these would be copies; here only the use of the hook can be seen."""
     used, hook = [], torch.autograd.graph.save_on_cpu
@@ -278,6 +282,7 @@ def test_second_run_is_bitwise_the_same(tokens):
     assert all(torch.equal(p, b[1][name]) for name, p in a[1].items())
 
 
+@pytest.mark.fast
 def test_seed_changes_weights_and_order(tokens):
     a, b = (trained(Shape(), config(steps=1, seed=seed), tokens)[0] for seed in (0, 1))
     assert a[0][0]["loss"] != b[0][0]["loss"]
@@ -332,6 +337,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_on_all_ranks(tokens):
     assert [type(e) for e in attempt(2, rank)] == [FloatingPointError] * 2
 
 
+@pytest.mark.fast
 def test_records_say_what_a_step_cost(tokens):
     c = config(steps=2)
     (records, _), *_ = trained(Shape(2), c, tokens)

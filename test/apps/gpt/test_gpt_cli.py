@@ -294,6 +294,7 @@ def test_checkpoints_that_do_not_fit(arguments, message, alone, data, tmp_path, 
     assert (out / "metrics.jsonl").read_text() == (alone[0] / "metrics.jsonl").read_text()
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "arguments, message",
     [

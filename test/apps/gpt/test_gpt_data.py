@@ -77,6 +77,7 @@ def default(tmp_path_factory) -> Path:
 # ---- what is prepared
 
 
+@pytest.mark.fast
 def test_every_format_gives_the_same_tokens(tmp_path):
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     folder = tmp_path / "texts"
@@ -121,6 +122,7 @@ def test_every_format_gives_the_same_tokens(tmp_path):
     )  # as near as whole documents can be
 
 
+@pytest.mark.fast
 def test_a_trained_tokenizer_knows_nothing_of_what_is_held_back(tmp_path):
     documents = ["in train in train in train " * 9] * 19 + ["Quark Quark Quark " * 9]
     folder = prepared(tmp_path, documents, tokenizer="train", vocab=300)
@@ -132,11 +134,12 @@ def test_a_trained_tokenizer_knows_nothing_of_what_is_held_back(tmp_path):
     assert stream(a) == [t for d in documents[:19] for t in [*b.encode(d), 0]]
 
 
+@pytest.mark.fast
 def test_one_document_is_cut_at_a_line_end(tmp_path, monkeypatch):
     text = "".join(f"line {i}\n" for i in range(1000))
     for piece in (2**18, 100):  # the cut lies within a piece of many, too
-        monkeypatch.setattr(documents, "PIECE", piece)
-        monkeypatch.setattr(prepare, "CHUNK", 4 * piece)
+        monkeypatch.setattr(documents, "PIECE_CHARACTERS", piece)
+        monkeypatch.setattr(prepare, "CHUNK_CHARACTERS", 4 * piece)
         (tmp_path / "book").write_text(text)
         prepare.prepare([tmp_path / "book"], tmp_path / f"{piece}", tokenizer="bytes")
         train, val = (
@@ -167,22 +170,24 @@ def test_one_document_is_cut_at_a_line_end(tmp_path, monkeypatch):
         open_dataset(prepared(tmp_path, val_fraction=0.0), "val")
 
 
+@pytest.mark.fast
 def test_pieces_and_chunks_leave_documents_whole(tmp_path, monkeypatch):
     whole = prepared(tmp_path, shard_tokens=2**28)
-    monkeypatch.setattr(documents, "PIECE", 13)
-    monkeypatch.setattr(prepare, "CHUNK", 40)
+    monkeypatch.setattr(documents, "PIECE_CHARACTERS", 13)
+    monkeypatch.setattr(prepare, "CHUNK_CHARACTERS", 40)
     pieces = prepared(tmp_path, name="pieces", shard_tokens=2**28)
     assert {**contents(whole), INDEX: b""} == {**contents(pieces), INDEX: b""}
     (tmp_path / "text").write_bytes("".join(DOCUMENTS).encode())
     blocks = [
         p.text
         for p in documents._read_text(
-            documents._sources([tmp_path / "text"], tmp_path)[0][0], "", lambda read: None
+            documents.list_inputs([tmp_path / "text"], tmp_path)[0][0], "", lambda read: None
         )
     ]
     assert "".join(blocks) == "".join(DOCUMENTS) and 1 < max(map(len, blocks)) <= 13
 
 
+@pytest.mark.fast
 def test_shards_are_read_as_one_stream(tmp_path):
     one, many = (
         prepared(tmp_path, val_fraction=0.0),
@@ -196,12 +201,13 @@ def test_shards_are_read_as_one_stream(tmp_path):
     )
     assert stream(a) == stream(b) == as_bytes(DOCUMENTS) and a.length == b.length
     for seqlen in (1, 36, 37, 38, 100):
-        assert a.windows(seqlen) == b.windows(seqlen) == (a.length - 1) // seqlen
-        everything = range(a.windows(seqlen))
+        assert a.num_windows(seqlen) == b.num_windows(seqlen) == (a.length - 1) // seqlen
+        everything = range(a.num_windows(seqlen))
         for x, y in zip(a.take(everything, seqlen), b.take(everything, seqlen), strict=True):
             assert torch.equal(x, y)
 
 
+@pytest.mark.fast
 def test_more_tokens_than_two_bytes_hold(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     words = tokenizers.Tokenizer(
@@ -235,10 +241,10 @@ def test_more_tokens_than_two_bytes_hold(tmp_path):
 
 
 def test_the_default_text_can_be_decoded_again(default):
-    sources, source = documents._sources([], Path("nowhere"))
+    sources, source = documents.list_inputs([], Path("nowhere"))
     texts = [s.path.read_bytes().decode() for s in sources]
     assert (
-        100_000 < sum(s.size for s in sources) <= documents.DEFAULT_BYTES
+        100_000 < sum(s.size for s in sources) <= documents.MAX_DEFAULT_BYTES
         and "standard library" in source
     )
     tokenizer = load_tokenizer(default)
@@ -255,6 +261,7 @@ def test_the_default_text_can_be_decoded_again(default):
     assert 0.03 < share < 0.08
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("tokenizer", ["bytes", "train"])
 def test_tokenizers_encode_and_decode(tokenizer, tmp_path):
     t = load_tokenizer(
@@ -277,11 +284,12 @@ def test_tokenizers_encode_and_decode(tokenizer, tmp_path):
 # ---- what is read
 
 
+@pytest.mark.fast
 def test_an_epoch_reads_every_window_once(tmp_path):
     tokens = open_dataset(
         prepared(tmp_path, ["".join(chr(32 + i % 90) for i in range(10 * 7))], val_fraction=0.0)
     )
-    assert tokens.length == 71 and tokens.windows(7) == 10
+    assert tokens.length == 71 and tokens.num_windows(7) == 10
 
     def step(n, **changed):
         return tokens.rows(
@@ -304,6 +312,7 @@ def test_an_epoch_reads_every_window_once(tmp_path):
     ] == rows  # another batch: the same order
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("dp", [1, 2, 3, 6])
 def test_any_split_of_the_batch_reads_the_same(dp, default):
     tokens, ask = open_dataset(default), {"global_batch": 6, "seqlen": 50, "seed": 1}
@@ -318,13 +327,14 @@ def test_any_split_of_the_batch_reads_the_same(dp, default):
             tokens.rows(0, rows=wrong, **ask)
 
 
+@pytest.mark.fast
 def test_labels_and_documents_by_counting(tmp_path):
     """Every window against the stream itself: labels are one further on, a document ends with its eos."""
     folder = prepared(tmp_path, shard_tokens=101, val_fraction=0.0)
     tokens, want = open_dataset(folder), as_bytes(DOCUMENTS)
     which = [n for n, d in enumerate(DOCUMENTS) for _ in range(len(d.encode()) + 1)]
     for seqlen in (5, 64, 333):
-        for i in range(tokens.windows(seqlen)):
+        for i in range(tokens.num_windows(seqlen)):
             got, at = tokens.window(i, seqlen), i * seqlen
             assert [x.shape for x in got] == [(1, seqlen)] * 3 and {x.dtype for x in got} == {
                 torch.int64
@@ -336,6 +346,7 @@ def test_labels_and_documents_by_counting(tmp_path):
         tokens.window(99_999, 5)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("world, seqlen", [(2, 16), (3, 17), (4, 23)])
 def test_labels_and_positions_at_shard_edges(layout, world, seqlen, tmp_path):
@@ -345,7 +356,9 @@ def test_labels_and_positions_at_shard_edges(layout, world, seqlen, tmp_path):
     ends = torch.cat(
         [torch.zeros(2, 1, dtype=torch.int64), (rows.tokens == tokens.eos).cumsum(1)[:, :-1]], 1
     )  # before each token
-    cuts = run(world, lambda _: dataset.cut(rows, layout=ringx.Sharding(seqlen, world, layout)))
+    cuts = run(
+        world, lambda _: dataset.shard_rows(rows, layout=ringx.Sharding(seqlen, world, layout))
+    )
     for mine in cuts:
         assert torch.equal(mine.tokens, whole[:, mine.positions])
         assert torch.equal(
@@ -357,6 +370,7 @@ def test_labels_and_positions_at_shard_edges(layout, world, seqlen, tmp_path):
     )
 
 
+@pytest.mark.fast
 def test_the_loader_works_ahead(default):
     tokens, begun = open_dataset(default), [threading.Event() for _ in range(5)]
 
@@ -376,6 +390,7 @@ def test_the_loader_works_ahead(default):
     )
 
 
+@pytest.mark.fast
 def test_the_loader_says_how_long_it_was_waited_for():
     with Loader(lambda step: time.sleep(0.2) or step, 7) as loader:
         assert next(loader) == 7 and 0.1 < loader.waited < 5
@@ -383,6 +398,7 @@ def test_the_loader_says_how_long_it_was_waited_for():
         assert next(loader) == 8 and loader.waited < 0.1 < loader.waited_total
 
 
+@pytest.mark.fast
 def test_the_loader_hands_errors_on_and_closes():
     def make(step):
         if step == 2:
@@ -487,13 +503,14 @@ def test_the_command_in_another_process_gives_the_same_bytes(tmp_path):
     )  # no bar where no one looks
 
 
+@pytest.mark.fast
 def test_interrupted_it_leaves_nothing(tmp_path, monkeypatch, capsys):
     def stop(*_):
         raise KeyboardInterrupt
 
     file = jsonl(tmp_path / "a.jsonl")
     with monkeypatch.context() as m:
-        m.setattr(prepare._Stream, "close", stop)
+        m.setattr(prepare.SplitWriter, "close", stop)
         with pytest.raises(SystemExit) as left:
             prepare.main([str(file), "--out", str(tmp_path / "out")])
     assert left.value.code == 130 and capsys.readouterr().err.endswith(
@@ -503,11 +520,12 @@ def test_interrupted_it_leaves_nothing(tmp_path, monkeypatch, capsys):
     assert prepare.main([str(file), "--out", str(tmp_path / "out")]) == 0
 
 
+@pytest.mark.fast
 def test_a_second_time_nothing_is_done(tmp_path, monkeypatch):
     file, out = jsonl(tmp_path / "a.jsonl"), tmp_path / "out"
     prepare.prepare([file], out, tokenizer="bytes")
     before = {f: f.stat().st_mtime_ns for f in (out, *out.iterdir())}
-    monkeypatch.setattr(prepare, "_write", None)
+    monkeypatch.setattr(prepare, "write_tokens", None)
     file.touch()
     prepare.prepare([str(file)], str(out), tokenizer="bytes")
     assert {f: f.stat().st_mtime_ns for f in (out, *out.iterdir())} == before
@@ -528,8 +546,9 @@ def test_a_second_time_nothing_is_done(tmp_path, monkeypatch):
         prepare.prepare([file], out, tokenizer="bytes")
 
 
+@pytest.mark.fast
 def test_big_files_are_known_by_their_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "BIG", 100)
+    monkeypatch.setattr(documents, "MAX_HASHED_BYTES", 100)
     folder = prepared(tmp_path)
     prepare.prepare([tmp_path / "tokens.jsonl"], folder, tokenizer="bytes")
     time.sleep(0.02)
@@ -538,9 +557,10 @@ def test_big_files_are_known_by_their_time(tmp_path, monkeypatch):
         prepare.prepare([tmp_path / "tokens.jsonl"], folder, tokenizer="bytes")
 
 
+@pytest.mark.fast
 def test_two_at_a_time_do_the_work_once(tmp_path, monkeypatch):
     file, out, writes, errors = jsonl(tmp_path / "a.jsonl"), tmp_path / "out", [], []
-    write = prepare._write
+    write = prepare.write_tokens
 
     def slow(*arguments):
         writes.append(1)
@@ -553,7 +573,7 @@ def test_two_at_a_time_do_the_work_once(tmp_path, monkeypatch):
         except Exception as e:  # noqa: BLE001 - shown below
             errors.append(e)
 
-    monkeypatch.setattr(prepare, "_write", slow)
+    monkeypatch.setattr(prepare, "write_tokens", slow)
     threads = [threading.Thread(target=work) for _ in range(4)]
     for t in threads:
         t.start()
@@ -564,16 +584,17 @@ def test_two_at_a_time_do_the_work_once(tmp_path, monkeypatch):
     open_dataset(out, verify="full")
 
 
+@pytest.mark.fast
 def test_files_that_change_meanwhile_are_noticed(tmp_path, monkeypatch):
     file = jsonl(tmp_path / "a.jsonl")
-    make = prepare._Plan.make
+    make = prepare.SplitBoundary.make
 
     def grow(*arguments):
         with file.open("a") as f:
             f.write('{"text": "more"}\n')
         return make(*arguments)
 
-    monkeypatch.setattr(prepare._Plan, "make", grow)
+    monkeypatch.setattr(prepare.SplitBoundary, "make", grow)
     with pytest.raises(ValueError, match="have changed while they were read"):
         prepare.prepare([file], tmp_path / "out", tokenizer="bytes")
     assert not (tmp_path / "out").exists()
@@ -582,6 +603,7 @@ def test_files_that_change_meanwhile_are_noticed(tmp_path, monkeypatch):
 # ---- what the trainer calls
 
 
+@pytest.mark.fast
 def test_dataset_for(tmp_path):
     file = jsonl(tmp_path / "a.jsonl", DOCUMENTS * 3)
     made = dataset_for(str(file), tmp_path / "cache", vocab=280)
@@ -605,6 +627,7 @@ def test_dataset_for(tmp_path):
     )  # no pair comes twice
 
 
+@pytest.mark.fast
 def test_too_large_a_vocabulary_and_too_short_a_text(tmp_path):
     tokens = open_dataset(prepared(tmp_path, ["0123456789"], val_fraction=0.0))
     tokens.check_vocab(257)
@@ -638,6 +661,7 @@ def edit(folder: Path, **changed) -> None:
     (folder / INDEX).write_text(json.dumps({**index, "sha256": index_digest(index)}))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "harm, message",
     [
@@ -693,6 +717,7 @@ def test_damaged_folders(harm, message, tmp_path):
             open_dataset(folder)
 
 
+@pytest.mark.fast
 def test_a_token_out_of_range_is_named(tmp_path):
     folder = prepared(tmp_path, shard_tokens=200)
     open_dataset(folder).check_range()
@@ -706,6 +731,7 @@ def test_a_token_out_of_range_is_named(tmp_path):
             open_dataset(folder).check_range()
 
 
+@pytest.mark.fast
 def test_another_tokenizer_is_noticed(tmp_path):
     folder = prepared(tmp_path, tokenizer="train", vocab=300)
     flip(folder / "tokenizer.json", 500)
@@ -716,6 +742,7 @@ def test_another_tokenizer_is_noticed(tmp_path):
         load_tokenizer(folder)
 
 
+@pytest.mark.fast
 def test_which_token_ends_a_text(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     t = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "STOP": 1}, unk_token="a"))
@@ -741,6 +768,7 @@ def test_which_token_ends_a_text(tmp_path):
     ).eos == t.token_to_id("<|endoftext|>")
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -22,13 +22,13 @@ from apps.common.weights import CheckpointWeights
 from apps.gpt import convert
 from apps.gpt.config import Config, ModelConfig, TrainConfig
 from apps.gpt.huggingface import (
-    Weights,
-    model_config,
+    HuggingFaceWeights,
     open_model,
     open_tokenizer,
-    save,
-    shapes,
-    weights_for,
+    open_weights,
+    parameter_shapes,
+    read_model_config,
+    save_hugging_face,
 )
 from apps.gpt.parallel import Attend, build
 from ringx.launch.mesh import Mesh, Shape
@@ -61,7 +61,7 @@ def random_weights(config: ModelConfig, dtype=torch.float32, seed=2) -> dict[str
         name: ((torch.randn(shape, generator=g) * 0.25) + (1.0 if len(shape) == 1 else 0.0)).to(
             dtype
         )
-        for name, shape in shapes(config).items()
+        for name, shape in parameter_shapes(config).items()
     }
 
 
@@ -117,13 +117,13 @@ def tokens():
 
 def logits(folder, cp=1, tp=1):
     """Of the model in `folder`, computed by cp x tp ranks."""
-    config = Config("test", model_config(folder), TrainConfig(seqlen=S, dtype="float32"))
+    config = Config("test", read_model_config(folder), TrainConfig(seqlen=S, dtype="float32"))
 
     def rank(_):
         mesh = Mesh.make(Shape(cp=cp, tp=tp))
         attend = Attend(config, mesh)
-        weights = Weights(folder)
-        weights.check(shapes(config.model))
+        weights = HuggingFaceWeights(folder)
+        weights.check(parameter_shapes(config.model))
         engine = build(config, mesh, attend, weights=weights)
         mine = ringx.shard(tokens(), group=mesh.cp, layout=attend.layout)
         with torch.no_grad():
@@ -146,16 +146,20 @@ def test_logits_equal_transformers(case, cp, tp, folders):
         assert (got - want).abs().max() <= 1e-5 * max(1.0, want.abs().max().item())
 
 
+@pytest.mark.fast
 def test_rope_scaling_matters_here(folders):
     """So that the test above would notice another."""
     (_, a), (_, b) = folders["tied"], folders["scaled"]
     assert (a - b).norm() / a.norm() > 0.01
 
 
+@pytest.mark.fast
 def test_transformers_loads_what_we_write(folders, tmp_path):
     for case, (folder, want) in folders.items():
         config, out = CASES[case], tmp_path / case
-        save(out, config, Weights(folder), torch.float32, "20KB", seqlen=256, eos=[3])
+        save_hugging_face(
+            out, config, HuggingFaceWeights(folder), torch.float32, "20KB", seqlen=256, eos=[3]
+        )
         assert not (tmp_path / f"{case}.partial").exists()
         assert len(list(out.glob("model-*.safetensors"))) > 1
         llama, info = transformers.LlamaForCausalLM.from_pretrained(out, output_loading_info=True)
@@ -172,7 +176,7 @@ def test_transformers_loads_what_we_write(folders, tmp_path):
                 torch.equal(llama(tokens()).logits, want)
                 or (llama(tokens()).logits - want).abs().max() < 1e-5
             )
-        assert model_config(out) == replace(
+        assert read_model_config(out) == replace(
             config, rope_original=config.rope_original if config.rope_factor != 1 else 8192
         )
 
@@ -191,6 +195,7 @@ def all_of(folder: Path):
     return {name: x for file in files for name, x in load_file(file).items()}
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("tied", [True, False])
 def test_round_trip_is_bitwise(tied, tmp_path):
     """transformers' files -> ours -> Hugging Face's again, in the dtype that they have; through both commands."""
@@ -214,9 +219,9 @@ def test_round_trip_is_bitwise(tied, tmp_path):
             and source.weights.dtype == torch.bfloat16
             and source.seqlen == 256
         )
-        for name, shape in shapes(config).items():
-            want = Weights(tmp_path / "hf")(name, torch.Size(shape))
-            assert torch.equal(weights_for(path, config)(name, torch.Size(shape)), want)
+        for name, shape in parameter_shapes(config).items():
+            want = HuggingFaceWeights(tmp_path / "hf")(name, torch.Size(shape))
+            assert torch.equal(open_weights(path, config)(name, torch.Size(shape)), want)
     assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}"
 
 
@@ -265,18 +270,19 @@ def test_to_hf_takes_the_newest_good_checkpoint_of_any_mesh(tmp_path):
     assert json.loads((tmp_path / "bf16" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
+@pytest.mark.fast
 def test_reads_lazily_one_file_or_many(tmp_path):
     weights = random_weights(MODEL)
-    save(tmp_path / "one", MODEL, weights, torch.float32)
-    save(tmp_path / "many", MODEL, weights, torch.float32, 5000)
+    save_hugging_face(tmp_path / "one", MODEL, weights, torch.float32)
+    save_hugging_face(tmp_path / "many", MODEL, weights, torch.float32, 5000)
     assert (tmp_path / "one" / "model.safetensors").exists()
     shards = len(list((tmp_path / "many").glob("model-*.safetensors")))
     assert shards > 3
     for folder in ("one", "many"):
-        stored = Weights(tmp_path / folder)
+        stored = HuggingFaceWeights(tmp_path / folder)
         same({name: stored(name, x.shape) for name, x in weights.items()}, weights)
-    stored = Weights(tmp_path / "many")
-    stored.check(shapes(MODEL))
+    stored = HuggingFaceWeights(tmp_path / "many")
+    stored.check(parameter_shapes(MODEL))
     for file in (tmp_path / "many").glob("model-*.safetensors"):
         if "model.norm.weight" not in load_file(file):
             file.unlink()
@@ -285,20 +291,22 @@ def test_reads_lazily_one_file_or_many(tmp_path):
     )  # reads no other file
 
 
+@pytest.mark.fast
 def test_what_is_left_out(tmp_path):
     """Frequencies that old files hold, and the output projection that is tied anyway."""
-    save(tmp_path / "hf", MODEL, random_weights(MODEL), torch.float32)
+    save_hugging_face(tmp_path / "hf", MODEL, random_weights(MODEL), torch.float32)
     file = tmp_path / "hf" / "model.safetensors"
     extra = {
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
         "lm_head.weight": torch.ones(MODEL.vocab, MODEL.dim),
     }
     save_file(load_file(file) | extra, file)
-    Weights(tmp_path / "hf").check(shapes(MODEL))
+    HuggingFaceWeights(tmp_path / "hf").check(parameter_shapes(MODEL))
     with pytest.raises(ValueError, match=r"lm_head\.weight is missing"):
-        Weights(tmp_path / "hf").check(shapes(replace(MODEL, tied=False)))
+        HuggingFaceWeights(tmp_path / "hf").check(parameter_shapes(replace(MODEL, tied=False)))
 
 
+@pytest.mark.fast
 def test_tokenizer_goes_along(tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -309,7 +317,7 @@ def test_tokenizer_goes_along(tmp_path):
         trainers.BpeTrainer(vocab_size=60, special_tokens=["</s>"]),
     )
     made.save(str(tmp_path / "tokenizer.json"))
-    save(
+    save_hugging_face(
         tmp_path / "hf",
         MODEL,
         random_weights(MODEL),
@@ -362,9 +370,10 @@ def config_of(tmp_path, **changes):
     (tmp_path / "config.json").write_text(
         json.dumps({k: v for k, v in (BASE | changes).items() if v != "absent"})
     )
-    return model_config(tmp_path)
+    return read_model_config(tmp_path)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "rope",
     [
@@ -379,6 +388,7 @@ def test_rope_in_both_spellings(rope, tmp_path):
     assert got.rope_base == 500_000.0 and asdict(got).items() >= SCALED.items()
 
 
+@pytest.mark.fast
 def test_defaults_are_those_of_transformers(tmp_path):
     got = config_of(
         tmp_path,
@@ -403,6 +413,7 @@ def test_defaults_are_those_of_transformers(tmp_path):
     )
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -442,7 +453,7 @@ def test_configurations_that_are_refused(changes, message, tmp_path):
 
 @pytest.fixture
 def written(tmp_path):
-    save(tmp_path / "hf", MODEL, random_weights(MODEL), torch.float32, 5000)
+    save_hugging_face(tmp_path / "hf", MODEL, random_weights(MODEL), torch.float32, 5000)
     return tmp_path / "hf"
 
 
@@ -456,6 +467,7 @@ def edit(folder, **changes):
     )
 
 
+@pytest.mark.fast
 def test_missing_unexpected_and_misshapen_tensors_are_named(written):
     names = {
         "model.norm.weight": None,
@@ -464,7 +476,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(written):
     }
     edit(written, **names)
     with pytest.raises(ValueError) as refusal:
-        Weights(written).check(shapes(MODEL))
+        HuggingFaceWeights(written).check(parameter_shapes(MODEL))
     for part in (
         "norm.weight is missing",
         "extra is unexpected",
@@ -472,16 +484,17 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(written):
     ):
         assert part in str(refusal.value)
     with pytest.raises(ValueError, match=r"norm\.weight is missing"):
-        Weights(written)("norm.weight", torch.Size([32]))
+        HuggingFaceWeights(written)("norm.weight", torch.Size([32]))
     with pytest.raises(ValueError, match=r"\[3, 4\], not \[5\]"):
-        Weights(written)("layers.1.mlp.up_proj.weight", torch.Size([5]))
+        HuggingFaceWeights(written)("layers.1.mlp.up_proj.weight", torch.Size([5]))
     with pytest.raises(ValueError, match="and 18 more"):
-        Weights(written).check(shapes(replace(MODEL, layers=4)))
+        HuggingFaceWeights(written).check(parameter_shapes(replace(MODEL, layers=4)))
 
 
+@pytest.mark.fast
 def test_weights_for_another_model_are_refused(written):
     assert (
-        weights_for(written, replace(MODEL, rope_base=1e6, rope_factor=2.0)) is not None
+        open_weights(written, replace(MODEL, rope_base=1e6, rope_factor=2.0)) is not None
     )  # a longer context
     for change in (
         {"heads": 4, "kv_heads": 2, "head_dim": 32},
@@ -490,36 +503,39 @@ def test_weights_for_another_model_are_refused(written):
         {"tied": False},
     ):
         with pytest.raises(ValueError, match=f"has {next(iter(change))} "):
-            weights_for(written, replace(MODEL, **change))
+            open_weights(written, replace(MODEL, **change))
 
 
+@pytest.mark.fast
 def test_damaged_files_are_named(written):
     shard = sorted(written.glob("model-*"))[1]
     kept = shard.read_bytes()
     for content in (kept[: len(kept) // 2], b"", b"garbage" * 10):
         shard.write_bytes(content)
         with pytest.raises(ValueError, match=shard.name):
-            Weights(written)
+            HuggingFaceWeights(written)
     shard.unlink()
     with pytest.raises(ValueError, match=rf"{shard.name} cannot be read"):
-        Weights(written)
+        HuggingFaceWeights(written)
     index = written / "model.safetensors.index.json"
     index.write_text("{")
     with pytest.raises(ValueError, match=r"index\.json is no JSON"):
-        Weights(written)
+        HuggingFaceWeights(written)
     index.write_text("{}")
     with pytest.raises(ValueError, match="no weight_map"):
-        Weights(written)
+        HuggingFaceWeights(written)
 
 
+@pytest.mark.fast
 def test_a_failed_write_leaves_nothing(tmp_path):
     weights = random_weights(MODEL)
     del weights["norm.weight"]
     with pytest.raises(KeyError):
-        save(tmp_path / "hf", MODEL, weights, torch.float32)
+        save_hugging_face(tmp_path / "hf", MODEL, weights, torch.float32)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.fast
 def test_mistakes_are_one_line_and_exit_2(written, tmp_path, capsys):
     empty, other = tmp_path / "empty", tmp_path / "other"
     empty.mkdir()
@@ -562,6 +578,7 @@ def test_mistakes_are_one_line_and_exit_2(written, tmp_path, capsys):
         assert not out.exists() and not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.fast
 def test_a_checkpoint_of_something_else(tmp_path):
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(1, {"model": {"w": torch.ones(2)}}, {"step": 1})

@@ -74,6 +74,7 @@ PROMPT = [5, 17, 250, 3, 99]
 # ---- generation
 
 
+@pytest.mark.fast
 def test_greedy_equals_transformers(folder):
     transformers = pytest.importorskip(
         "transformers", reason="transformers is not installed: nothing to compare with"
@@ -94,6 +95,7 @@ def test_greedy_equals_transformers(folder):
     assert generate.generate(model_of(folder), PROMPT, 60, temperature=0, eos=[end]) == short
 
 
+@pytest.mark.fast
 def test_cached_logits_equal_recomputation(folder):
     """Prefilled in one piece, then token by token, then several at once."""
     model = model_of(folder, torch.float64)
@@ -101,7 +103,7 @@ def test_cached_logits_equal_recomputation(folder):
     with torch.no_grad():
         want = model(tokens, torch.arange(40))
         got = []
-        with generate.attending(model, lambda: generate.Cache(40)):
+        with generate.replaced_attention(model, lambda: generate.KeyValueCache(40)):
             for start, end in [(0, 25), *((i, i + 1) for i in range(25, 33)), (33, 40)]:
                 x = model.hidden(tokens[:, start:end], torch.arange(start, end))
                 got.append(generate.head_logits(x, model.head))
@@ -109,6 +111,7 @@ def test_cached_logits_equal_recomputation(folder):
     torch.testing.assert_close(torch.cat(got, 1), want, rtol=0, atol=1e-12)
 
 
+@pytest.mark.fast
 def test_sampled_tokens_equal_those_without_cache(folder):
     model = model_of(folder, torch.float64)
     got = generate.generate(
@@ -126,6 +129,7 @@ def test_sampled_tokens_equal_those_without_cache(folder):
     )
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 @pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.6, 0.95, 1.0])
 def test_probabilities_by_their_definition(temperature, top_p):
@@ -145,6 +149,7 @@ def test_probabilities_by_their_definition(temperature, top_p):
     torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
 
 
+@pytest.mark.fast
 def test_likeliest_token_and_ties():
     assert generate.probabilities(torch.tensor([0.0, 2.0, 2.0, 1.0]), 0, 0.5).tolist() == [
         0,
@@ -180,6 +185,7 @@ class Fixed(Llama):
             self.lm_head.weight.zero_()[:, 0] = self.logits
 
 
+@pytest.mark.fast
 def test_what_is_drawn_has_that_distribution():
     model, n = Fixed(), 1000
     p = generate.probabilities(Fixed.logits, 0.8, 0.9)
@@ -193,6 +199,7 @@ def test_what_is_drawn_has_that_distribution():
     assert chi2 < 13.8  # 2 degrees of freedom: one in a thousand is above
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "wrong, message",
     [
@@ -209,17 +216,19 @@ def test_options_that_make_no_sense(wrong, message):
         generate.generate(Fixed(), **{"tokens": [1], "n": 2, **wrong})
 
 
+@pytest.mark.fast
 def test_text_comes_in_whole_characters():
     text = "aé – 漢字 🙂 end"
     tokenizer = ByteTokenizer()
     pieces = list(
-        generate.texts(tokenizer, iter([*tokenizer.encode(text), 290, tokenizer.eos]))
+        generate.decode_stream(tokenizer, iter([*tokenizer.encode(text), 290, tokenizer.eos]))
     )  # 290: no token of its
     assert "".join(pieces) == text and "漢" in pieces and "🙂" in pieces
     cut = tokenizer.encode("é")[:1]
-    assert "".join(generate.texts(tokenizer, iter(cut))) == "\ufffd"
+    assert "".join(generate.decode_stream(tokenizer, iter(cut))) == "\ufffd"
 
 
+@pytest.mark.fast
 def test_the_command_prints_the_text(folder, capsys):
     tokenizer, prompt = ByteTokenizer(), "some é"
     arguments = [
@@ -237,6 +246,7 @@ def test_the_command_prints_the_text(folder, capsys):
     assert capsys.readouterr().out == prompt + shown + "\n"
 
 
+@pytest.mark.fast
 def test_mistakes_of_generate_are_one_line_and_exit_2(folder, tmp_path, capsys):
     (tmp_path / "bad.json").write_text("{}")
     for arguments, message in (
@@ -315,6 +325,7 @@ def test_evaluation_equals_a_direct_computation(world, layout, folder, text):
     assert abs(rows[8, 64, 128]["loss"] - rows[128, 64, 128]["loss"]) > 1e-3
 
 
+@pytest.mark.fast
 def test_another_tokenizer_is_noticed(text, tmp_path):
     from tokenizers import Tokenizer, models, trainers
 
@@ -326,6 +337,7 @@ def test_another_tokenizer_is_noticed(text, tmp_path):
     assert evaluate.same_tokenizer(tokens, tmp_path / "none")  # cannot be told
 
 
+@pytest.mark.fast
 def test_buckets_double():
     assert evaluate.buckets(1) == [(0, 1)]
     assert evaluate.buckets(2) == [(0, 1), (1, 2)]
@@ -333,6 +345,7 @@ def test_buckets_double():
     assert evaluate.buckets(11) == [(0, 1), (1, 2), (2, 4), (4, 8), (8, 11)]
 
 
+@pytest.mark.fast
 def test_table_fits_100_columns():
     seqlen = 2**20
     means = {seqlen >> i: torch.full((seqlen,), 10.0) for i in range(9)}
@@ -384,6 +397,7 @@ def test_the_command_on_two_processes_equals_one(folder, text, tmp_path):
     }
 
 
+@pytest.mark.fast
 def test_mistakes_of_evaluate_are_one_line_and_exit_2(folder, text, tmp_path, capsys):
     (tmp_path / "file").touch()
     good = [str(folder), "--data", str(text)]

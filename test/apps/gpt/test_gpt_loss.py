@@ -14,6 +14,8 @@ from torch.distributed.tensor import DTensor, Shard
 from apps.gpt.loss import IGNORE, head_logits, head_loss, token_losses
 from ringx.measure.peak import peak_bytes
 
+pytestmark = pytest.mark.fast
+
 B, S, C, V = 2, 11, 8, 24
 
 

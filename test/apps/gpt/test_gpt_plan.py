@@ -14,13 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ringx
 from apps.common.config import MeshConfig
-from apps.common.flops import peak_flops
 from apps.common.estimate import _alone
+from apps.common.flops import peak_flops
 from apps.gpt.config import Config, ModelConfig, TrainConfig, preset
+from apps.gpt.estimate import estimate_step
 from apps.gpt.flops import flops_per_token, parameters
 from apps.gpt.model import Llama
 from apps.gpt.parallel import Attend, build
-from apps.gpt.estimate import make_plan
 from apps.gpt.train import main
 from ringx.launch.mesh import Mesh, Shape
 from ringx.measure import peak
@@ -89,10 +89,10 @@ def measured(c: Config, shape: Shape) -> list[tuple[int, float, float]]:
 )
 def test_peak_and_bytes_of_attention_are_those_of_a_real_run(shape, changes):
     c = config().changed(changes)
-    real, plan = measured(c, shape)[0], make_plan(c, shape)
-    assert plan.memory.peak == pytest.approx(real[0], rel=0.03)
+    real, estimate = measured(c, shape)[0], estimate_step(c, shape)
+    assert estimate.memory.peak == pytest.approx(real[0], rel=0.03)
     sent = [
-        sum(plan.sent.get(f"attention {direction}", {}).values())
+        sum(estimate.sent.get(f"attention {direction}", {}).values())
         for direction in ("forward", "backward")
     ]
     assert sent == pytest.approx(real[1:])
@@ -104,40 +104,43 @@ def test_bytes_equal_closed_forms(algorithm):
         Shape(4, 1, 2),
         config(algorithm=algorithm, checkpointing="selective", global_batch=4),
     )
-    plans = [make_plan(c, shape, rank) for rank in range(4)]
+    estimates = [estimate_step(c, shape, rank) for rank in range(4)]
     form = ringx.algorithms()[algorithm].bytes(
         2, 512, MODEL.heads, MODEL.kv_heads, MODEL.head_dim, 4, 4, True, "zigzag"
     )
     for direction, want in zip(("forward", "backward"), form, strict=True):
-        got = [sum(p.sent[f"attention {direction}"].values()) for p in plans]
+        got = [sum(e.sent[f"attention {direction}"].values()) for e in estimates]
         assert sum(got) / 4 == pytest.approx(MODEL.layers * want)
 
     # each block is gathered in the forward and again in the backward; the rest of the model stays gathered in between
     total, n = parameters(MODEL).total, shape.world_size
     rest = 2 * MODEL.vocab * MODEL.dim + MODEL.dim
-    for p in plans:
-        assert p.sent["parameters"] == {"all_gather": (2 * total - rest) * 4 * (n - 1) / n}
-        assert p.sent["gradients"] == {"reduce_scatter": total * 4 * (n - 1) / n}
+    for e in estimates:
+        assert e.sent["parameters"] == {"all_gather": (2 * total - rest) * 4 * (n - 1) / n}
+        assert e.sent["gradients"] == {"reduce_scatter": total * 4 * (n - 1) / n}
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("engine", ["fsdp", "ddp"])
 def test_what_is_kept_equals_closed_forms(engine):
-    plan = make_plan(config(mesh={"dp_engine": engine}), Shape(2, 1, 2))
+    estimate = estimate_step(config(mesh={"dp_engine": engine}), Shape(2, 1, 2))
     shards = 4 if engine == "fsdp" else 1
     number = parameters(MODEL).total / shards
     tensors = 2 + 9 * MODEL.layers + 1
-    assert plan.memory.parameters == plan.memory.gradients == 4 * number
-    assert plan.memory.optimizer == 2 * 4 * number + 4 * tensors  # and each one's count of steps
+    assert estimate.memory.parameters == estimate.memory.gradients == 4 * number
     assert (
-        plan.memory.remote_blocks == 2 * 2 * 512 * MODEL.kv_heads * MODEL.head_dim * 4 // 2
+        estimate.memory.optimizer == 2 * 4 * number + 4 * tensors
+    )  # and each one's count of steps
+    assert (
+        estimate.memory.remote_blocks == 2 * 2 * 512 * MODEL.kv_heads * MODEL.head_dim * 4 // 2
     )  # all keys and values of a sequence
     if engine == "ddp":
-        assert plan.sent["gradients"] == {"all_reduce": 2 * 4 * number * 3 / 4}
+        assert estimate.sent["gradients"] == {"all_reduce": 2 * 4 * number * 3 / 4}
 
 
 def test_passes_are_multiplied():
-    once = make_plan(config(global_batch=2), Shape(2))
-    many = make_plan(config(global_batch=10, micro_batch=2), Shape(2))
+    once = estimate_step(config(global_batch=2), Shape(2))
+    many = estimate_step(config(global_batch=10, micro_batch=2), Shape(2))
     assert many.passes == 5 and many.flops_full == pytest.approx(5 * once.flops_full)
     for purpose in ("attention forward", "attention backward"):
         assert sum(many.sent[purpose].values()) == 5 * sum(once.sent[purpose].values())
@@ -156,29 +159,38 @@ def test_a_rank_of_four_holds_little_more_than_one_process_with_its_tokens():
         config(model, seqlen=s, global_batch=1, checkpointing="selective", mlp_tiles=2)
         for s in (2048, 8192)
     )
-    assert make_plan(four, Shape(4)).memory.peak <= 1.15 * make_plan(alone, Shape()).memory.peak
+    assert (
+        estimate_step(four, Shape(4)).memory.peak
+        <= 1.15 * estimate_step(alone, Shape()).memory.peak
+    )
 
 
 def test_8b_at_a_million_tokens_on_4096_ranks():
     """With 4 of its 32 layers, which are all alike: the whole takes half a minute."""
     whole = preset("8b-1m")
     assert parameters(whole.model).total == 8_030_261_248
-    plan = make_plan(replace(whole, model=replace(whole.model, layers=4)), Shape(cp=128, dp=32))
+    estimate = estimate_step(
+        replace(whole, model=replace(whole.model, layers=4)), Shape(cp=128, dp=32)
+    )
     gib = 2**30
-    assert plan.tokens == 32 * 2**20
+    assert estimate.tokens == 32 * 2**20
     # shards are padded, and a dimension of 1,024 cannot be cut over 4,096 ranks: rank 0 has a row of it
-    assert 1 < plan.memory.parameters / (plan.parameters * 4 / 4096) < 1.5
+    assert 1 < estimate.memory.parameters / (estimate.parameters * 4 / 4096) < 1.5
     assert (
-        plan.memory.remote_blocks == 2 * 2**20 * 8 * 128 * 2
+        estimate.memory.remote_blocks == 2 * 2**20 * 8 * 128 * 2
     )  # keys and values of the whole sequence in bf16
-    assert 10 * gib < plan.memory.peak < 64 * gib
+    assert 10 * gib < estimate.memory.peak < 64 * gib
     form = ringx.algorithms()["ringx3"].bytes(1, 2**20, 32, 8, 128, 128, 2, True)
-    assert sum(plan.sent["attention forward"].values()) == 4 * form[0]
-    assert max(map(len, plan.table().splitlines())) <= 100
-    assert json.loads(json.dumps(dataclasses.asdict(plan)))["memory"]["peak"] == plan.memory.peak
-    assert plan.table(memory_only=True) == "\n".join(plan.table().splitlines()[:9])
+    assert sum(estimate.sent["attention forward"].values()) == 4 * form[0]
+    assert max(map(len, estimate.table().splitlines())) <= 100
+    assert (
+        json.loads(json.dumps(dataclasses.asdict(estimate)))["memory"]["peak"]
+        == estimate.memory.peak
+    )
+    assert estimate.table(memory_only=True) == "\n".join(estimate.table().splitlines()[:9])
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("flag", ["--estimate", "--dry-run"])
 def test_the_command(flag, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -188,21 +200,23 @@ def test_the_command(flag, tmp_path, monkeypatch, capsys):
     assert ("attention forward" in said and "cp 2 x tp 1 x dp 2" in said) == (flag == "--dry-run")
 
 
+@pytest.mark.fast
 def test_refused():
     with pytest.raises(ValueError, match="dp_engine=zero2"):
-        make_plan(config(mesh={"dp_engine": "zero2"}), Shape(2))
+        estimate_step(config(mesh={"dp_engine": "zero2"}), Shape(2))
     with pytest.raises(ValueError, match="tp=3 does not divide"):
-        make_plan(config(), Shape(1, 3))
+        estimate_step(config(), Shape(1, 3))
     with pytest.raises(ValueError, match="rank=4"):
-        make_plan(config(), Shape(4), rank=4)
+        estimate_step(config(), Shape(4), rank=4)
     with _alone(2, 0), pytest.raises(RuntimeError, match="process of its own"):
-        make_plan(config(), Shape(2))
+        estimate_step(config(), Shape(2))
     assert not dist.is_initialized()
 
 
 # ---- the counter
 
 
+@pytest.mark.fast
 def test_lifetimes_heed_resized_storages():
     with Lifetimes() as seen:
         x = torch.empty(100, dtype=torch.uint8)
@@ -227,6 +241,7 @@ def plain(q, k, v):
     ).transpose(1, 2)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("tied", [True, False])
 def test_flops_and_parameters_are_those_that_torch_counts(tied):
     model = replace(MODEL, tied=tied)
@@ -243,11 +258,13 @@ def test_flops_and_parameters_are_those_that_torch_counts(tied):
     assert per_token.full - per_token.causal == 6 * model.layers * model.heads * model.head_dim * S
 
 
+@pytest.mark.fast
 def test_parameters_of_known_models():
     assert parameters(preset("8b").model).total == 8_030_261_248
     assert parameters(preset("1b").model).total == 1_235_814_400
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("name", "flops"),
     [

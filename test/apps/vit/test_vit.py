@@ -206,6 +206,7 @@ def plain_errors(p, samples, t0s, m):
     return (plain_vit(p, inputs, m) - target.flatten(1, 2)).square() * weights
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "data, patch, positions",
     [("two_leads", 3, "learned"), ("small", 4, "sinusoidal"), ("region", 8, "learned")],
@@ -389,6 +390,7 @@ def test_second_run_is_bitwise_the_same(small):
     assert all(torch.equal(p, b[1][name]) for name, p in a[1].items())
 
 
+@pytest.mark.fast
 def test_seed_changes_weights_and_order(small):
     a, b = (alone(config(small, steps=1, seed=seed), small) for seed in (0, 1))
     assert a[0][0]["loss"] != b[0][0]["loss"]
@@ -451,6 +453,7 @@ def test_validation_equals_that_of_a_plain_vit_on_any_mesh(two_leads):
                 )
 
 
+@pytest.mark.fast
 def test_records_say_what_a_step_cost(small):
     records, *_ = trained(Shape(2), config(small, steps=2), small)[0]
     m = config(small).model
@@ -502,6 +505,7 @@ def test_fewer_tokens_than_tp(tmp_path):
 # ---- patches
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("periodic", [True, False])
 @pytest.mark.parametrize(
     "height, width, patch",
@@ -517,6 +521,7 @@ def test_join_is_the_inverse_of_cut(height, width, patch, periodic):
     assert torch.equal(p.cut(x, some), tokens[:, some])
 
 
+@pytest.mark.fast
 def test_a_grid_goes_on_around_the_globe_or_as_it_ends():
     """5 x 7 points in patches of 4: one column and three rows are added."""
     x = torch.arange(35.0).view(1, 5, 7)
@@ -530,6 +535,7 @@ def test_a_grid_goes_on_around_the_globe_or_as_it_ends():
     assert last == [[32, 33, 34, 34]] * 4
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("height, width, patch", [(16, 32, 4), (16, 32, 3), (33, 49, 8), (5, 7, 4)])
 def test_what_is_added_has_no_weight(height, width, patch):
     p = Patches(height, width, patch, periodic=True)
@@ -554,6 +560,7 @@ def test_what_is_added_has_no_weight(height, width, patch):
 # ---- what cannot be
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "sizes, model, changes, words",
     [
@@ -591,12 +598,14 @@ def test_meshes_that_do_not_fit(sizes, model, changes, words, small):
     assert str(caught.value) == words
 
 
+@pytest.mark.fast
 def test_the_mlp_follows_the_width():
     assert (
         replace(PRESETS["tiny"].model, dim=64).hidden == 256 and replace(MODEL, dim=64).hidden == 24
     )
 
 
+@pytest.mark.fast
 def test_the_most_that_fits(small):
     config(small).expect_fits(Shape(32))
     config(small, mlp_tiles=8).expect_fits(Shape(2, 2))
@@ -604,6 +613,7 @@ def test_the_most_that_fits(small):
         c.expect_fits(c.mesh.fit(c.mesh.cp or 1))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -640,6 +650,7 @@ def test_the_command_refuses(flags, words, capsys):
     assert caught.value.code == 2 and capsys.readouterr().err == f"apps.vit.train: error: {words}\n"
 
 
+@pytest.mark.fast
 def test_unknown_positions():
     with pytest.raises(ValueError) as caught:
         ModelConfig(positions="rotary")

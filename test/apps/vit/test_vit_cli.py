@@ -267,6 +267,7 @@ def test_configurations_by_name(name, capsys):
     assert (float(remote[0]) > 0) == (shape.cp > 1)
 
 
+@pytest.mark.fast
 def test_a_name_wins_over_a_folder_of_that_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mp_p2_ringx").mkdir()  # a run's, say
@@ -290,6 +291,7 @@ def test_a_resumed_run_keeps_the_mesh_that_is_asked_for(alone, tmp_path):
 # ---- mistakes
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -367,6 +369,7 @@ def bad(tmp_path_factory):
     return folder
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -413,6 +416,7 @@ def test_data_that_cannot_be_used_is_named_before_the_first_step(
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("kept", [0.6, 0.999])
 def test_a_truncated_classic_file_is_named(kept, small, bad, tmp_path, capsys):
     whole = (bad / "classic.nc").read_bytes()

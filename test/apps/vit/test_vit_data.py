@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 from helpers.paths import SHARED
 
-pytestmark = pytest.mark.filterwarnings("ignore:Consolidated metadata")  # of Zarr 3, on writing
+pytestmark = [
+    pytest.mark.fast,
+    pytest.mark.filterwarnings("ignore:Consolidated metadata"),  # of Zarr 3, on writing
+]
 xr = pytest.importorskip("xarray")
 h5py = pytest.importorskip("h5py")
 

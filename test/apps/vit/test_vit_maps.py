@@ -102,6 +102,7 @@ def meshes(fig):
 # ---- maps
 
 
+@pytest.mark.fast
 def test_a_map_shows_target_forecast_and_difference():
     dataset = made()
     fig = maps.draw_maps(dataset, "z500", 1, 2)
@@ -117,6 +118,7 @@ def test_a_map_shows_target_forecast_and_difference():
     assert target.get_cmap().name == "viridis" and difference.get_cmap().name == "RdBu_r"
 
 
+@pytest.mark.fast
 def test_a_map_says_what_it_shows():
     dataset = made()
     error = (dataset.u10 - dataset.u10_truth).isel(time=1, lead_time=2)
@@ -143,6 +145,7 @@ def test_a_map_says_what_it_shows():
     )
 
 
+@pytest.mark.fast
 def test_the_first_row_is_drawn_in_the_north_whatever_the_order_of_dimensions():
     dataset = made(lat=np.array([58.0, 56.0, 54.0, 52.0]), lon=np.arange(-4.0, 4.0))
     for given in (dataset, dataset.transpose("longitude", "latitude", "lead_time", "time")):
@@ -155,6 +158,7 @@ def test_the_first_row_is_drawn_in_the_north_whatever_the_order_of_dimensions():
     assert fig.axes[0].get_aspect() == pytest.approx(1 / math.cos(math.radians(55)))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(("lat", "lon"), [((80, -80), (0, 355)), ((58, 50), (-10, 2))])
 def test_titles_do_not_lie_on_each_other(lat, lon):
     fig = maps.draw_maps(made(lat=np.linspace(*lat, 33), lon=np.linspace(*lon, 49)), "u10", 0, 0)
@@ -165,6 +169,7 @@ def test_titles_do_not_lie_on_each_other(lat, lon):
         assert not any(ax.title.get_window_extent().overlaps(other.bbox) for other in fig.axes)
 
 
+@pytest.mark.fast
 def test_an_exact_forecast_and_one_with_gaps_can_be_drawn():
     dataset = made()
     dataset["u10"] = dataset.u10_truth
@@ -180,6 +185,7 @@ def test_an_exact_forecast_and_one_with_gaps_can_be_drawn():
         maps.draw_maps(dataset, "u10", 0, 0)
 
 
+@pytest.mark.fast
 def test_coastlines_come_round_the_globe():
     line = np.array([[-30.0, 0.0], [-25.0, 10.0], [-40.0, 20.0]])
     fig = maps.draw_maps(made(), "u10", 0, 0, [line])  # longitudes 0 .. 315
@@ -204,6 +210,7 @@ def cartopy(monkeypatch, natural_earth):
     monkeypatch.setitem(sys.modules, "cartopy.io", types.SimpleNamespace(shapereader=reader))
 
 
+@pytest.mark.fast
 def test_coastlines_are_finer_for_a_region(monkeypatch):
     asked = []
     cartopy(monkeypatch, lambda **how: asked.append(how["resolution"]))
@@ -213,6 +220,7 @@ def test_coastlines_are_finer_for_a_region(monkeypatch):
     assert asked == ["110m", "50m"]
 
 
+@pytest.mark.fast
 def test_without_coastlines_the_reason_is_said(monkeypatch, folder):
     def offline(**how):
         raise OSError("no route to host")
@@ -230,6 +238,7 @@ def test_without_coastlines_the_reason_is_said(monkeypatch, folder):
 # ---- curves
 
 
+@pytest.mark.fast
 def test_skill_has_a_panel_for_each_variable_and_a_line_for_each_forecast():
     fig = maps.draw_skill(score_rows())
     assert [ax.get_title() for ax in fig.axes] == ["u10", "z500"]
@@ -250,6 +259,7 @@ def test_skill_has_a_panel_for_each_variable_and_a_line_for_each_forecast():
     assert [t.get_text() for t in fig.legends[0].texts] == list(FORECASTS)
 
 
+@pytest.mark.fast
 def test_spectra_are_logarithmic_with_wavelengths_above():
     fig = maps.draw_spectra(spectra_rows(), 24, {"u10": "m", "z500": "m s-1"})
     assert [ax.get_title() for ax in fig.axes] == ["u10", "z500"]
@@ -275,6 +285,7 @@ def test_spectra_are_logarithmic_with_wavelengths_above():
         maps.draw_spectra(spectra_rows(), 7)
 
 
+@pytest.mark.fast
 def test_a_figure_has_at_most_6_panels():
     names = [f"v{i}" for i in range(7)]
     assert len(maps.draw_skill(score_rows(names[:6])).axes) == 6
@@ -286,6 +297,7 @@ def test_a_figure_has_at_most_6_panels():
 # ---- files
 
 
+@pytest.mark.fast
 def test_zarr_and_netcdf_are_read_alike(tmp_path):
     dataset = made()
     dataset["age"] = (("time",), [1.0, 2.0], {"units": "hours"})  # not a lead
@@ -300,6 +312,7 @@ def test_zarr_and_netcdf_are_read_alike(tmp_path):
             assert opened.age.dtype == float
 
 
+@pytest.mark.fast
 def test_leads_in_hours_as_plain_numbers_need_units(tmp_path):
     dataset = made().assign_coords(lead_time=("lead_time", [6, 24, 72], {"units": "hours"}))
     dataset.to_netcdf(tmp_path / "forecasts.nc")
@@ -313,6 +326,7 @@ def test_leads_in_hours_as_plain_numbers_need_units(tmp_path):
     assert refused
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -401,6 +415,7 @@ def test_many_variables_make_several_figures_and_lacking_files_are_said(
     assert f"skipped spectra_6h: {tmp_path / 'spectra.csv'} is not there" in said
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
@@ -425,6 +440,7 @@ def test_what_is_not_there_is_named(folder, capsys, asked, message):
     assert not (folder / "out").exists()
 
 
+@pytest.mark.fast
 def test_a_broken_or_missing_file_is_one_line(tmp_path, capsys):
     def said():
         with pytest.raises(SystemExit) as end:

@@ -145,6 +145,7 @@ def test_bytes_equal_closed_forms(algorithm):
         assert p.sent["gradients"] == {"reduce_scatter": total * 4 * (n - 1) / n}
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("dtype, size", [("float32", 4), ("bfloat16", 2)])
 @pytest.mark.parametrize("engine", ["fsdp", "ddp"])
 def test_what_is_kept_equals_closed_forms(engine, dtype, size):
@@ -168,6 +169,7 @@ def test_passes_are_multiplied():
     assert many.sent["gradients"] == once.sent["gradients"]
 
 
+@pytest.mark.fast
 def test_refused():
     with pytest.raises(
         ValueError,
@@ -190,6 +192,7 @@ def planned(*flags) -> Config:
     return job.config
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
 @pytest.mark.parametrize("name", PRESETS)
 def test_parameters_of_presets_are_those_of_their_models(name, positions):
@@ -199,6 +202,7 @@ def test_parameters_of_presets_are_those_of_their_models(name, positions):
     assert all(p.is_meta for p in there.parameters())
 
 
+@pytest.mark.fast
 def test_known_sizes():
     """2.6 billion without embeddings, positions and head is 12 layers of 12 dim^2."""
     tokens = {1: 259_200, 2: 64_800, 4: 16_200, 8: 4_050}
@@ -226,6 +230,7 @@ def plain(q, k, v):
     return scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "changes", [{"patch": 2}, {"patch": 3, "positions": "sinusoidal"}], ids=str
 )
@@ -250,6 +255,7 @@ def test_flops_are_those_that_torch_counts(changes):
         assert counter.get_total_flops() == 2 * S * (per_token.full - (0 if asked else first))
 
 
+@pytest.mark.fast
 def test_flops_of_a_step_are_shared_by_the_ranks():
     plan = estimate_step(config(global_batch=4), Shape(2, 1, 2))
     assert (

@@ -14,6 +14,8 @@ from apps.common.log import read_metrics
 from apps.vit.config import load
 from apps.vit.scores import read_scores
 
+pytestmark = pytest.mark.fast
+
 FOLDER = RESULTS / "vit_cpu2_202611"
 SIMPLE = ("persistence", "climatology", "damped anomaly")
 

@@ -61,6 +61,7 @@ def labelled(x):
 # ---- scores
 
 
+@pytest.mark.fast
 def test_scores_are_those_of_xarray():
     f, o, c = map(labelled, fields())
     weights = np.cos(np.deg2rad(f.lat))
@@ -81,6 +82,7 @@ def test_scores_are_those_of_xarray():
     assert (score.rmse_mean_of_roots < score.rmse).all()
 
 
+@pytest.mark.fast
 def test_a_constant_offset_is_the_rmse_and_the_bias():
     _, o, c = fields()
     o = o.astype("f8")
@@ -89,6 +91,7 @@ def test_a_constant_offset_is_the_rmse_and_the_bias():
         np.testing.assert_allclose(got, wanted, rtol=1e-12)
 
 
+@pytest.mark.fast
 def test_anomaly_correlation_of_the_truth_its_opposite_and_the_climatology():
     _, o, c = (x.astype("f8") for x in fields())
     np.testing.assert_allclose(scored(o, o, c).acc, 1, rtol=1e-14)
@@ -100,6 +103,7 @@ def test_anomaly_correlation_of_the_truth_its_opposite_and_the_climatology():
     assert np.isfinite(scored(c, o, c).rmse).all()
 
 
+@pytest.mark.fast
 def test_errors_count_by_the_cosine_of_their_latitude():
     lat = np.array([60.0, 0.0])
     zero, error = np.zeros((1, 1, 2, 4)), np.zeros((1, 1, 2, 4))
@@ -108,6 +112,7 @@ def test_errors_count_by_the_cosine_of_their_latitude():
     assert scored(error, zero, zero, lat=lat).rmse[0, 0] == pytest.approx(math.sqrt(3))
 
 
+@pytest.mark.fast
 def test_the_mean_over_times_comes_before_the_root():
     zero, error = np.zeros((2, 1, 8, 12)), np.zeros((2, 1, 8, 12))
     error[0], error[1] = 1.0, 7.0
@@ -116,6 +121,7 @@ def test_the_mean_over_times_comes_before_the_root():
     assert score.rmse_mean_of_roots[0, 0] == pytest.approx(4.0)
 
 
+@pytest.mark.fast
 def test_pieces_and_merged_scores_are_those_of_all_at_once():
     xs = fields()
     whole, pieces, parts = (Score(["a", "b"], [6, 12], LAT) for _ in range(3))
@@ -135,6 +141,7 @@ def test_pieces_and_merged_scores_are_those_of_all_at_once():
     assert parts.times.tolist() == [0, 9]
 
 
+@pytest.mark.fast
 def test_sums_that_are_set_in_place_are_the_scores():
     one, two = scored(*fields(seed=1)), scored(*fields(seed=2))
     both = [np.concatenate(pair) for pair in zip(fields(seed=1), fields(seed=2), strict=True)]
@@ -143,6 +150,7 @@ def test_sums_that_are_set_in_place_are_the_scores():
     assert one.sums.flags["C_CONTIGUOUS"] and one.sums.dtype == np.float64 and one.sums.ndim == 1
 
 
+@pytest.mark.fast
 def test_sums_are_float64_of_float32_fields():
     big = np.full((1, 1, 8, 12), 1e5, np.float32)
     off = big.copy()
@@ -152,12 +160,14 @@ def test_sums_are_float64_of_float32_fields():
     )  # float32 steps by 2^-7 there
 
 
+@pytest.mark.fast
 def test_a_forecast_that_is_not_finite_shows():
     f, o, c = fields()
     f[3, 1, 2, 2] = np.nan
     assert np.isfinite(scored(f, o, c).rmse[0, 0]) and np.isnan(scored(f, o, c).rmse[0, 1])
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -177,6 +187,7 @@ def test_fields_that_do_not_fit_are_named(wrong, message):
         )
 
 
+@pytest.mark.fast
 def test_scores_that_make_no_sense_are_refused():
     for channels, leads, lat, named in (
         ([], [6], LAT, "channels"),
@@ -197,11 +208,13 @@ def test_scores_that_make_no_sense_are_refused():
             Score(["a"], [6], LAT).merge(other)
 
 
+@pytest.mark.fast
 def test_weights_of_all_rows_are_1_and_poles_have_none():
     weights = latitude_weights(np.array([90.0, 60.0, 0.0, -90.0]))
     np.testing.assert_allclose(weights, [0, 1 / 3, 2 / 3, 0], atol=1e-15)
 
 
+@pytest.mark.fast
 @pytest.mark.skipif(not ERA5.exists(), reason=f"{ERA5.name} is not in shared/data")
 def test_the_known_scores_of_era5():
     """2 m temperature over the British Isles: known from an independent evaluation, to 3 decimals."""
@@ -233,6 +246,7 @@ def test_the_known_scores_of_era5():
 # ---- spectra
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("width", [12, 13])
 def test_energies_add_up_to_the_mean_of_squares(width):
     x = np.random.default_rng(0).normal(size=(3, 2, 8, width)) + 5
@@ -245,6 +259,7 @@ def test_energies_add_up_to_the_mean_of_squares(width):
     np.testing.assert_allclose(energy.sum(-1), (x**2).mean(-1) @ latitude_weights(LAT), rtol=1e-12)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("k", "part"), [(0, 1.0), (1, 0.5), (3, 0.5), (6, 1.0)]
 )  # at 6 of 12 points cos is 1, -1, 1, ...
@@ -253,6 +268,7 @@ def test_a_wave_has_its_energy_at_its_wavenumber(k, part):
     np.testing.assert_allclose(energy, np.where(np.arange(7) == k, 9 * part, 0), atol=1e-12)
 
 
+@pytest.mark.fast
 def test_a_band_leaves_the_other_rows_out():
     x = np.zeros((8, 12))
     x[(LAT >= 20) & (LAT <= 60)] = np.cos(np.deg2rad(2 * LON))
@@ -266,6 +282,7 @@ def test_a_band_leaves_the_other_rows_out():
         spectrum(x, LAT[1:])
 
 
+@pytest.mark.fast
 def test_wavelengths_in_km():
     np.testing.assert_allclose(
         zonal_wavelength(np.array([0, 1, 2])), [np.inf, 40030.17, 20015.09], rtol=1e-6
@@ -276,6 +293,7 @@ def test_wavelengths_in_km():
 # ---- forecasts that need no model
 
 
+@pytest.mark.fast
 def test_the_anomaly_decays_by_channel_or_by_point():
     x0, c0, c1 = fields()
     assert persistence(x0) is x0
@@ -304,6 +322,7 @@ def rows(variables=("t2m", "z500"), leads=(6, 24)):
     return made
 
 
+@pytest.mark.fast
 def test_scores_csv_is_read_as_it_was_written(tmp_path):
     path = tmp_path / "new" / "scores.csv"
     write_scores(path, rows())
@@ -326,6 +345,7 @@ def test_scores_csv_is_read_as_it_was_written(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["scores.csv"]
 
 
+@pytest.mark.fast
 def test_rows_of_a_score():
     score = Score(["a", "b"], [6, 12], LAT)
     score.add(0, *fields())
@@ -345,6 +365,7 @@ def test_rows_of_a_score():
         score.rows("modell", {"a": "K", "b": "K"})
 
 
+@pytest.mark.fast
 def test_spectra_csv_is_read_as_it_was_written(tmp_path):
     made = [
         r
@@ -358,6 +379,7 @@ def test_spectra_csv_is_read_as_it_was_written(tmp_path):
     assert [r.wavenumber for r in read_spectra(tmp_path / "spectra.csv")] == [0, 1, 0, 1]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -376,6 +398,7 @@ def test_broken_lines_are_named(tmp_path, line, message):
         read_scores(path)
 
 
+@pytest.mark.fast
 def test_other_files_are_no_scores(tmp_path):
     for text in ("", "a,b\n"):
         (tmp_path / "x.csv").write_text(text)
@@ -389,6 +412,7 @@ def test_other_files_are_no_scores(tmp_path):
 # ---- what a person sees
 
 
+@pytest.mark.fast
 def test_the_table_marks_the_best_and_has_one_line_per_lead():
     lines = table(rows()).splitlines()
     assert len(lines) == 2 + 4 + 1
@@ -420,6 +444,7 @@ def test_the_table_marks_the_best_and_has_one_line_per_lead():
     assert table(worse).splitlines()[2].split()[4:6] == ["9", "2.235*"]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("acc", [math.nan, -0.5])
 def test_the_table_is_at_most_100_columns_wide(acc):
     long = rows(("10m_u_component_of_wind_at_the_surface", "specific_humidity1000"), (6, 240))
@@ -436,6 +461,7 @@ def test_the_table_is_at_most_100_columns_wide(acc):
     assert len({line.index(" h ") for line in lines[2:6]}) == 1
 
 
+@pytest.mark.fast
 def test_missing_forecasts_have_no_column_and_missing_scores_no_number():
     some = [
         r

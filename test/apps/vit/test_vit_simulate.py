@@ -16,6 +16,8 @@ from apps.vit.data import simulate as module
 from apps.vit.data.shallow_water import GRAVITY, OMEGA, RADIUS, ShallowWater, Sphere, legendre
 from apps.vit.data.simulate import DAY, ForcedFlow, Settings, default_record, main, simulate
 
+pytestmark = pytest.mark.fast
+
 BARE = Settings(  # the equations alone
     jets=(),
     mountains=(),
