@@ -194,7 +194,14 @@ def test_lamb_in_fp32_far_from_one():
 # ---- sharded
 
 
-@pytest.mark.parametrize("kind, world", [("fsdp", 2), ("tp", 2), ("fsdp x tp", 4)])
+@pytest.mark.parametrize(
+    "kind, world",
+    [
+        ("fsdp x tp", 4),
+        pytest.param("fsdp", 2, marks=pytest.mark.slow),
+        pytest.param("tp", 2, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("name", ["adamw", "lamb"])
 def test_shards_equal_one_process(name, kind, world, batches):
     want = training(network(), name, batches)
@@ -237,7 +244,7 @@ def test_messages_do_not_grow_with_the_number_of_parameters(layers, monkeypatch)
     assert len(sent) == 2 * 2  # by each of two ranks: one to clip, one for the trust ratios
 
 
-@pytest.mark.parametrize("name", ["adamw", "lamb"])
+@pytest.mark.parametrize("name", ["lamb", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_distributed_checkpoint_goes_on_elsewhere(name, batches, tmp_path):
     """Saved by two FSDP2 ranks, loaded by one process, by as many ranks, and by FSDP2 x TP (which has more parameter groups)."""
     want = training(network(), name, batches)[1]

@@ -85,14 +85,25 @@ def alone(tokens):
 # ---- the same training
 
 
-@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 1), (2, 1, 2), (3, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (3, 1, 1),
+        (1, 2, 1),
+        (2, 1, 2),
+        pytest.param((2, 1, 1), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_twenty_steps_equal_one_process(sizes, tokens, alone):
     for rank in trained(Shape(*sizes), config(), tokens):
         expect_same(alone, rank)
     assert alone[0][0]["loss"] - alone[0][-1]["loss"] >= 0.3
 
 
-@pytest.mark.parametrize("order", [ORDERS[3], ORDERS[5]])  # test_mesh.py has them all
+@pytest.mark.parametrize(  # test_mesh.py has them all
+    "order", [ORDERS[3], pytest.param(ORDERS[5], marks=pytest.mark.slow)]
+)
 def test_any_order_of_the_axes(order, tokens):
     one = trained(Shape(), config(steps=2), tokens)[0]
     expect_same(one, trained(Shape(2, 1, 2, order=order), config(steps=2), tokens)[3])
@@ -106,7 +117,15 @@ def test_replicas_of_shards_with_untied_head_and_odd_length(tokens):
         expect_same(one, rank)
 
 
-@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 1, 2), (2, 1, 2)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (2, 1, 2),
+        pytest.param((2, 1, 1), marks=pytest.mark.slow),
+        pytest.param((1, 1, 2), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_ddp(sizes, tokens):
     one = trained(Shape(), config(steps=4), tokens)[0]
     for rank in trained(
@@ -117,7 +136,12 @@ def test_ddp(sizes, tokens):
 
 @pytest.mark.parametrize(
     "algorithm, layout",
-    [*((a, "zigzag") for a in ringx.algorithms()), ("ringx3", "contiguous"), ("ringx4", "striped")],
+    [
+        ("ringx3", "contiguous"),
+        ("ringx4", "striped"),
+        # test_exact.py proves each of them exact; here it is seen to be handed on
+        *(pytest.param(a, "zigzag", marks=pytest.mark.slow) for a in ringx.algorithms()),
+    ],
 )
 def test_every_algorithm_and_layout(algorithm, layout, tokens):
     one = trained(Shape(), config(steps=3), tokens)[0]
@@ -194,8 +218,18 @@ def sdpa(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("shape", [Shape(3), Shape(2, 2), Shape(1, 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape, tied",
+    [
+        pytest.param(Shape(3), True, marks=pytest.mark.fast),
+        (Shape(2, 2), False),
+        (Shape(1, 2), True),
+        pytest.param(Shape(3), False, marks=pytest.mark.slow),
+        pytest.param(Shape(2, 2), True, marks=pytest.mark.slow),
+        pytest.param(Shape(1, 2), False, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_gradient_of_every_parameter_equals_plain_sdpa(shape, tied, tokens):
     """The independent side: torch's own attention on the whole sequence, torch's own mean over tokens."""
     c = config({"tied": tied}, seqlen=56)
@@ -289,7 +323,7 @@ def test_seed_changes_weights_and_order(tokens):
     assert not torch.equal(a[1]["embed_tokens.weight"], b[1]["embed_tokens.weight"])
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "ddp"])
+@pytest.mark.parametrize("engine", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_fp32_and_bf16_keep_fp32_parameters(engine, tokens, monkeypatch):
     wide = trained(Shape(), config(steps=8), tokens)[0]
     seen, attention = [], ringx.attention

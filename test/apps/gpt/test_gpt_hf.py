@@ -137,7 +137,15 @@ def logits(folder, cp=1, tp=1):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("cp, tp", [(1, 1), (2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(
+    "cp, tp",
+    [
+        pytest.param(1, 1, marks=pytest.mark.fast),
+        (2, 2),
+        pytest.param(2, 1, marks=pytest.mark.slow),
+        pytest.param(1, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_logits_equal_transformers(case, cp, tp, folders):
     folder, want = folders[case]
     assert want.std() > 0.3

@@ -20,7 +20,7 @@ from apps.gpt.config import ModelConfig
 from apps.gpt.data.dataset import open_dataset
 from apps.gpt.data.prepare import prepare
 from apps.gpt.data.tokenizer import ByteTokenizer
-from apps.gpt.huggingface import open_model, save, shapes
+from apps.gpt.huggingface import open_model, parameter_shapes, save_hugging_face
 from apps.gpt.model import Llama
 
 pytestmark = pytest.mark.filterwarnings(
@@ -46,7 +46,7 @@ def random_weights(config: ModelConfig, seed=2) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     return {
         n: torch.randn(shape, generator=g) * 0.25 + (len(shape) == 1)
-        for n, shape in shapes(config).items()
+        for n, shape in parameter_shapes(config).items()
     }
 
 
@@ -55,7 +55,7 @@ def folder(request, tmp_path_factory):
     """A Hugging Face folder."""
     config = replace(MODEL, tied=request.param)
     out = tmp_path_factory.mktemp("infer") / "hf"
-    save(out, config, random_weights(config), torch.float32, seqlen=256)
+    save_hugging_face(out, config, random_weights(config), torch.float32, seqlen=256)
     return out
 
 

@@ -5,10 +5,13 @@ pytest test/apps/gpt/test_gpt_results.py
 
 import json
 
+import pytest
 from helpers.paths import RESULTS
 
 from apps.common.log import read_metrics
 from apps.gpt.config import load
+
+pytestmark = pytest.mark.fast
 
 FOLDER = RESULTS / "gpt_cpu2_202611"
 
