@@ -1,4 +1,8 @@
-"""Forecasts of a trained ViT on any number of ranks, also from its own forecasts (a roll-out), scored as they are made."""
+"""Forecasts of a trained ViT on any number of ranks, also from its own forecasts (a roll-out).
+
+Shapes: n initial times, L leads, C channels of the record, Cin channels of the model's input,
+fields of H x W points.  `t0s` are initial times, as indices of the record's times.
+"""
 
 from collections.abc import Callable, Iterator
 
@@ -7,6 +11,7 @@ import torch
 
 import ringx
 from apps.common.engine import fill_parameters
+from apps.common.weights import ReadWeight
 from ringx.launch.mesh import Mesh
 
 from .config import Config
@@ -17,118 +22,137 @@ from .parallel import Attend
 
 
 class Forecaster:
-    """A whole model on each rank, whose tokens are cut over the cp group.
+    """A whole model on each rank; the tokens of a field are split over the ranks of a cp group.
 
     Args:
-        config: of the run, with the sizes of its data.
-        weights: (name, shape) -> a parameter."""
+        config: that of the run, with the sizes of its data.
+        weights: (name, shape) -> the full tensor of a parameter.
+        mesh: the ranks.
+        device: where the model computes.
+        dtype: of its parameters and activations."""
 
     def __init__(
         self,
         config: Config,
-        weights: Callable,
+        weights: ReadWeight,
         mesh: Mesh,
         device: torch.device,
         dtype: torch.dtype,
     ):
-        self._patches, self._mesh, self._device, self._dtype = (
-            config.model.patches(),
-            mesh,
-            device,
-            dtype,
-        )
+        self._patches = config.model.patches()
+        self._leads = len(config.data.lead_hours())
+        self._mesh = mesh
+        self._device = device
+        self._dtype = dtype
         self._attend = Attend(config, mesh)
-        self._model = (
-            ViT.empty(config.model, self._attend, dtype=dtype)
-            .to_empty(device=device)
-            .requires_grad_(False)
-        )
+        model = ViT.empty(config.model, self._attend, dtype=dtype).to_empty(device=device)
+        self._model = model.requires_grad_(False)
         fill_parameters(self._model, weights)
-        self._places = ringx.positions(
+        self._positions = ringx.positions(
             self._patches.tokens, group=mesh.cp, layout=self._attend.layout
         )
-        self._leads = len(config.data.lead_hours())
 
     @torch.no_grad()
     def __call__(self, inputs: np.ndarray) -> np.ndarray:
-        """[n, Cin, H, W] -> the predicted changes [n, L, C, H, W] float32; every rank of the cp group has the same, and calls it
-        with the same."""
-        x = self._patches.cut(torch.from_numpy(inputs), self._places).to(self._device, self._dtype)
-        out = self._model(x, self._places.to(self._device))
-        self._attend.check = False  # wrong calls would be wrong in the first one already
-        whole = ringx.unshard(out, group=self._mesh.cp, layout=self._attend.layout)
-        return self._patches.join(whole).unflatten(1, (self._leads, -1)).float().cpu().numpy()
+        """The predicted targets [n, L, C, H, W] float32 of `inputs` [n, Cin, H, W].
+
+        Collective over the cp group: all of its ranks give the same inputs and get the same
+        result."""
+        x = self._patches.cut(torch.from_numpy(inputs), self._positions)
+        x = x.to(self._device, self._dtype)
+        local_out = self._model(x, self._positions.to(self._device))
+        self._attend.check = False  # calls that differ between ranks would differ in the first one
+        out = ringx.unshard(local_out, group=self._mesh.cp, layout=self._attend.layout)
+        fields = self._patches.join(out).unflatten(1, (self._leads, -1))
+        return fields.float().cpu().numpy()
 
 
 def forecast(
     forecaster: Forecaster,
     samples: Samples,
-    scored: ForecastScores,
+    scores: ForecastScores,
     t0s: np.ndarray,
-    saved: np.ndarray,
+    saved_t0s: np.ndarray,
     *,
     batch: int,
     rollout: tuple[int, ...],
     scores_here: bool,
-    tick: Callable[[int], None],
+    advance: Callable[[int], None],
 ) -> dict[int, np.ndarray]:
-    """Forecasts from the initial times `t0s`, and scores them where `scores_here`; {t0: [L, C, H, W]} of those in `saved`.
+    """Forecasts from the initial times `t0s`; returns {t0: [L, C, H, W]} of those in `saved_t0s`.
 
-    rollout: leads, multiples of the model's first, that it reaches by taking its own forecasts as inputs."""
-    kept: dict[int, np.ndarray] = {}
-    for i in range(0, len(t0s), batch):
-        some = t0s[i : i + batch]
-        seen = samples.seen(some)
-        ahead = samples.ahead_of(seen[:, 0], some, forecaster(samples.inputs_of(seen, some)))
+    Args:
+        scores: to which the forecasts are added where `scores_here`.
+        batch: how many initial times are computed at once.
+        rollout: leads in hours, multiples of the model's first, that it reaches by taking its own
+            forecasts as inputs.
+        advance: called with the number of initial times that have been completed."""
+    saved: dict[int, np.ndarray] = {}
+    for start in range(0, len(t0s), batch):
+        batch_t0s = t0s[start : start + batch]
+        seen = samples.seen(batch_t0s)
+        predicted = forecaster(samples.inputs_of(seen, batch_t0s))
+        forecasts = samples.ahead_of(seen[:, 0], batch_t0s, predicted)
         if scores_here:
-            scored.add_simple(some)
-            for j, lead in enumerate(samples.leads):
-                scored.add("model", lead, ahead[:, j], some)
-        kept |= {int(t): ahead[k] for k, t in enumerate(some) if t in saved}
-        for lead, (state, began) in zip(
-            rollout, roll_out(forecaster, samples, ahead[:, 0], some), strict=False
-        ):
+            scores.add_simple_forecasts(batch_t0s)
+            for i, lead in enumerate(samples.leads):
+                scores.add("model", lead, forecasts[:, i], batch_t0s)
+        for i, t0 in enumerate(batch_t0s):
+            if t0 in saved_t0s:
+                saved[int(t0)] = forecasts[i]
+        rolled_out = roll_out(forecaster, samples, forecasts[:, 0], batch_t0s)
+        for lead, (state, state_t0s) in zip(rollout, rolled_out, strict=False):
             if scores_here:
-                scored.add("roll-out", lead, state, began)
-        tick(len(some))
-    return kept
+                scores.add("roll-out", lead, state, state_t0s)
+        advance(len(batch_t0s))
+    return saved
 
 
 def roll_out(
-    forecaster: Forecaster, samples: Samples, state: np.ndarray, t0s: np.ndarray
+    forecaster: Forecaster, samples: Samples, first_forecast: np.ndarray, t0s: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(forecast [n, C, H, W], its initial times [n]) one, two, three ... of the model's first leads ahead, of which `state` is the
-    first: each takes those before it as inputs.  Ends where the record does: what is known of a time is known within it."""
+    """Forecasts [n, C, H, W] one, two, ... times the model's first lead ahead, with their t0s [n].
+
+    The first of them is `first_forecast`; each later one takes those before it as inputs.  Inputs
+    include what is known of a time, and that is known within the record alone: an initial time is
+    dropped where its next inputs would lie behind the record's end; without any, this ends."""
     lag = samples.leads[0] // samples.fields.step_hours
-    back = [hours // samples.leads[0] for hours in samples.history]
-    states = [samples.fields.read(t0s), state]  # at t0s, t0s + lag, ...
+    history = [hours // samples.leads[0] for hours in samples.history]  # in steps of the roll-out
+    states = [samples.fields.read(t0s), first_forecast]  # at t0s, t0s + lag, t0s + 2 lag, ...
     while True:
         yield states[-1], t0s
-        k = len(states) - 1
-        there = t0s + k * lag < len(samples.fields)
-        if not there.any():
+        step = len(states) - 1
+        in_record = t0s + step * lag < len(samples.fields)
+        if not in_record.any():
             return
-        t0s, states = t0s[there], [x[there] for x in states]
-        now = t0s + k * lag
-        past = [states[k - b] if b <= k else samples.fields.read(now - b * lag) for b in back]
-        inputs = samples.inputs_of(np.stack([states[k], *past], 1), now)
-        states.append(samples.ahead_of(states[k], now, forecaster(inputs))[:, 0])
+        t0s = t0s[in_record]
+        states = [state[in_record] for state in states]
+        now = t0s + step * lag
+        seen = [states[step]]
+        for back in history:
+            if back <= step:
+                seen.append(states[step - back])
+            else:
+                seen.append(samples.fields.read(now - back * lag))
+        predicted = forecaster(samples.inputs_of(np.stack(seen, 1), now))
+        states.append(samples.ahead_of(states[step], now, predicted)[:, 0])
 
 
-def rollout_leads(rollout: int, lead: int) -> tuple[int, ...]:
-    """The leads that a roll-out to `rollout` hours reaches; none for 0."""
-    if rollout % lead:
+def rollout_leads(rollout: int, first_lead: int) -> tuple[int, ...]:
+    """The leads in hours that a roll-out to `rollout` hours reaches; none for 0.
+
+    Raises:
+        ValueError: `rollout` is not a multiple of the model's first lead."""
+    if rollout % first_lead:
         raise ValueError(
-            f"--rollout {rollout} must be a multiple of the model's first lead, {lead} h."
+            f"--rollout {rollout} must be a multiple of the model's first lead, {first_lead} h."
         )
-    return tuple(range(lead, rollout + 1, lead))
+    return tuple(range(first_lead, rollout + 1, first_lead))
 
 
 def initial_times(samples: Samples, lead: int, inside: bool = False) -> np.ndarray:
-    """Initial times whose valid time lies in the part; with `inside`, only those in the part."""
-    lag, back = (
-        hours // samples.fields.step_hours for hours in (lead, max(samples.history, default=0))
-    )
-    return np.arange(
-        max(samples.split.start - (0 if inside else lag), back), samples.split.stop - lag
-    )
+    """[n] t0s whose valid time lies in the part; with `inside`, only those that lie in it, too."""
+    lag = lead // samples.fields.step_hours
+    history = max(samples.history, default=0) // samples.fields.step_hours
+    earliest = samples.split.start if inside else samples.split.start - lag
+    return np.arange(max(earliest, history), samples.split.stop - lag)

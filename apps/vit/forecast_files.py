@@ -1,10 +1,15 @@
-"""Forecasts as a CF dataset, and its NetCDF file or Zarr store."""
+"""Forecasts as a dataset with the CF conventions, and its NetCDF file or Zarr store.
+
+Shapes: n initial times, L leads, C channels, fields of H x W points.
+"""
 
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from ringx.files import write_file, write_folder
 
 from .data.samples import Samples
 
@@ -15,15 +20,47 @@ FORMATS = ("nc", "zarr")
 
 
 def forecast_dataset(
-    samples: Samples, t0s: np.ndarray, ahead: np.ndarray, about: dict[str, str]
+    samples: Samples, t0s: np.ndarray, forecasts: np.ndarray, attributes: dict[str, str]
 ) -> "xr.Dataset":
-    """Forecasts [n, L, C, H, W] from initial times `t0s` and what then was, as CF-1.11 describes forecasts."""
+    """Forecasts and what was at their valid times, as CF-1.11 describes forecasts.
+
+    Args:
+        samples: whose fields, leads, names and units are taken.
+        t0s: [n] the initial times, as indices of the record's; all valid times lie in the record.
+        forecasts: [n, L, C, H, W] in physical units.
+        attributes: of the whole dataset, besides its conventions."""
     import xarray as xr
 
-    f, steps = samples.fields, np.array(samples.leads) // samples.fields.step_hours
-    times = f.times[t0s].astype("datetime64[ns]")
+    fields = samples.fields
+    lags = np.array(samples.leads) // fields.step_hours
+    truth = fields.read((t0s[:, None] + lags).ravel()).reshape(forecasts.shape)
+    dims = ("time", "lead_time", "latitude", "longitude")
+    variables = {}
+    for i, name in enumerate(fields.channels):
+        units = fields.units[name] or "1"
+        long_name = fields.long_names[name] or name
+        variables[name] = (
+            dims,
+            forecasts[:, :, i],
+            {"units": units, "long_name": f"{long_name}, forecast"},
+        )
+        variables[f"{name}_truth"] = (
+            dims,
+            truth[:, :, i],
+            {"units": units, "long_name": f"{long_name}, as it was"},
+        )
+    dataset = xr.Dataset(
+        variables, _coordinates(samples, t0s), {"Conventions": "CF-1.11", **attributes}
+    )
+    return dataset.sortby("lead_time")  # CF wants coordinates in order
+
+
+def _coordinates(samples: Samples, t0s: np.ndarray) -> dict[str, tuple]:
+    """{name: (dimensions, values, attributes)}"""
+    grid = samples.fields.grid
+    times = samples.fields.times[t0s].astype("datetime64[ns]")
     leads = np.array(samples.leads, "timedelta64[h]").astype("timedelta64[ns]")
-    coords = {
+    return {
         "time": (
             "time",
             times,
@@ -36,12 +73,12 @@ def forecast_dataset(
         ),
         "latitude": (
             "latitude",
-            f.grid.lat,
+            grid.lat,
             {"standard_name": "latitude", "units": "degrees_north"},
         ),
         "longitude": (
             "longitude",
-            f.grid.lon,
+            grid.lon,
             {"standard_name": "longitude", "units": "degrees_east"},
         ),
         "valid_time": (
@@ -50,38 +87,52 @@ def forecast_dataset(
             {"standard_name": "time", "long_name": "valid time"},
         ),
     }
-    truth = f.read((t0s[:, None] + steps).ravel()).reshape(ahead.shape)
-    dims, variables = ("time", "lead_time", "latitude", "longitude"), {}
-    for i, name in enumerate(f.channels):
-        long = f.long_names[name] or name
-        attributes = {"units": f.units[name] or "1"}
-        variables[name] = (dims, ahead[:, :, i], {**attributes, "long_name": f"{long}, forecast"})
-        variables[f"{name}_truth"] = (
-            dims,
-            truth[:, :, i],
-            {**attributes, "long_name": f"{long}, as it was"},
-        )
-    return xr.Dataset(variables, coords, {"Conventions": "CF-1.11", **about}).sortby(
-        "lead_time"
-    )  # CF: in order
 
 
 def write_dataset(dataset: "xr.Dataset", out: Path, kind: str) -> Path:
-    """OUT/forecasts.nc or .zarr, written aside first; one of the other kind from before is removed."""
+    """Writes OUT/forecasts.nc or .zarr in one step; older forecasts, of either kind, are removed.
+
+    Args:
+        dataset: as ``forecast_dataset`` makes it.
+        out: a folder.
+        kind: "nc" or "zarr".
+
+    Returns:
+        The path of the file or store."""
     path = out / f"forecasts.{kind}"
-    aside = out / f".forecasts.partial.{kind}"
-    for old in (aside, *(out / f"forecasts.{k}" for k in FORMATS)):
-        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-    hours = {"units": "hours", "dtype": "int32"}
-    encoding: dict[str, Any] = {
-        "lead_time": hours,
-        "time": {"units": "hours since 1970-01-01", "dtype": "int64"},
-    }
-    encoding["valid_time"] = encoding["time"]
-    encoding["latitude"] = encoding["longitude"] = {"_FillValue": None}  # CF: coordinates have none
+    encoding = _encoding()
+
+    def write_netcdf(target: Path) -> None:
+        dataset.to_netcdf(target, encoding=encoding)
+
+    def write_zarr(target: Path) -> None:
+        dataset.to_zarr(target, encoding=encoding, zarr_format=2, consolidated=True)
+
+    _remove(out / "forecasts.zarr.partial")  # of a process that was killed
+    for old_kind in FORMATS:
+        _remove(out / f"forecasts.{old_kind}")
     if kind == "nc":
-        dataset.to_netcdf(aside, encoding=encoding)
+        write_file(path, write_netcdf, replace=True)
     else:
-        dataset.to_zarr(aside, encoding=encoding, zarr_format=2, consolidated=True)
-    aside.rename(path)
+        write_folder(path, write_zarr)
     return path
+
+
+def _encoding() -> dict[str, Any]:
+    """How xarray is to write the coordinates."""
+    time = {"units": "hours since 1970-01-01", "dtype": "int64"}
+    no_missing_values = {"_FillValue": None}  # CF: coordinates have none
+    return {
+        "lead_time": {"units": "hours", "dtype": "int32"},
+        "time": time,
+        "valid_time": time,
+        "latitude": no_missing_values,
+        "longitude": no_missing_values,
+    }
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,13 +1,16 @@
 """Forecast with a trained ViT on any number of ranks, score the forecasts, and draw them.
 
-    python -m apps.vit.predict --checkpoint run --out forecast                          # the test times
-    torchrun --nproc-per-node 8 apps/vit/predict.py --checkpoint run --out forecast     # each field cut over 8 ranks
-    python -m apps.vit.predict --checkpoint run --out forecast --rollout 120            # its own forecasts as inputs, to 120 h
+    python -m apps.vit.predict --checkpoint run --out forecast
+    torchrun --nproc-per-node 8 apps/vit/predict.py --checkpoint run --out forecast
+    python -m apps.vit.predict --checkpoint run --out forecast --rollout 120
 
-OUT gets forecasts.nc (or .zarr; CF-1.11): for each channel NAME and NAME_truth by initial time and lead time, of a few initial
-times (--save, --times); scores.csv, over all valid times of the part: the model beside persistence, climatology and the damped
-anomaly (``apps.vit.scores`` defines the scores); spectra.csv where the grid goes around the globe; and maps and curves
-(``apps.vit.maps``).
+The first forecasts the test times in one process; the second splits each field over 8 ranks; the
+third takes its own forecasts as inputs, too, up to 120 h.
+
+OUT gets forecasts.nc (or .zarr; CF-1.11): for each channel NAME and NAME_truth by initial time and
+lead time, of a few initial times (--save, --times); scores.csv, over all valid times of the part:
+the model beside persistence, climatology and the damped anomaly (``apps.vit.scores`` defines the
+scores); spectra.csv where the grid goes around the globe; and maps and curves (``apps.vit.maps``).
 
 A forecast counts where its valid time lies in the part; its initial time may lie before.
 """
@@ -19,7 +22,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +32,7 @@ if __package__ in (None, ""):  # run as a file, not as a module
 
 import ringx
 from apps.common import command
-from apps.common.arguments import Parser
+from apps.common.arguments import Parser, run_on_ranks
 from apps.common.checkpoint import MANIFEST, Checkpoints
 from apps.common.config import SHORT_DTYPES, TORCH_DTYPES, from_dict
 from apps.common.weights import CheckpointWeights
@@ -40,10 +43,19 @@ from apps.vit.data.samples import Samples
 from apps.vit.data.statistics import Statistics, expect_room, statistics
 from apps.vit.forecast import Forecaster, forecast, initial_times, rollout_leads
 from apps.vit.forecast_files import FORMATS, forecast_dataset, write_dataset
-from apps.vit.forecast_scores import ForecastScores
-from apps.vit.open_data import STATISTICS, make_samples, open_record, open_same_record, split_record
+from apps.vit.forecast_scores import ForecastScores, Sums
+from apps.vit.open_data import (
+    STATISTICS,
+    make_samples,
+    open_record,
+    open_same_record,
+    split_record,
+)
 from ringx.launch import World
 from ringx.launch.mesh import Mesh, Shape
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 PROG = "apps.vit.predict"
 PARTS = ("test", "val", "train")
@@ -51,7 +63,7 @@ PARTS = ("test", "val", "train")
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """What the command line asks for."""
+    """What the command line asks for; ``parser`` documents the fields."""
 
     checkpoint: str
     out: str
@@ -64,241 +76,328 @@ class PredictOptions:
     format: str
     batch: int
     cp: int
-    dtype: str
+    dtype: str  # "" for that of the parameters
     maps: bool
 
 
 # ---- a rank
 
 
+class _RankResult(NamedTuple):
+    """What one rank has done of the forecasts.  One rank of each cp group has scores and fields."""
+
+    error: str | None
+    sums: Sums | None
+    saved: dict[int, np.ndarray]
+
+
 def work(world: World, options: PredictOptions) -> int:
     """One rank's part of the command; returns the process's exit status."""
     ringx.launch.announce(world)
     try:
-        _work(world, options)
-    except ValueError as e:  # of all ranks alike
+        _predict(world, options)
+    except ValueError as error:  # of all ranks alike
         if world.rank == 0:
-            print(f"{PROG}: error: {e}", file=sys.stderr, flush=True)
+            print(f"{PROG}: error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
 
 
-def _work(world: World, options: PredictOptions) -> None:
-    out, chief = Path(options.out), world.rank == 0
-    path, about = find_checkpoint(options.checkpoint, options.step, world)
-    config = ringx.launch.decide(world, lambda: checkpoint_config(path, about))
-    first = config.data.lead_hours()[0]
-    leads = tuple(sorted({*config.data.lead_hours(), *rollout_leads(options.rollout, first)}))
-    if options.rollout and (between := [h for h in config.data.history_hours() if h % first]):
-        raise ValueError(
-            f"--rollout {options.rollout}: the model sees what was {between[0]} h before, and forecasts every {first} h."
-        )
+def _predict(world: World, options: PredictOptions) -> None:
+    """Opens checkpoint and data, forecasts, and writes.  Raises ValueError on all ranks alike."""
+    is_main_rank = world.rank == 0
+    checkpoint, metadata = find_checkpoint(options.checkpoint, options.step, world)
+    config = ringx.launch.decide(world, lambda: checkpoint_config(checkpoint, metadata))
+    rollout = rollout_leads(options.rollout, config.data.lead_hours()[0])
+    _expect_rollout_history(options.rollout, config)
+    leads = tuple(sorted({*config.data.lead_hours(), *rollout}))
+    samples = _open_samples(world, options, config, leads, checkpoint, metadata["data"])
 
-    def prepare() -> tuple[Statistics, str]:
-        fields = open_record(options.data, config.data)
-        if fields.identity != about["data"]:
-            raise ValueError(
-                f"--data: {fields.source} is other data than {path} was trained on; name the same with --data."
-            )
-        split = split_record(fields, config.data)["train"]
-        folder = path.parent.parent / STATISTICS
-        hours = sorted({*leads, *config.data.hours()})
-        made = statistics(
-            fields, split, hours, cache=folder if os.access(folder, os.W_OK) else out / STATISTICS
-        )
-        samples = make_samples(fields, config.data, made, options.part, "valid")
-        expect_room(samples.split, max(samples.leads) // fields.step_hours, max(samples.leads))
-        saved_initial_times(samples, options)
-        back = max(samples.history, default=0) // fields.step_hours
-        for t in range(
-            min(initial_times(samples, lead)[0] for lead in leads) - back, samples.split.stop
-        ):  # now, on all ranks alike
-            expect_finite(fields, np.array([t]), fields.read([t]))
-        return made, fields.identity
-
-    made, identity = ringx.launch.decide(world, prepare)
-    fields = open_same_record(options.data, config.data, identity, world)
-    samples = make_samples(fields, config.data, made, options.part, "valid")
-
-    mesh = Mesh.make(Shape.fit(world.world_size, cp=options.cp, tp=1, dp=0), world.device.type)
+    shape = Shape.fit(world.world_size, cp=options.cp, tp=1, dp=0)
+    mesh = Mesh.make(shape, world.device.type)
     config.expect_fits(mesh.shape)
-    dtype = (
-        TORCH_DTYPES[options.dtype]
-        if options.dtype
-        else torch.promote_types(TORCH_DTYPES[config.train.dtype], torch.float32)
+    forecaster = Forecaster(
+        config, CheckpointWeights(checkpoint), mesh, world.device, _model_dtype(options, config)
     )
-    forecaster = Forecaster(config, CheckpointWeights(path), mesh, world.device, dtype)
     t0s = np.unique(np.concatenate([initial_times(samples, lead) for lead in leads]))
-    saved = saved_initial_times(samples, options)
-    scored, mine_t0s = ForecastScores(samples, leads), t0s[mesh.dp_rank :: mesh.shape.dp]
-    if chief:
+    saved_t0s = saved_initial_times(samples, options)
+    if is_main_rank:
         print(
-            f"{path}, {len(t0s)} initial times for the {options.part} times\n{mesh.shape.describe()}",
+            f"{checkpoint}, {len(t0s)} initial times for the {options.part} times\n"
+            f"{mesh.shape.describe()}",
             flush=True,
         )
-    kept, fault = {}, None
-    with _bar(len(mine_t0s), chief) as tick:
+
+    result_scores = ForecastScores(samples, leads)
+    local_t0s = t0s[mesh.dp_rank :: mesh.shape.dp]
+    saved: dict[int, np.ndarray] = {}
+    error = None
+    with _progress_bar(len(local_t0s), is_main_rank) as advance:
         try:
-            kept = forecast(
-                forecaster, samples, scored, mine_t0s, saved, batch=options.batch,
-                rollout=rollout_leads(options.rollout, samples.leads[0]), scores_here=mesh.cp_rank == 0, tick=tick,
-            )  # fmt: skip
-        except (
-            ValueError
-        ) as e:  # what only some times have, and so only some dp groups see: missing values
-            fault = str(e)
-    mine = (fault, scored.sums(), kept) if mesh.cp_rank == 0 else (fault,)
-    everyone = ringx.launch.gather(mine, world)
-    if faults := [f for f, *_ in everyone if f]:
-        raise ValueError(faults[0])
-    if chief:
-        for _, *made_there in everyone[1:]:
-            if made_there:
-                scored.take(made_there[0])
-                kept |= made_there[1]
-        _write(
-            options,
-            samples,
-            scored,
-            saved,
-            kept,
-            {"title": f"Forecasts of {fields.source}", "source": f"ringx, {path}"},
+            saved = forecast(
+                forecaster,
+                samples,
+                result_scores,
+                local_t0s,
+                saved_t0s,
+                batch=options.batch,
+                rollout=rollout,
+                scores_here=mesh.cp_rank == 0,
+                advance=advance,
+            )
+        except ValueError as e:  # missing values at some times, which only some dp groups read
+            error = str(e)
+    result = _RankResult(error, None, {})
+    if mesh.cp_rank == 0:
+        result = _RankResult(error, result_scores.sums(), saved)
+    results = ringx.launch.gather(result, world)
+    for rank_result in results:
+        if rank_result.error:
+            raise ValueError(rank_result.error)
+    if is_main_rank:
+        for rank_result in results[1:]:
+            if rank_result.sums is not None:
+                result_scores.add_sums(rank_result.sums)
+            saved |= rank_result.saved
+        fields = np.stack([saved[int(t0)] for t0 in saved_t0s])
+        source = {
+            "title": f"Forecasts of {samples.fields.source}",
+            "source": f"ringx, {checkpoint}",
+        }
+        dataset = forecast_dataset(samples, saved_t0s, fields, source)
+        _write(options, dataset, result_scores, rollout)
+
+
+def _expect_rollout_history(rollout: int, config: Config) -> None:
+    """ValueError if the model sees times that no forecast of a roll-out is of."""
+    first_lead = config.data.lead_hours()[0]
+    between = [hours for hours in config.data.history_hours() if hours % first_lead]
+    if rollout and between:
+        raise ValueError(
+            f"--rollout {rollout}: the model sees what was {between[0]} h before, and forecasts "
+            f"every {first_lead} h."
         )
+
+
+def _open_samples(
+    world: World,
+    options: PredictOptions,
+    config: Config,
+    leads: tuple[int, ...],
+    checkpoint: Path,
+    data_identity: str,
+) -> Samples:
+    """The part's samples on every rank.  Rank 0 looks at everything that can be wrong with them."""
+
+    def prepare() -> Statistics:
+        return _prepare_statistics(options, config, leads, checkpoint, data_identity)
+
+    prepared = ringx.launch.decide(world, prepare)
+    fields = open_same_record(options.data, config.data, data_identity, world)
+    return make_samples(fields, config.data, prepared, options.part, "valid")
+
+
+def _prepare_statistics(
+    options: PredictOptions,
+    config: Config,
+    leads: tuple[int, ...],
+    checkpoint: Path,
+    data_identity: str,
+) -> Statistics:
+    """Those of the training times, kept in the run's folder, or in OUT where that is not writable.
+
+    Raises:
+        ValueError: it is not the data of `data_identity`, on which the checkpoint was trained; the
+            part is too short; it does not have a time that is to be saved; or values are missing at
+            a time that is read."""
+    fields = open_record(options.data, config.data)
+    if fields.identity != data_identity:
+        raise ValueError(
+            f"--data: {fields.source} is other data than {checkpoint} was trained on; name the "
+            f"same with --data."
+        )
+    cache = checkpoint.parent.parent / STATISTICS
+    if not os.access(cache, os.W_OK):
+        cache = Path(options.out) / STATISTICS
+    prepared = statistics(
+        fields,
+        split_record(fields, config.data)["train"],
+        sorted({*leads, *config.data.hours()}),
+        cache=cache,
+    )
+    samples = make_samples(fields, config.data, prepared, options.part, "valid")
+    longest = max(samples.leads)
+    expect_room(samples.split, longest // fields.step_hours, longest)
+    saved_initial_times(samples, options)
+    # Now, for all ranks: later, only some of them would find that values are missing
+    history = max(samples.history, default=0) // fields.step_hours
+    first = min(initial_times(samples, lead)[0] for lead in leads) - history
+    for t in range(first, samples.split.stop):
+        expect_finite(fields, np.array([t]), fields.read([t]))
+    return prepared
+
+
+def _model_dtype(options: PredictOptions, config: Config) -> torch.dtype:
+    if options.dtype:
+        return TORCH_DTYPES[options.dtype]
+    return torch.promote_types(TORCH_DTYPES[config.train.dtype], torch.float32)
 
 
 def _write(
     options: PredictOptions,
-    samples: Samples,
-    scored: ForecastScores,
-    saved: np.ndarray,
-    kept: dict[int, np.ndarray],
-    about: dict,
+    dataset: "xr.Dataset",
+    result_scores: ForecastScores,
+    rollout: tuple[int, ...],
 ) -> None:
+    """Writes all files, and prints the scores and what was written."""
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    ahead = np.stack([kept[int(t)] for t in saved])
-    path = write_dataset(forecast_dataset(samples, saved, ahead, about), out, options.format)
-    rows, spectra = scored.rows(), scored.spectrum_rows()
+    path = write_dataset(dataset, out, options.format)
+    rows, spectrum_rows = result_scores.rows(), result_scores.spectrum_rows()
     scores.write_scores(out / "scores.csv", rows)
-    print(scores.table([r for r in rows if r.lead_hours in samples.leads]))
-    if rolled := [
-        r for r in rows if r.lead_hours in rollout_leads(options.rollout, samples.leads[0])
-    ]:
-        print("Fed with its own forecasts:\n" + scores.table(rolled, "roll-out"))
-    if spectra:
-        scores.write_spectra(out / "spectra.csv", spectra)
-    drawn = options.maps
-    if options.maps:
-        from apps.vit.maps import draw
-
-        try:
-            for line in draw(out, out / "maps"):
-                print(line)
-        except ImportError as e:
-            print(f"skipped maps: {e}")
-            drawn = False
-    print(f"{len(saved)} initial times in {path}; scores.csv{', spectra.csv' if spectra else ''}"
-          f"{' and maps/' if drawn else ''} beside it")  # fmt: skip
+    leads = result_scores.samples.leads
+    print(scores.table([row for row in rows if row.lead_hours in leads]))
+    rolled_out = [row for row in rows if row.lead_hours in rollout]
+    if rolled_out:
+        print("Fed with its own forecasts:\n" + scores.table(rolled_out, "roll-out"))
+    files = "scores.csv"
+    if spectrum_rows:
+        scores.write_spectra(out / "spectra.csv", spectrum_rows)
+        files += ", spectra.csv"
+    if options.maps and _draw_maps(out):
+        files += " and maps/"
+    print(f"{dataset.sizes['time']} initial times in {path}; {files} beside it")
 
 
-# ---- what is asked for
+def _draw_maps(out: Path) -> bool:
+    """Draws OUT/maps and prints what; False where there is no matplotlib."""
+    from apps.vit.maps import draw
+
+    try:
+        for line in draw(out, out / "maps"):
+            print(line)
+    except ImportError as error:
+        print(f"skipped maps: {error}")
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _progress_bar(total: int, is_main_rank: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on the main rank's terminal; yields a function that advances it."""
+    from rich.progress import Progress
+
+    disable = not is_main_rank or not sys.stdout.isatty()
+    with Progress(transient=True, disable=disable) as progress:
+        task = progress.add_task("forecasts", total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+# ---- the checkpoint and the initial times
 
 
 def find_checkpoint(given: str, step: "int | None", world: "World | None") -> tuple[Path, Any]:
-    """(folder, what was said about it) of a run's newest good checkpoint or its step, or of the checkpoint that is given.
+    """(folder, metadata) of the checkpoint that is meant.
 
-    Raises ValueError on all ranks."""
+    Args:
+        given: a run or one of its checkpoints.
+        step: of a run, the step whose checkpoint is meant; None for the newest that is not damaged.
+        world: the ranks, which all call it; None in a process without peers.
+
+    Raises:
+        ValueError: there is no such checkpoint, or it is damaged; on all ranks."""
     path = Path(given)
-
-    def named() -> "Path | None":
-        expect_checkpoint(path)
-        if (path / MANIFEST).exists():
-            if step is not None:
-                raise ValueError(
-                    f"--step {step}: {path} is a checkpoint, not a run; leave --step out."
-                )
-            return path
-        if step is None:
-            return None
-        chosen = path / "checkpoints" / f"step-{step:08d}"
-        if not (chosen / MANIFEST).exists():
-            there = (
-                ", ".join(
-                    sorted(p.parent.name for p in path.glob(f"checkpoints/step-*/{MANIFEST}"))
-                )
-                or "none"
-            )
-            raise ValueError(f"--step {step}: {chosen} is not there; there are: {there}.")
-        return chosen
-
-    chosen = ringx.launch.decide(world, named)
-    folder = chosen.parent if chosen else path / "checkpoints"
+    named = ringx.launch.decide(world, lambda: _named_checkpoint(path, step))
+    folder = named.parent if named else path / "checkpoints"
     with Checkpoints(folder, world, report=lambda text: print(text, flush=True)) as checkpoints:
-        found = (chosen, checkpoints.require_complete(chosen)) if chosen else checkpoints.newest()
-    if found is None:
+        if named:
+            return named, checkpoints.require_complete(named)
+        newest = checkpoints.newest()
+    if newest is None:
         raise ValueError(f"--checkpoint {given}: there is no checkpoint in it that can be used.")
-    return found
+    return newest
+
+
+def _named_checkpoint(path: Path, step: "int | None") -> "Path | None":
+    """The checkpoint that --checkpoint and --step name; None for the newest one of a run."""
+    expect_checkpoint(path)
+    if (path / MANIFEST).exists():
+        if step is not None:
+            raise ValueError(f"--step {step}: {path} is a checkpoint, not a run; leave --step out.")
+        return path
+    if step is None:
+        return None
+    named = path / "checkpoints" / f"step-{step:08d}"
+    if not (named / MANIFEST).exists():
+        complete = sorted(p.parent.name for p in path.glob(f"checkpoints/step-*/{MANIFEST}"))
+        raise ValueError(
+            f"--step {step}: {named} is not there; there are: {', '.join(complete) or 'none'}."
+        )
+    return named
 
 
 def expect_checkpoint(path: Path) -> None:
+    """ValueError for a folder that is neither a run nor a checkpoint."""
     if not (path / MANIFEST).exists() and not (path / "checkpoints").is_dir():
         raise ValueError(
             f"--checkpoint {path}: it is neither a run (no checkpoints/ in it) nor a checkpoint."
         )
 
 
-def checkpoint_config(path: Path, about: Any) -> Config:
-    """The configuration that a checkpoint was trained with."""
+def checkpoint_config(checkpoint: Path, metadata: Any) -> Config:
+    """The configuration that a checkpoint was trained with; ValueError if it is of another app."""
     try:
-        return from_dict(Config, about["config"])
-    except (TypeError, KeyError, ValueError) as e:
+        return from_dict(Config, metadata["config"])
+    except (TypeError, KeyError, ValueError) as error:
         raise ValueError(
-            f"{path} was not written by this version of apps.vit.train: {type(e).__name__}: {e}."
+            f"{checkpoint} was not written by this version of apps.vit.train: "
+            f"{type(error).__name__}: {error}."
         ) from None
 
 
 def saved_initial_times(samples: Samples, options: PredictOptions) -> np.ndarray:
-    """Initial times whose fields are kept; ValueError for one that is asked for and cannot be had."""
-    there, times = initial_times(samples, max(samples.leads), inside=True), samples.fields.times
+    """[n] t0s whose forecasts are saved, ascending: those of --times, or some of the part's.
+
+    Raises:
+        ValueError: --times has a word that is no time, or a time whose longest lead is not in the
+            part."""
+    possible = initial_times(samples, max(samples.leads), inside=True)
     if not options.times:
-        return evenly_spaced(there, options.save)
+        return evenly_spaced(possible, options.save)
+    words = [word.strip().removesuffix("Z") for word in options.times.split(",")]
     try:
-        wanted = np.array(
-            [word.strip().removesuffix("Z") for word in options.times.split(",")], "datetime64[s]"
-        )
+        wanted = np.array(words, "datetime64[s]")
     except ValueError:
         raise ValueError(
-            f"--times {options.times}: they must be ISO times such as 2019-03-25T06, with commas between."
+            f"--times {options.times}: they must be ISO times such as 2019-03-25T06, with commas "
+            f"between."
         ) from None
-    for time in wanted[~np.isin(wanted, times[there])]:
+    times = samples.fields.times
+    impossible = wanted[~np.isin(wanted, times[possible])]
+    if len(impossible):
         raise ValueError(
-            f"--times: {time} is no initial time of the {options.part} times, which go from {times[there[0]]} to {times[there[-1]]} "
-            f"every {samples.fields.step_hours} h (the longest lead is still among them)."
+            f"--times: {impossible[0]} is no initial time of the {options.part} times, which go "
+            f"from {times[possible[0]]} to {times[possible[-1]]} every {samples.fields.step_hours} "
+            f"h (the longest lead is still among them)."
         )
     return np.unique(np.searchsorted(times, wanted))
 
 
-def evenly_spaced(t0s: np.ndarray, n: int) -> np.ndarray:
-    """n of them, or all if there are fewer, spread evenly."""
-    return t0s[np.unique(np.linspace(0, len(t0s) - 1, min(n, len(t0s))).round().astype(int))]
-
-
-@contextlib.contextmanager
-def _bar(total: int, chief: bool) -> Iterator[Callable[[int], None]]:
-    from rich.progress import Progress
-
-    with Progress(transient=True, disable=not chief or not sys.stdout.isatty()) as progress:
-        task = progress.add_task("forecasts", total=total)
-        yield lambda n: progress.advance(task, n)
+def evenly_spaced(t0s: np.ndarray, count: int) -> np.ndarray:
+    """`count` of them from the first to the last, or all if there are fewer."""
+    indices = np.linspace(0, len(t0s) - 1, min(count, len(t0s))).round().astype(int)
+    return t0s[np.unique(indices)]
 
 
 # ---- the command line
 
 
 def parser() -> Parser:
+    """The flags of the command."""
     p = Parser(
         PROG,
-        description="Forecast with a trained ViT on any number of ranks, score the forecasts, and draw them.",
+        description="Forecast with a trained ViT on any number of ranks, score the forecasts, "
+        "and draw them.",
     )
     p.add_argument(
         "--checkpoint",
@@ -332,8 +431,12 @@ def parser() -> Parser:
         metavar="N",
         help="how many initial times' fields are kept, spread evenly over the part (default: 4)",
     )
-    p.add_argument("--times", default="", metavar="LIST", help="the initial times whose fields are kept, such as "
-                   "2019-03-25T06,2019-03-26T18")  # fmt: skip
+    p.add_argument(
+        "--times",
+        default="",
+        metavar="LIST",
+        help="the initial times whose fields are kept, such as 2019-03-25T06,2019-03-26T18",
+    )
     p.add_argument(
         "--format",
         default="nc",
@@ -343,8 +446,13 @@ def parser() -> Parser:
     p.add_argument(
         "--batch", type=int, default=8, metavar="N", help="initial times at once (default: 8)"
     )
-    p.add_argument("--cp", type=int, default=0, metavar="N", help="ranks that a field is cut over; the others take other times "
-                   "(default: all)")  # fmt: skip
+    p.add_argument(
+        "--cp",
+        type=int,
+        default=0,
+        metavar="N",
+        help="ranks that a field is cut over; the others take other times (default: all)",
+    )
     p.add_argument(
         "--dtype",
         choices=(*TORCH_DTYPES, *SHORT_DTYPES),
@@ -374,63 +482,68 @@ def parser() -> Parser:
 
 
 def configure(args: argparse.Namespace) -> PredictOptions:
-    """The options; ValueError for what can be known to be wrong before ranks start."""
+    """What each rank is given; ValueError for what can be known to be wrong before ranks start."""
+    _expect_flags(args)
+    # 0: this MPI does not give the number of ranks before they have joined each other
+    world_size = ringx.launch.world_size(args.nproc) or 0
+    cp = args.cp or world_size
+    if world_size and world_size % cp:
+        raise ValueError(f"--cp {cp} does not divide the {world_size} ranks.")
+    data = _data_of_run(args)
+    try:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"--out {args.out} is no folder and cannot be made: {error.strerror}."
+        ) from None
+    return PredictOptions(
+        checkpoint=args.checkpoint,
+        out=args.out,
+        data=data,
+        step=args.step,
+        part=args.part,
+        rollout=args.rollout,
+        save=args.save or 4,
+        times=args.times,
+        format=args.format,
+        batch=args.batch,
+        cp=cp,
+        dtype=SHORT_DTYPES.get(args.dtype, args.dtype) if args.dtype else "",
+        maps=args.maps,
+    )
+
+
+def _expect_flags(args: argparse.Namespace) -> None:
+    """ValueError for a number that is too small, or for flags that exclude each other."""
     if args.times and args.save is not None:
         raise ValueError(f"--times {args.times} and --save {args.save}: give one.")
     for name in ("save", "batch"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1.")
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value} must be at least 1.")
     for name in ("rollout", "cp"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least 0.")
-    world = (
-        ringx.launch.world_size(args.nproc) or 0
-    )  # 0: this MPI does not say before the ranks have met
-    cp = args.cp or world
-    if world and world % cp:
-        raise ValueError(f"--cp {cp} does not divide the {world} ranks.")
+        value = getattr(args, name)
+        if value < 0:
+            raise ValueError(f"--{name} {value} must be at least 0.")
+
+
+def _data_of_run(args: argparse.Namespace) -> str:
+    """--data, or the data that the run in --checkpoint was trained on."""
     given = Path(args.checkpoint)
     expect_checkpoint(given)
     run = given if (given / "checkpoints").is_dir() else given.parent.parent
     data = args.data or command.resumed_data(str(run)).get("folder")
     if not data:
         raise ValueError(
-            f"--checkpoint {given}: {run}/run.json does not say what it was trained on; name it with --data."
+            f"--checkpoint {given}: {run}/run.json does not say what it was trained on; name it "
+            f"with --data."
         )
-    try:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise ValueError(
-            f"--out {args.out} is no folder and cannot be made: {e.strerror}."
-        ) from None
-    dtype = SHORT_DTYPES.get(args.dtype, args.dtype) if args.dtype else ""
-    return PredictOptions(
-        args.checkpoint,
-        args.out,
-        data,
-        args.step,
-        args.part,
-        args.rollout,
-        args.save or 4,
-        args.times,
-        args.format,
-        args.batch,
-        cp,
-        dtype,
-        args.maps,
-    )
+    return data
 
 
 def main(argv: "list[str] | None" = None) -> int:
-    p = parser()
-    args = p.parse_args(argv)
-    try:
-        options = configure(args)
-    except ValueError as e:
-        p.error(str(e))
-    return max(
-        ringx.launch.run(work, args.nproc, options, device=args.device, timeout=args.timeout)
-    )
+    """The command; returns the greatest exit status of its ranks."""
+    return run_on_ranks(parser(), argv, configure, work)
 
 
 if __name__ == "__main__":
