@@ -78,12 +78,17 @@ def measured(c: Config, shape: Shape) -> list[tuple[int, float, float]]:
     ("shape", "changes"),
     [
         (Shape(), {}),
-        (Shape(), {"checkpointing": "selective", "mlp_tiles": 4, "dtype": "bfloat16"}),
-        (Shape(4), {"checkpointing": "selective", "mlp_tiles": 4}),
-        (Shape(4), {"checkpointing": "full", "dtype": "bfloat16", "algorithm": "ringx4"}),
-        (Shape(2, 1, 2), {"checkpointing": "selective", "dp_engine": "ddp", "dtype": "bfloat16"}),
-        (Shape(2, 1, 2, 2), {"mlp_tiles": 2, "global_batch": 8, "micro_batch": 2}),
         (Shape(2, 2), {"checkpointing": "selective", "mlp_tiles": 2}),
+        (Shape(2, 1, 2), {"checkpointing": "selective", "dp_engine": "ddp", "dtype": "bfloat16"}),
+        *(
+            pytest.param(shape, changes, marks=pytest.mark.slow)
+            for shape, changes in (
+                (Shape(), {"checkpointing": "selective", "mlp_tiles": 4, "dtype": "bfloat16"}),
+                (Shape(4), {"checkpointing": "selective", "mlp_tiles": 4}),
+                (Shape(4), {"checkpointing": "full", "dtype": "bfloat16", "algorithm": "ringx4"}),
+                (Shape(2, 1, 2, 2), {"mlp_tiles": 2, "global_batch": 8, "micro_batch": 2}),
+            )
+        ),
     ],
     ids=str,
 )
@@ -98,7 +103,13 @@ def test_peak_and_bytes_of_attention_are_those_of_a_real_run(shape, changes):
     assert sent == pytest.approx(real[1:])
 
 
-@pytest.mark.parametrize("algorithm", ringx.algorithms())
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        "ringx3",
+        *(pytest.param(a, marks=pytest.mark.slow) for a in ringx.algorithms() if a != "ringx3"),
+    ],
+)
 def test_bytes_equal_closed_forms(algorithm):
     shape, c = (
         Shape(4, 1, 2),

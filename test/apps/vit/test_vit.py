@@ -29,7 +29,14 @@ from apps.vit.train import main, train  # noqa: E402
 
 MODEL = ModelConfig(dim=16, layers=2, heads=4, ffn=24, patch=4)
 TRAIN = TrainConfig(global_batch=2, steps=20, lr=1e-2, warmup=3, dtype="float64")
-MESHES = [(2, 1, 1), (3, 1, 1), (4, 1, 1), (1, 2, 1), (2, 2, 1), (2, 1, 2)]
+MESHES = [
+    (3, 1, 1),
+    (2, 2, 1),
+    *(
+        pytest.param(sizes, marks=pytest.mark.slow)
+        for sizes in ((2, 1, 1), (4, 1, 1), (1, 2, 1), (2, 1, 2))
+    ),
+]
 
 
 def record(height, width, degrees=360.0, times=48):

@@ -92,22 +92,24 @@ def measured(c: Config, shape: Shape) -> list[tuple[int, float, float]]:
 @pytest.mark.parametrize(
     ("shape", "model", "changes"),
     [
-        (Shape(), {}, {}),
+        pytest.param(Shape(), {}, {}, marks=pytest.mark.slow),
         (
             Shape(),
             {"patch": 3, "positions": "sinusoidal"},
             {"checkpointing": "selective", "mlp_tiles": 4, "dtype": "bfloat16"},
         ),
         (Shape(2), {}, {"checkpointing": "full", "dtype": "bfloat16", "algorithm": "ringx4"}),
-        (
+        pytest.param(
             Shape(1, 1, 2),
             {"patch": 4},
             {"checkpointing": "selective", "dp_engine": "ddp", "dtype": "bfloat16"},
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             Shape(2, 2),
             {"patch": 3, "positions": "sinusoidal", "layers": 1},
             {"checkpointing": "selective", "mlp_tiles": 2, "dtype": "bfloat16"},
+            marks=pytest.mark.slow,
         ),
     ],
     ids=str,
@@ -124,7 +126,13 @@ def test_peak_and_bytes_of_attention_are_those_of_a_real_run(shape, model, chang
     assert (shape.cp > 1) == (sent[0] > 0)
 
 
-@pytest.mark.parametrize("algorithm", ringx.algorithms())
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        "ringx4",
+        *(pytest.param(a, marks=pytest.mark.slow) for a in ringx.algorithms() if a != "ringx4"),
+    ],
+)
 def test_bytes_equal_closed_forms(algorithm):
     model = replace(MODEL, layers=1)
     shape, c = (
