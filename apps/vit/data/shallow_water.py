@@ -1,14 +1,26 @@
-"""The shallow-water equations on the rotating sphere, by the spectral transform method.
+"""The shallow-water equations on the rotating sphere, solved by the spectral transform method.
 
-The equations are solved in vorticity-divergence form (Williamson et al. 1992, J. Comput. Phys. 102, 211-224, "W92"; Hack & Jakob
-1992, NCAR/TN-343+STR), truncated triangularly, by semi-implicit leapfrog.  The transforms are matrix products of numpy: the
-libraries for spherical harmonics need compilers or accelerators to install.
+The equations have the vorticity-divergence form of Williamson et al. 1992, J. Comput. Phys. 102,
+211-224 ("W92" below); the method is that of Hack & Jakob 1992, NCAR/TN-343+STR: triangular
+truncation and semi-implicit leapfrog steps.  The transforms are matrix products of numpy, because
+the libraries for spherical harmonics need compilers or accelerators to install.
+
+Symbols:
+    T           truncation: the greatest degree of a harmonic
+    m, n        order and degree of a harmonic, both 0..T
+    mu          sine of the latitude
+    P           associated Legendre functions of mu
+    K           number of fields that are transformed together
+    u, v        eastward and northward wind, m s-1
+    h           height of the free surface, m
+    t           time, s
+    lat, lon    rows and columns of the grid
 """
 
 import numpy as np
 
-RADIUS = 6.37122e6  # m; this and the next two as in W92
-OMEGA = 7.292e-5  # s-1
+RADIUS = 6.37122e6  # m, of the Earth; this and the next two as in W92
+OMEGA = 7.292e-5  # s-1, of the Earth's rotation
 GRAVITY = 9.80616  # m s-2
 
 
@@ -16,11 +28,12 @@ GRAVITY = 9.80616  # m s-2
 
 
 class Sphere:
-    """Spherical harmonics up to degree `truncation`, and the Gaussian grid on which products of two of them are exact.
+    """Spherical harmonics up to a degree, and the Gaussian grid on which their products are exact.
 
-    On the grid, K fields are [K, lat, lon] float64, from north to south and from 0 degrees to the east.  Their coefficients are
-    [m, n, K] complex128, order m and degree n both 0..truncation, zero where n < m; those of negative order are the conjugates.
-    The harmonics are normalised to a mean square of 1 over the sphere, so that coefficient [0, 0] is the mean.
+    On the grid, K fields are [K, lat, lon] float64, from north to south and from 0 degrees to the
+    east.  Their coefficients are [m, n, K] complex128, zero where n < m; those of negative order
+    are the conjugates.  The harmonics are normalised to a mean square of 1 over the sphere, so
+    that coefficient [0, 0] is the mean.
 
     Args:
         truncation: T of the triangular truncation, at least 1.
@@ -34,79 +47,111 @@ class Sphere:
         if truncation < 1:
             raise ValueError(f"truncation={truncation} must be at least 1.")
         self.truncation = truncation
-        rows = (
-            -(-(3 * truncation + 1) // 4) * 2
-        )  # even, and 2 * rows >= 3 T + 1: no aliasing of products
-        self.shape = (rows, 2 * rows)
+        # The number of rows is even and 2 * rows >= 3 T + 1: products of two fields do not alias.
+        rows = -(-(3 * truncation + 1) // 4) * 2
+        columns = 2 * rows
+        self.shape = (rows, columns)
         mu, weights = np.polynomial.legendre.leggauss(rows)
-        self.mu = mu[::-1].copy()  # sine of the latitude
-        self.weights = weights[::-1] / 2  # of each row in the mean over the sphere; they sum to 1
-        self.cos = np.sqrt(1 - self.mu**2)[:, None]
+        self.mu = mu[::-1].copy()  # [lat]
+        self.weights = weights[::-1] / 2  # [lat], of a row in the mean over the sphere; sum 1
+        self.cos = np.sqrt(1 - self.mu**2)[:, None]  # [lat, 1]
         self.latitude = np.degrees(np.arcsin(self.mu))
-        self.longitude = np.arange(2 * rows) * (360 / (2 * rows))
+        self.longitude = np.arange(columns) * (360 / columns)
         self.order, self.degree = np.ogrid[: truncation + 1, : truncation + 1]
-        self.laplacian = (
-            -self.degree * (self.degree + 1) / radius**2
-        )  # [1, n], m-2: a harmonic's Laplacian is so much of itself
+        # [1, n], m-2: the Laplacian of a harmonic is this multiple of the harmonic.
+        self.laplacian = -self.degree * (self.degree + 1) / radius**2
         self.inverse_laplacian = np.divide(
             1, self.laplacian, out=np.zeros_like(self.laplacian), where=self.degree > 0
         )
         p, slope = legendre(truncation, self.mu)  # [m, n, lat]
-        along, across = (
-            self.order[..., None] * p / (radius * self.cos[:, 0]),
-            slope / (radius * self.cos[:, 0]),
-        )
-        self._values, self._along, self._across = (x * self.weights for x in (p, along, across))
-        self._values_at = _turned(p)  # [m, lat, n]
-        self._along_at, self._across_at = (
-            _turned(x * self.inverse_laplacian[..., None]) for x in (along, across)
-        )
+        d_lon = self.order[..., None] * p / (radius * self.cos[:, 0])  # eastward derivative / i
+        d_lat = slope / (radius * self.cos[:, 0])  # northward derivative
+        # Matrices from waves along the rows to coefficients, [m, n, lat].
+        self._analysis = p * self.weights
+        self._analysis_d_lon = d_lon * self.weights
+        self._analysis_d_lat = d_lat * self.weights
+        # Matrices from coefficients to waves along the rows, [m, lat, n].
+        inverse = self.inverse_laplacian[..., None]
+        self._synthesis = _swap_last_two(p)
+        self._wind_d_lon = _swap_last_two(d_lon * inverse)
+        self._wind_d_lat = _swap_last_two(d_lat * inverse)
 
     def grid(self, coefficients: np.ndarray) -> np.ndarray:
         """[m, n, K] -> [K, lat, lon]: the fields of these coefficients."""
-        return self._from_waves(_product(self._values_at, coefficients))
+        return self._from_waves(_product(self._synthesis, coefficients))
 
     def spectral(self, fields: np.ndarray) -> np.ndarray:
-        """[K, lat, lon] -> [m, n, K]: their coefficients, by Gaussian quadrature; what is above the truncation is lost."""
-        return _product(self._values, self._waves(fields))
+        """[K, lat, lon] -> [m, n, K]: their coefficients, by Gaussian quadrature.
+
+        What is above the truncation is lost."""
+        return _product(self._analysis, self._waves(fields))
 
     def winds(self, rotation: np.ndarray) -> np.ndarray:
-        """Vorticity and divergence [m, n, 2], s-1 -> the eastward and northward wind [2, lat, lon], m s-1."""
-        x, y = 1j * _product(self._along_at, rotation), _product(self._across_at, rotation)
-        return self._from_waves(np.stack([x[..., 1] - y[..., 0], x[..., 0] + y[..., 1]], -1))
+        """Winds of a vorticity and a divergence.
+
+        Args:
+            rotation: [m, n, 2], s-1: vorticity and divergence.
+
+        Returns:
+            [2, lat, lon], m s-1: eastward and northward wind."""
+        x = 1j * _product(self._wind_d_lon, rotation)
+        y = _product(self._wind_d_lat, rotation)
+        u = x[..., 1] - y[..., 0]
+        v = x[..., 0] + y[..., 1]
+        return self._from_waves(np.stack([u, v], -1))
 
     def curl_div(self, u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """K vector fields, their eastward and northward parts [K, lat, lon] -> curl and divergence, each [m, n, K], over m.
+        """Curl and divergence, each [m, n, K], of K vector fields.
 
-        By parts: the derivative along the meridian falls upon the Legendre functions."""
-        waves, k = self._waves(np.concatenate([u, v])), len(u)
-        x, y = 1j * _product(self._along, waves), _product(self._across, waves)
-        return x[..., k:] + y[..., :k], x[..., :k] - y[..., k:]
+        By parts: it is the Legendre functions that are differentiated along the meridian, not the
+        fields.
+
+        Args:
+            u, v: [K, lat, lon] each: the eastward and the northward component."""
+        k = len(u)
+        waves = self._waves(np.concatenate([u, v]))
+        x = 1j * _product(self._analysis_d_lon, waves)
+        y = _product(self._analysis_d_lat, waves)
+        curl = x[..., k:] + y[..., :k]
+        divergence = x[..., :k] - y[..., k:]
+        return curl, divergence
 
     def mean(self, fields: np.ndarray) -> np.ndarray:
         """[..., lat, lon] -> [...]: the mean over the sphere's area."""
         return fields.mean(-1) @ self.weights
 
-    def _waves(self, fields: np.ndarray) -> np.ndarray:  # [m, lat, K]
+    def _waves(self, fields: np.ndarray) -> np.ndarray:
+        """[K, lat, lon] -> [m, lat, K]: the Fourier coefficients along each row."""
         return np.fft.rfft(fields, norm="forward")[..., : self.truncation + 1].T
 
     def _from_waves(self, waves: np.ndarray) -> np.ndarray:
+        """[m, lat, K] -> [K, lat, lon]: the inverse of ``_waves``."""
         return np.fft.irfft(waves.T, self.shape[1], norm="forward")
 
 
-def _turned(x: np.ndarray) -> np.ndarray:
-    return np.moveaxis(x, 2, 1).copy()
+def _swap_last_two(matrices: np.ndarray) -> np.ndarray:
+    """[m, a, b] -> [m, b, a], contiguous."""
+    return np.moveaxis(matrices, 2, 1).copy()
 
 
 def _product(matrices: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """[m, rows, cols] real times [m, cols, K] complex: a product for each m, real and imaginary parts side by side."""
+    """[m, rows, cols] real times [m, cols, K] complex: one matrix product for each m.
+
+    Real and imaginary parts are side by side in one real product."""
     return (matrices @ np.ascontiguousarray(x).view(np.float64)).view(np.complex128)
 
 
 def legendre(truncation: int, mu: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Associated Legendre functions P and (1 - mu^2) dP/dmu at `mu` [points] in (-1, 1): each [m, n, points], 0..truncation.
+    """Associated Legendre functions P and (1 - mu^2) dP/dmu, by recurrence in n.
 
-    Without the sign (-1)^m, normalised to mean squares of 1 over -1..1, by recurrence in n."""
+    They are normalised to mean squares of 1 over -1..1 and lack the sign (-1)^m.
+
+    Args:
+        truncation: T.
+        mu: [points] in (-1, 1).
+
+    Returns:
+        P and (1 - mu^2) dP/dmu, each [m, n, points]."""
     size = truncation + 2
     n, m = np.arange(size)[None, :], np.arange(size)[:, None]
     epsilon = np.sqrt(np.maximum(n**2 - m**2, 0) / (4 * n**2 - 1))  # [m, n]
@@ -121,7 +166,7 @@ def legendre(truncation: int, mu: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     slope = np.zeros_like(p)
     for k in range(size - 1):
         slope[:, k] = -k * epsilon[:, k + 1, None] * p[:, k + 1]
-        if k:
+        if k > 0:
             slope[:, k] += (k + 1) * epsilon[:, k, None] * p[:, k - 1]
     return p[:-1, :-1], slope[:-1, :-1]
 
@@ -130,10 +175,10 @@ def legendre(truncation: int, mu: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class ShallowWater:
-    """The shallow-water equations without forcing or dissipation, in W92's vorticity-divergence form.
+    """The shallow-water equations without forcing or dissipation, in W92's form.
 
-    A state is [m, n, 3] complex128: coefficients of the wind's relative vorticity and divergence, s-1, and of g times the depth of
-    the fluid, m2 s-2.
+    A state is [m, n, 3] complex128: coefficients of the wind's relative vorticity and divergence,
+    s-1, and of g times the depth of the fluid, m2 s-2.
 
     Args:
         sphere: the harmonics and the grid.
@@ -148,59 +193,76 @@ class ShallowWater:
         coriolis: np.ndarray | None = None,
     ):
         self.sphere = sphere
-        ground = np.zeros(sphere.shape) if orography is None else GRAVITY * orography
-        self.ground = sphere.spectral(ground[None])[
-            ..., 0
-        ]  # m2 s-2, as all that has to do with heights here
-        self.coriolis = 2 * OMEGA * sphere.mu[:, None] if coriolis is None else coriolis
+        if orography is None:
+            ground = np.zeros(sphere.shape)
+        else:
+            ground = GRAVITY * orography
+        # [m, n], m2 s-2: g times the height of the ground.
+        self.ground = sphere.spectral(ground[None])[..., 0]
+        if coriolis is None:
+            coriolis = 2 * OMEGA * sphere.mu[:, None]
+        self.coriolis = coriolis
 
     def tendency(self, state: np.ndarray) -> np.ndarray:
         """The state's rate of change, [m, n, 3]."""
         u, v = self.sphere.winds(state[..., :2])
-        carried = self.sphere.grid(state[..., ::2])  # absolute vorticity, depth
-        carried[0] += self.coriolis
-        curl, div = self.sphere.curl_div(u * carried, v * carried)
-        energy = (
-            self.sphere.spectral((u * u + v * v)[None] / 2)[..., 0] + state[..., 2] + self.ground
-        )
-        return np.stack(
-            [-div[..., 0], curl[..., 0] - self.sphere.laplacian * energy, -div[..., 1]], -1
-        )
+        advected = self.sphere.grid(state[..., ::2])  # vorticity and g times the depth
+        advected[0] += self.coriolis  # now the absolute vorticity
+        curl, div = self.sphere.curl_div(u * advected, v * advected)
+        kinetic = self.sphere.spectral((u * u + v * v)[None] / 2)[..., 0]
+        energy = kinetic + state[..., 2] + self.ground
+        vorticity_rate = -div[..., 0]
+        divergence_rate = curl[..., 0] - self.sphere.laplacian * energy
+        depth_rate = -div[..., 1]
+        return np.stack([vorticity_rate, divergence_rate, depth_rate], -1)
 
     def leap(
         self, before: np.ndarray, now: np.ndarray, rate: np.ndarray, step: float
     ) -> tuple[np.ndarray, np.ndarray]:
-        """From the states at t - step and t and the rate at t: the state at t + step, and its second difference in time.
+        """One leapfrog step.
 
-        Leapfrog, with gravity waves on the mean depth averaged over t - step and t + step (Robert 1969; W92's model does the same):
-        (after - before) / 2 step = rate + L (after - 2 now + before) / 2, L being their linear part, solved for the bracket.
-        A wave of frequency s then has atan(s step) / step, and is stable for steps of any length."""
-        mean, laplacian = now[0, 0, 2].real, self.sphere.laplacian
-        bend = 2 * (before - now + step * rate)
-        bend[..., 2] = (bend[..., 2] - step * mean * bend[..., 1]) / (
-            1 - step**2 * mean * laplacian
-        )
-        bend[..., 1] -= step * laplacian * bend[..., 2]
-        return 2 * now - before + bend, bend
+        Gravity waves on the mean depth are averaged over t - step and t + step (Robert 1969; the
+        model of W92 does the same): with L the linear operator of these waves,
+
+            (after - before) / (2 step) = rate + L (after - 2 now + before) / 2
+
+        is solved for the second difference, after - 2 now + before.  A wave of frequency s then
+        has the frequency atan(s step) / step, and is stable for steps of any length.
+
+        Args:
+            before, now: the states at t - step and t.
+            rate: the rate of change at t.
+            step: s.
+
+        Returns:
+            The state at t + step, and the second difference."""
+        mean = now[0, 0, 2].real  # g times the mean depth
+        laplacian = self.sphere.laplacian
+        d2 = 2 * (before - now + step * rate)  # first without L, then with it
+        d2[..., 2] = (d2[..., 2] - step * mean * d2[..., 1]) / (1 - step**2 * mean * laplacian)
+        d2[..., 1] -= step * laplacian * d2[..., 2]
+        return 2 * now - before + d2, d2
 
     def fields(self, state: np.ndarray) -> np.ndarray:
-        """[3, lat, lon]: u and v, m s-1, and the height h of the free surface, m."""
+        """[3, lat, lon]: u and v, m s-1, and h, m."""
+        winds = self.sphere.winds(state[..., :2])
         surface = state[..., 2:] + self.ground[..., None]
-        return np.concatenate(
-            [self.sphere.winds(state[..., :2]), self.sphere.grid(surface) / GRAVITY]
-        )
+        return np.concatenate([winds, self.sphere.grid(surface) / GRAVITY])
 
     def state(self, fields: np.ndarray) -> np.ndarray:
-        """The state of these fields u, v, h, as far as the truncation holds them."""
+        """The state of the fields [u, v, h], as far as the truncation holds them."""
         curl, div = self.sphere.curl_div(fields[:1], fields[1:2])
         depth = GRAVITY * self.sphere.spectral(fields[2:]) - self.ground[..., None]
         return np.concatenate([curl, div, depth], -1)
 
     def balanced(self, u: np.ndarray, height: float) -> np.ndarray:
-        """The steady state over flat ground of the zonal wind u [lat, 1], m s-1, with a free surface of mean `height`, m, and the
-        ground then lifted under it.
+        """The steady state of a zonal wind over flat ground, with the ground then lifted under it.
 
-        The surface is what keeps the divergence from changing (gradient-wind balance)."""
+        The surface is the one that keeps the divergence from changing (gradient-wind balance).
+
+        Args:
+            u: [lat, 1], m s-1.
+            height: m: the mean of the free surface."""
         wind = np.broadcast_to(u, self.sphere.shape)
         state = self.state(np.stack([wind, 0 * wind, 0 * wind]))  # no height: surface at 0
         state[..., 2] += self.tendency(state)[..., 1] * self.sphere.inverse_laplacian
