@@ -19,7 +19,7 @@ from ringx.launch.mesh import Shape
 from ringx.layout import LAYOUTS
 
 from .data.samples import BASES
-from .patches import Patches
+from .patches import PatchGrid
 
 CONFIGS = Path(__file__).parent / "configs"
 POSITIONS = ("learned", "sinusoidal")
@@ -57,8 +57,8 @@ class ModelConfig:
         """Width of the MLP."""
         return self.ffn or 4 * self.dim
 
-    def patches(self) -> Patches:
-        return Patches(self.height, self.width, self.patch, self.periodic)
+    def patch_grid(self) -> PatchGrid:
+        return PatchGrid(self.height, self.width, self.patch, self.periodic)
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class Config(RunConfig):
                 )
         if not m.height:
             return
-        tokens = m.patches().tokens
+        tokens = m.patch_grid().tokens
         if shape.cp > tokens:
             raise ValueError(
                 f"cp={shape.cp} is more than the {tokens} tokens of a field; take a smaller --cp or --patch."

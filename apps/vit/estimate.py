@@ -39,5 +39,5 @@ def _subject(config: Config) -> estimate.StepSpec:
         ]
 
     return estimate.StepSpec(
-        c.patches().tokens, c.layers, parameters(c).total, flops_per_token(c), start, batch
+        c.patch_grid().tokens, c.layers, parameters(c).total, flops_per_token(c), start, batch
     )

@@ -23,11 +23,11 @@ def parameters(c: ModelConfig) -> Parameters:
     )
     biases = c.layers * (5 * c.dim + c.hidden) + c.dim + c.out_channels * points
     norms = (2 * c.layers + 1) * 2 * c.dim
-    places = c.patches().tokens * c.dim if c.positions == "learned" else 0
+    places = c.patch_grid().tokens * c.dim if c.positions == "learned" else 0
     return Parameters(matmul + biases + norms + places, matmul)
 
 
 def flops_per_token(c: ModelConfig) -> Flops:
     """Operations of a training step for each token.  Every token sees all: both conventions are the same here."""
-    flops = 6 * parameters(c).matmul + 12 * c.layers * c.dim * c.patches().tokens
+    flops = 6 * parameters(c).matmul + 12 * c.layers * c.dim * c.patch_grid().tokens
     return Flops(flops, flops)

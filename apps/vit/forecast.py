@@ -39,7 +39,7 @@ class Forecaster:
         device: torch.device,
         dtype: torch.dtype,
     ):
-        self._patches = config.model.patches()
+        self._patches = config.model.patch_grid()
         self._leads = len(config.data.lead_hours())
         self._mesh = mesh
         self._device = device
@@ -58,12 +58,12 @@ class Forecaster:
 
         Collective over the cp group: all of its ranks give the same inputs and get the same
         result."""
-        x = self._patches.cut(torch.from_numpy(inputs), self._positions)
+        x = self._patches.patchify(torch.from_numpy(inputs), self._positions)
         x = x.to(self._device, self._dtype)
         local_out = self._model(x, self._positions.to(self._device))
         self._attend.check = False  # calls that differ between ranks would differ in the first one
         out = ringx.unshard(local_out, group=self._mesh.cp, layout=self._attend.layout)
-        fields = self._patches.join(out).unflatten(1, (self._leads, -1))
+        fields = self._patches.unpatchify(out).unflatten(1, (self._leads, -1))
         return fields.float().cpu().numpy()
 
 

@@ -64,13 +64,13 @@ class Block(nn.Module):
         return self.memory.add_mlp(x, self.mlp, self.norm_mlp(x))
 
 
-class Sinusoids(nn.Module):
+class SinusoidalPositions(nn.Module):
     """Two-dimensional positions without parameters: half of the channels say the row, half the column, as sines and cosines of
     geometrically spaced wavelengths (Vaswani et al., arXiv 1706.03762, section 3.5, of each coordinate)."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.columns, self.dim = c.patches().columns, c.dim
+        self.columns, self.dim = c.patch_grid().columns, c.dim
 
     def forward(self, places: Tensor) -> Tensor:
         """[S] numbers of tokens -> [1, S, C]."""
@@ -83,12 +83,12 @@ class Sinusoids(nn.Module):
         return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], -1)[None]
 
 
-class Learned(nn.Module):
+class LearnedPositions(nn.Module):
     """A vector for each of the grid's tokens."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.table = nn.Embedding(c.patches().tokens, c.dim)
+        self.table = nn.Embedding(c.patch_grid().tokens, c.dim)
 
     def forward(self, places: Tensor) -> Tensor:
         """[S] numbers of tokens -> [1, S, C]."""
@@ -107,7 +107,7 @@ class ViT(nn.Module):
         super().__init__()
         self.config, self.multiple = c, multiple
         self.embed = nn.Linear(c.in_channels * c.patch**2, c.dim)
-        self.places = (Learned if c.positions == "learned" else Sinusoids)(c)
+        self.places = (LearnedPositions if c.positions == "learned" else SinusoidalPositions)(c)
         self.layers = nn.ModuleList(Block(c, attend, memory) for _ in range(c.layers))
         self.norm = nn.LayerNorm(c.dim)
         self.head = nn.Linear(c.dim, c.out_channels * c.patch**2)
@@ -150,7 +150,7 @@ class ViT(nn.Module):
         return (error.square() * weights.to(wide)[:, None]).sum()
 
 
-def first_weight(name: str, shape: torch.Size, c: ModelConfig, seed: int) -> Tensor:
+def initial_weight(name: str, shape: torch.Size, c: ModelConfig, seed: int) -> Tensor:
     """The initial value of a parameter, fp32 on the CPU: matrices N(0, 0.02), what is added to the residual stream by all blocks
     together about as much; norms 1; biases and the last projection 0.  Equal on any device, rank and mesh."""
     if name.endswith("bias") or name.startswith("head."):

@@ -25,10 +25,10 @@ from apps.common.parallel import kept_dtype, make_engine
 from ringx.launch.mesh import Mesh
 
 from .config import Config
-from .model import ViT, first_weight
+from .model import ViT, initial_weight
 
 
-def cut_over_tp(model: ViT, mesh: Mesh) -> None:
+def apply_tensor_parallel(model: ViT, mesh: Mesh) -> None:
     """Cuts the model's parameters over the tp axis; local (nothing is there yet: the model is on the meta device)."""
     if mesh.shape.tp == 1 or mesh.device_mesh is None:
         return
@@ -66,7 +66,7 @@ class Attend(SequenceAttend):
     """Attention of every token to all tokens of a configuration's grid."""
 
     def __init__(self, config: Config, mesh: Mesh):
-        super().__init__(config.train, mesh, seqlen=config.model.patches().tokens, causal=False)
+        super().__init__(config.train, mesh, seqlen=config.model.patch_grid().tokens, causal=False)
 
 
 def build(
@@ -85,9 +85,9 @@ def build(
     model = ViT.empty(
         config.model, attend, ActivationMemory.from_config(c), mesh.shape.tp, dtype=kept_dtype(c)
     )
-    cut_over_tp(model, mesh)
+    apply_tensor_parallel(model, mesh)
     if weights == "new":
-        weights = lambda name, shape: first_weight(name, shape, config.model, c.seed)  # noqa: E731
+        weights = lambda name, shape: initial_weight(name, shape, config.model, c.seed)  # noqa: E731
     assert not isinstance(weights, str)
     return make_engine(
         config,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Patches:
+class PatchGrid:
     """Tokens of fields [..., C, height, width]; ``tokens`` of them, `patch` points high and wide."""
 
     height: int
@@ -38,18 +38,18 @@ class Patches:
     def tokens(self) -> int:
         return self.rows * self.columns
 
-    def cut(self, x: Tensor, tokens: "Tensor | None" = None) -> Tensor:
+    def patchify(self, x: Tensor, tokens: "Tensor | None" = None) -> Tensor:
         """[..., C, H, W] -> [..., S, C patch^2]: all tokens, or those of the given numbers [S]."""
         return self._cut(self._continued(x), tokens)
 
-    def cut_weights(self, latitudes: Tensor, tokens: "Tensor | None" = None) -> Tensor:
+    def patchify_weights(self, latitudes: Tensor, tokens: "Tensor | None" = None) -> Tensor:
         """The weight of each point, [H] by latitude, as [S, patch^2]; 0 for points that were added."""
         x = latitudes[:, None].expand(self.height, self.width)
         below, right = self.rows * self.patch - self.height, self.columns * self.patch - self.width
         return self._cut(F.pad(x, (0, right, 0, below))[None], tokens)
 
-    def join(self, x: Tensor) -> Tensor:
-        """The inverse of ``cut``, of all tokens in order: [..., S, C patch^2] -> [..., C, H, W]."""
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """The inverse of ``patchify``, of all tokens in order: [..., S, C patch^2] -> [..., C, H, W]."""
         x = x.unflatten(-1, (-1, self.patch, self.patch)).unflatten(-4, (self.rows, self.columns))
         n = (
             x.dim()

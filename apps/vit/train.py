@@ -75,7 +75,7 @@ def train(
     before_step: Callable[[int], None] = lambda step: None,
 ) -> None:
     """``run_steps`` on fields; every rank calls it with the same arguments."""
-    c, patches = config.train, config.model.patches()
+    c, patches = config.train, config.model.patch_grid()
     total, micro, _ = config.plan_batch(mesh.shape)
     mine = config.my_samples(mesh.shape, mesh.dp_rank)
     epoch = math.ceil(len(samples) / total)
@@ -107,13 +107,15 @@ class BatchSharder:
         self, config: Config, mesh: Mesh, attend: Attend, device: torch.device, samples: Samples
     ):
         self._patches, self._device, self._dtype = (
-            config.model.patches(),
+            config.model.patch_grid(),
             device,
             kept_dtype(config.train),
         )
         self.places = ringx.positions(self._patches.tokens, group=mesh.cp, layout=attend.layout)
         latitudes = torch.from_numpy(samples.fields.grid.weights())
-        self.weights = self._patches.cut_weights(latitudes, self.places).to(device, self._dtype)
+        self.weights = self._patches.patchify_weights(latitudes, self.places).to(
+            device, self._dtype
+        )
 
     def read(self, samples: Samples, t0s: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs [n, Cin, H, W] and targets [n, L C, H, W] of the samples, whole."""
@@ -121,7 +123,7 @@ class BatchSharder:
         return inputs, target.flatten(1, 2)
 
     def tokens(self, x: torch.Tensor) -> torch.Tensor:
-        return self._patches.cut(x, self.places).to(self._device, self._dtype)
+        return self._patches.patchify(x, self.places).to(self._device, self._dtype)
 
     def __call__(self, inputs: torch.Tensor, target: torch.Tensor) -> tuple:
         """What the model is called with."""
@@ -243,7 +245,7 @@ class VitRun(TrainingRun):
     def describe(self) -> str:
         m, f = self.config.model, self.fields
         about = f"{len(f)} times x {len(f.channels)} channels x {m.height} x {m.width} points, {len(self.samples)} samples"
-        return f"data: {f.source}, {about}; model: {parameters(m).total:,} parameters, {m.patches().tokens:,} tokens a field"
+        return f"data: {f.source}, {about}; model: {parameters(m).total:,} parameters, {m.patch_grid().tokens:,} tokens a field"
 
     def build_engine(self, weights: bool) -> Engine:
         self.attend = Attend(self.config, self.mesh)
@@ -262,7 +264,7 @@ class VitRun(TrainingRun):
         train(self.config, self.samples, self.mesh, self.engine, self.attend, val=self.val, **how)
 
     def describe_step(self) -> str:
-        return f"{self.config.train.global_batch} fields of {self.config.model.patches().tokens} tokens"
+        return f"{self.config.train.global_batch} fields of {self.config.model.patch_grid().tokens} tokens"
 
 
 def work(world: World, options: RunOptions) -> int:

@@ -15,9 +15,9 @@ from helpers.ranks import run
 import ringx
 from apps.common.config import MeshConfig
 from apps.vit.config import PRESETS, Config, DataConfig, ModelConfig, TrainConfig
-from apps.vit.model import ViT, first_weight
+from apps.vit.model import ViT, initial_weight
 from apps.vit.parallel import Attend, build
-from apps.vit.patches import Patches
+from apps.vit.patches import PatchGrid
 from ringx.launch.mesh import ORDERS, Mesh, Shape
 
 xr = pytest.importorskip("xarray")
@@ -225,7 +225,7 @@ def test_equals_a_plain_vit(data, patch, positions, request):
     m, t = c.model, c.train
     records, got, *_ = alone(c, data)
     p = {
-        name: torch.nn.Parameter(first_weight(name, x.shape, m, t.seed).double())
+        name: torch.nn.Parameter(initial_weight(name, x.shape, m, t.seed).double())
         for name, x in got.items()
     }
     matrices, others = (
@@ -264,7 +264,7 @@ def test_no_change_is_forecast_at_first(small):
     m = config(small).model
     model = ViT(m, lambda q, k, v: v)
     for name, p in model.named_parameters():
-        p.data = first_weight(name, p.shape, m, 0)
+        p.data = initial_weight(name, p.shape, m, 0)
     x = torch.randn(1, 32, m.in_channels * 16, generator=torch.Generator().manual_seed(0))
     assert not model(x, torch.arange(32)).any()
 
@@ -302,7 +302,7 @@ def test_twenty_steps_of_1617_tokens_equal_one_process(sizes, region, region_alo
 def continued(small):
     """(configuration, one process's training): 66 tokens of a grid that is continued, with positions of sines."""
     c = config(small, {"patch": 3, "positions": "sinusoidal"})
-    assert c.model.patches().tokens == 66
+    assert c.model.patch_grid().tokens == 66
     return c, alone(c, small)
 
 
@@ -520,7 +520,7 @@ def test_fewer_tokens_than_tp(tmp_path):
     """One token: the second rank has nothing but what fills up."""
     data = Opened(tmp_path, record(8, 8))
     c = config(data, {"patch": 8}, steps=2)
-    assert c.model.patches().tokens == 1
+    assert c.model.patch_grid().tokens == 1
     one = alone(c, data)
     for rank in trained(Shape(1, 2), c, data):
         expect_same(one, rank)
@@ -536,25 +536,27 @@ def test_fewer_tokens_than_tp(tmp_path):
     [(16, 32, 4), (16, 32, 3), (33, 49, 1), (33, 49, 8), (5, 7, 5), (1, 9, 1)],
 )
 def test_join_is_the_inverse_of_cut(height, width, patch, periodic):
-    p = Patches(height, width, patch, periodic)
+    p = PatchGrid(height, width, patch, periodic)
     x = torch.arange(2.0 * 3 * height * width).view(2, 3, height, width)
-    tokens = p.cut(x)
-    assert tokens.shape == (2, p.tokens, 3 * patch**2) and torch.equal(p.join(tokens), x)
+    tokens = p.patchify(x)
+    assert tokens.shape == (2, p.tokens, 3 * patch**2) and torch.equal(p.unpatchify(tokens), x)
     assert torch.equal(tokens, plain_patches(x, patch, periodic))
     some = torch.tensor([p.tokens - 1, 0])
-    assert torch.equal(p.cut(x, some), tokens[:, some])
+    assert torch.equal(p.patchify(x, some), tokens[:, some])
 
 
 @pytest.mark.fast
 def test_a_grid_goes_on_around_the_globe_or_as_it_ends():
     """5 x 7 points in patches of 4: one column and three rows are added."""
     x = torch.arange(35.0).view(1, 5, 7)
-    first, second, third, last = Patches(5, 7, 4, periodic=True).cut(x).view(4, 4, 4).tolist()
+    first, second, third, last = (
+        PatchGrid(5, 7, 4, periodic=True).patchify(x).view(4, 4, 4).tolist()
+    )
     assert first == [[0, 1, 2, 3], [7, 8, 9, 10], [14, 15, 16, 17], [21, 22, 23, 24]]
     assert second == [[4, 5, 6, 0], [11, 12, 13, 7], [18, 19, 20, 14], [25, 26, 27, 21]]
     assert third == [[28, 29, 30, 31]] * 4  # there is nothing beyond the pole
     assert last == [[32, 33, 34, 28]] * 4
-    _, second, _, last = Patches(5, 7, 4, periodic=False).cut(x).view(4, 4, 4).tolist()
+    _, second, _, last = PatchGrid(5, 7, 4, periodic=False).patchify(x).view(4, 4, 4).tolist()
     assert [row[-2:] for row in second] == [[6, 6], [13, 13], [20, 20], [27, 27]]
     assert last == [[32, 33, 34, 34]] * 4
 
@@ -562,23 +564,23 @@ def test_a_grid_goes_on_around_the_globe_or_as_it_ends():
 @pytest.mark.fast
 @pytest.mark.parametrize("height, width, patch", [(16, 32, 4), (16, 32, 3), (33, 49, 8), (5, 7, 4)])
 def test_what_is_added_has_no_weight(height, width, patch):
-    p = Patches(height, width, patch, periodic=True)
-    ones = p.cut_weights(torch.ones(height))
+    p = PatchGrid(height, width, patch, periodic=True)
+    ones = p.patchify_weights(torch.ones(height))
     assert (
         ones.shape == (p.tokens, patch**2)
         and ones.sum() == height * width
         and set(ones.unique().tolist()) <= {0.0, 1.0}
     )
     cosine = np.cos(np.linspace(-1.5, 1.5, height))
-    weights = p.cut_weights(torch.from_numpy(cosine / cosine.mean()))
+    weights = p.patchify_weights(torch.from_numpy(cosine / cosine.mean()))
     assert weights.sum().item() == pytest.approx(height * width, rel=1e-14)
     assert torch.equal(weights != 0, ones != 0)
-    below = p.cut_weights(torch.arange(1.0, height + 1))
+    below = p.patchify_weights(torch.arange(1.0, height + 1))
     assert torch.equal(
-        p.join(below)[0], torch.arange(1.0, height + 1)[:, None].expand(height, width)
+        p.unpatchify(below)[0], torch.arange(1.0, height + 1)[:, None].expand(height, width)
     )
     some = torch.tensor([p.tokens - 1, 0])
-    assert torch.equal(p.cut_weights(torch.ones(height), some), ones[some])
+    assert torch.equal(p.patchify_weights(torch.ones(height), some), ones[some])
 
 
 # ---- what cannot be

@@ -76,7 +76,7 @@ def measure(rank: int, c: Config, shape: Shape) -> tuple[int, float, float]:
             with ringx.comm.traffic() as traffic:
                 for i in range(passes):
                     with engine.accumulate(last=i == passes - 1):
-                        loss = engine(*batch) / m.patches().tokens
+                        loss = engine(*batch) / m.patch_grid().tokens
                         engine.backward(loss)
                 engine.step(1e-3, 1.0)
                 engine.sum(loss.detach())
@@ -216,7 +216,8 @@ def test_known_sizes():
     tokens = {1: 259_200, 2: 64_800, 4: 16_200, 8: 4_050}
     for patch, count in tokens.items():
         c = preset(f"2.6b-p{patch}")
-        assert c.model.patches().tokens == count and (c.model.height, c.model.width) == (360, 720)
+        assert c.model.patch_grid().tokens == count
+        assert (c.model.height, c.model.width) == (360, 720)
         blocks = 12 * (12 * 4096**2 + 13 * 4096)
         assert parameters(replace(c.model, positions="sinusoidal")).total - blocks < 0.02 * blocks
         assert c.mesh.cp == {1: 32, 2: 8}.get(patch, 0)
@@ -245,7 +246,7 @@ def plain(q, k, v):
 def test_flops_are_those_that_torch_counts(changes):
     """The convention takes 6 for each number of a matrix; nobody asks for the gradient of the fields, which is 2 of the first's."""
     model = replace(MODEL, **changes)
-    vit, points, S = ViT(model, plain), model.patch**2, model.patches().tokens
+    vit, points, S = ViT(model, plain), model.patch**2, model.patch_grid().tokens
     per_token = flops_per_token(model)
     assert per_token.full == per_token.causal
     batch = (
@@ -316,7 +317,7 @@ def test_a_file_gives_its_sizes_and_is_not_read(times, year, tmp_path, monkeypat
         patched.setattr(open_data.Fields, "read", refuse)
         patched.setattr(train, "statistics", refuse)
         m = planned(*flags).model
-        assert (m.height, m.width, m.periodic, m.patches().tokens) == (10, 14, False, 12)
+        assert (m.height, m.width, m.periodic, m.patch_grid().tokens) == (10, 14, False, 12)
         assert (m.in_channels, m.out_channels) == (2 + 2 + year + 1 + 1 + 2 * 4, 2 * 3)
         assert main([*flags, "--cp", "3", "--dry-run"]) == 0
         said = capsys.readouterr().out

@@ -198,7 +198,7 @@ class Oracle:
 
     def __init__(self, data, checkpoint):
         c = from_dict(Config, json.loads((checkpoint / "about.json").read_text())["config"])
-        self.model, self.patches = ViT(c.model, sdpa).double().eval(), c.model.patches()
+        self.model, self.patches = ViT(c.model, sdpa).double().eval(), c.model.patch_grid()
         self.model.load_state_dict(parameters(checkpoint))
         self.fields = open_fields(data)
         parts = splits(self.fields)
@@ -215,11 +215,11 @@ class Oracle:
 
     def __call__(self, t0s, *seen):
         """[n, L, C, H, W] if that were the fields at t0s, 6 h before, and 12 h before."""
-        x = self.patches.cut(
+        x = self.patches.patchify(
             torch.from_numpy(self.samples.inputs_of(np.stack(seen, 1), t0s))
         ).double()
         with torch.no_grad():
-            out = self.patches.join(self.model(x, torch.arange(self.patches.tokens)))
+            out = self.patches.unpatchify(self.model(x, torch.arange(self.patches.tokens)))
         prediction = out.unflatten(1, (len(LEADS), len(CHANNELS))).float().numpy()
         return self.samples.ahead_of(seen[0], t0s, prediction)
 
