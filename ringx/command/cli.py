@@ -24,7 +24,7 @@ MODULES = {
     "bench-comm": "measure.bench_collectives",
     "submit": "slurm.submit",
     "collect": "report.collect",
-    "plot": "report.figures",
+    "plot": "report.plot",
     "info": "command.info",
     "demo": "command.demo",
 }

@@ -41,7 +41,7 @@ from ..checks import choices, integers
 from ..comm.collectives import BENCHMARKS
 from ..launch.stopping import AGAIN, Stopped, Watch
 from . import machine, provenance, records, wire
-from .bench_attention import all_of, labelled, remaining
+from .benchmark import all_of, labelled, remaining
 
 DTYPE, DTYPE_NAME = torch.float32, "fp32"
 PATTERN = 1021  # values of a checked pass repeat after so many elements, a prime: a shifted or swapped block shows

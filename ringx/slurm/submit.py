@@ -31,12 +31,13 @@ from rich.progress import Progress
 
 from .. import files
 from ..checks import DTYPES, integers, sift
-from ..measure import bench_attention, bench_collectives, records
+from ..measure import bench_collectives, benchmark, records
+from ..measure import cases as attention_cases
 from ..merge import acc_dtype
 from . import site
 
 MATRIX = {  # job -> the options that its own command line takes for the matrix
-    "bench": bench_attention.add_matrix,
+    "bench": attention_cases.add_matrix,
     "bench-comm": bench_collectives.add_matrix,
 }
 WARNING = 120  # seconds before the time limit at which Slurm warns, at most
@@ -128,7 +129,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="show the scripts, write and submit nothing"
     )
     parser.add_argument("--wait", action="store_true", help="until all jobs have ended")
-    bench_attention.add_matrix(parser.add_argument_group("what to measure, and how (--job bench)"))
+    attention_cases.add_matrix(parser.add_argument_group("what to measure, and how (--job bench)"))
 
 
 def main(args: argparse.Namespace) -> int:
@@ -148,8 +149,8 @@ def main(args: argparse.Namespace) -> int:
         raise FileNotFoundError(
             "sbatch is not to be found here: submit from a login node, or look with --dry-run."
         )
-    left = bench_attention.remaining(
-        args.out, cases, True, bench_attention.labelled(args.label)
+    left = benchmark.remaining(
+        args.out, cases, True, benchmark.labelled(args.label)
     )  # what is there must fit what the jobs would measure
     print(
         f"{len(left)} of {len(cases)} cases are to be measured"
@@ -229,7 +230,7 @@ def prepare(args: argparse.Namespace, root: Path, python: str) -> tuple[list[Bat
         longest = attempt(partial(where.longest, n))
         if longest and walltime > longest:
             faults.append(
-                f"--time {args.time}: {where.name} gives {n} nodes at most {site.written(longest)}; see --chain"
+                f"--time {args.time}: {where.name} gives {n} nodes at most {site.format_walltime(longest)}; see --chain"
             )
     if args.memory_per_rank is not None and not args.memory_per_rank > 0:
         faults.append(f"--memory-per-rank {args.memory_per_rank} must be a positive number of GiB")
@@ -255,7 +256,7 @@ def prepare(args: argparse.Namespace, root: Path, python: str) -> tuple[list[Bat
             )
         tasks[n] = parts
     if faults:
-        raise ValueError(bench_attention.all_of(list(dict.fromkeys(faults))))
+        raise ValueError(benchmark.all_of(list(dict.fromkeys(faults))))
     jobs = []
     for n in nodes:
         nproc = ["--nproc", str(n * ranks_per_node)]
@@ -295,7 +296,7 @@ def _bench(args, where, worlds: dict[int, int], faults) -> Matrix:
         args.device = where.device
     if not worlds:
         args.nproc = "1"  # look at everything else
-    cases, wrong = bench_attention.examine(args, None, None)
+    cases, wrong = attention_cases.examine(args, None, None)
     faults += wrong
     memory = args.memory_per_rank or (where.memory_per_rank if where else None) or float("inf")
     for case in cases:
@@ -390,7 +391,7 @@ def _words(args: argparse.Namespace, job: str, without: Sequence[str] = ()) -> l
     return words
 
 
-def least_memory(case: bench_attention.Case) -> int:
+def least_memory(case: attention_cases.Case) -> int:
     """Bytes that a rank holds at least, at the end of its backward: q, k, v, dout, out and their gradients, the accumulator of dq,
     and for algorithms that gather all keys and values those."""
     itemsize, acc = DTYPES[case.dtype].itemsize, acc_dtype(DTYPES[case.dtype]).itemsize
@@ -420,7 +421,7 @@ def render(job: BatchJob) -> str:
         f"--job-name={job.name}",
         f"--nodes={job.nodes}",
         f"--ntasks-per-node={job.ranks_per_node}",
-        f"--time={site.written(job.time)}",
+        f"--time={site.format_walltime(job.time)}",
         *([f"--account={job.account}"] if job.account else []),
         *([f"--array=0-{job.tasks - 1}{'%1' if job.serial else ''}"] if job.tasks > 1 else []),
         f"--signal=B:USR1@{warning}",
@@ -470,7 +471,7 @@ def table(jobs: Sequence[BatchJob]) -> str:
     for job in jobs:
         ranks = job.nodes * job.ranks_per_node
         lines.append(
-            f"{job.name:24} {job.nodes:6} {ranks:7} {job.tasks:6} {job.chain:6} {site.written(job.time):>10} {job.node_hours:11.2f}"
+            f"{job.name:24} {job.nodes:6} {ranks:7} {job.tasks:6} {job.chain:6} {site.format_walltime(job.time):>10} {job.node_hours:11.2f}"
         )
     total = sum(job.node_hours for job in jobs)
     return "\n".join(

@@ -1,11 +1,12 @@
 """Valid records with invented numbers, for tests of what reads records."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ringx.comm.collectives import BENCHMARKS
-from ringx.measure import bench_attention, provenance, records
+from ringx.measure import bench_attention, cases, provenance, records
 from ringx.patterns.registry import ALGORITHMS
 
 ORIGIN: dict[str, Any] = {
@@ -36,7 +37,7 @@ def attention(
 ) -> dict[str, Any]:
     """A record of attention that took `time` seconds; `wire`: bytes on the wire over the closed form."""
     layout = ALGORITHMS[algorithm].recommended_layout
-    case = bench_attention.Case(
+    case = cases.Case(
         algorithm,
         layout,
         mask,
@@ -55,7 +56,7 @@ def attention(
         1,
         3,
     )
-    case = bench_attention.replace(case, **changes)
+    case = replace(case, **changes)
     seconds = bench_attention.slowest(
         [[(0.25 * time, time), (0.3 * time, 1.2 * time), (0.2 * time, 0.9 * time)]]
     )

@@ -17,7 +17,7 @@ from helpers.paths import ROOT
 
 from ringx import launch
 from ringx.layout import Sharding
-from ringx.measure import bench_attention, records
+from ringx.measure import attention_table, bench_attention, cases, records
 from ringx.measure.peak import peak_bytes
 from ringx.patterns.registry import ALGORITHMS
 from ringx.tiles import tiles
@@ -81,7 +81,7 @@ def test_median_and_quartiles():
 
 
 def case(**changes):
-    made = bench_attention.Case(
+    made = cases.Case(
         "ringx3", "zigzag", "causal", "bf16", 2, 48, 3, 4, 2, 8, "auto", True, 1, None, True, 1, 7
     )
     return replace(made, **changes)
@@ -273,11 +273,11 @@ def test_every_case_gives_a_valid_record(tmp_path, capsys):
             2 * 4 + 2 * r["case"]["kv_heads"]
         )  # out, dq, dk, dv at least
         again = bench_attention.derived(
-            bench_attention.Case(**r["case"]), r["seconds"], r["workers"], r["baseline"]
+            cases.Case(**r["case"]), r["seconds"], r["workers"], r["baseline"]
         )
         assert again["efficiency_percent"] == r["efficiency_percent"]
     printed = capsys.readouterr().out
-    assert max(map(len, bench_attention.table(found).splitlines())) <= 100
+    assert max(map(len, attention_table.table(found).splitlines())) <= 100
     assert printed.count("ringx4") == 2 * 16
 
 
@@ -458,10 +458,10 @@ def test_all_impossible_cases_at_once(tmp_path):
 @pytest.mark.fast
 def test_only_the_launchers_number_of_ranks(tmp_path):
     with pytest.raises(ValueError, match="--nproc 2: the launcher started 4 ranks"):
-        bench_attention.plan(options(tmp_path, "--nproc", "2,4"), launched=4)
+        cases.plan(options(tmp_path, "--nproc", "2,4"), launched=4)
     args = options(tmp_path)
     args.nproc = None
-    assert {c.world for c in bench_attention.plan(args, launched=4)} == {4}
+    assert {c.world for c in cases.plan(args, launched=4)} == {4}
 
 
 @pytest.mark.fast

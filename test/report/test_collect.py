@@ -9,7 +9,7 @@ from helpers.paths import RESULTS
 
 from ringx.command import cli
 from ringx.measure import machine, records
-from ringx.report import collect
+from ringx.report import collect, tables
 
 pytest.importorskip("pandas", reason="needs pandas and pyarrow: pip install 'ringx[plot]'")
 
@@ -49,7 +49,7 @@ def test_one_table_of_all_records(folders, capsys):
     for name in ("half.json", "other.json", "x.json.broken"):
         assert sum(name in line for line in said.err.splitlines()) == 1
     assert "8 records; 1 copies taken once; 3 broken files" in said.out
-    rows = collect.read_table(out / "attention.parquet")
+    rows = tables.read_table(out / "attention.parquet")
     assert len(rows) == 6
     with open(out / "attention.csv", newline="") as f:
         assert [r["id"] for r in csv.DictReader(f)] == [r["id"] for r in rows]
@@ -73,7 +73,7 @@ def test_one_table_of_all_records(folders, capsys):
     assert all(
         r["wire_expected_bytes"] is None for r in rows if r is not one
     )  # other labels, or none measured
-    assert len(collect.read_table(out / "collectives.csv")) == 12
+    assert len(tables.read_table(out / "collectives.csv")) == 12
     assert {f["world"] for f in machine.load(out / "machine.json")} == {2, 4}
     where = json.loads((out / "environment.json").read_text())
     assert [x["records"] for x in where["versions"]] == [8] and "/a/b" not in json.dumps(
@@ -126,7 +126,7 @@ def test_a_collective_that_only_some_records_name_has_a_column(tmp_path, name):
     put(tmp_path, invented.attention(world=2))
     put(tmp_path, with_collective(invented.attention(world=4), name))
     assert cli.main(["collect", str(tmp_path)]) == 0
-    rows = collect.read_table(tmp_path / "attention.csv")
+    rows = tables.read_table(tmp_path / "attention.csv")
     assert [r[f"{name}_bytes"] for r in sorted(rows, key=lambda r: r["world"])] == [0, 7]
     of_collectives = [
         c for c in rows[0] if c.endswith("_bytes") and c[:5] not in ("wire_", "peak_")
@@ -139,7 +139,7 @@ def test_a_collective_that_only_some_records_name_has_a_column(tmp_path, name):
 def test_a_collective_that_no_record_names_adds_no_column(tmp_path):
     put(tmp_path, invented.attention())
     assert cli.main(["collect", str(tmp_path)]) == 0
-    (row,) = collect.read_table(tmp_path / "attention.csv")
+    (row,) = tables.read_table(tmp_path / "attention.csv")
     assert [c for c in row if c.endswith("_bytes")] == [
         "forward_bytes", "backward_bytes", "broadcast_bytes", "reduce_bytes", "all_reduce_bytes",
         "all_gather_bytes", "all_to_all_bytes", "wire_bytes", "peak_bytes", "wire_expected_bytes",
@@ -155,7 +155,7 @@ def test_what_is_expected_of_send_recv_follows_from_its_benchmark(tmp_path):
     put(tmp_path, invented.collective("ring", world=2, alpha=1e-3, beta=1e-6, factor=1.25))
     put(tmp_path, invented.collective("all_gather", world=2, alpha=1e-3, beta=1e-6, factor=1.25))
     assert cli.main(["collect", str(tmp_path)]) == 0
-    (row,) = collect.read_table(tmp_path / "attention.csv")
+    (row,) = tables.read_table(tmp_path / "attention.csv")
     gathered = row["all_gather_bytes"]
     assert row["wire_expected_bytes"] == pytest.approx(1.25 * (gathered + 1000))
     seconds = (4 + 4) * 1e-3 + (1000 + gathered / 0.5) * 1e-6
@@ -175,7 +175,7 @@ def test_what_is_no_table(tmp_path):
     (tmp_path / "bad.parquet").write_text("no")
     for name in ("absent.csv", "bad.parquet", "table.xlsx"):
         with pytest.raises(ValueError, match=name):
-            collect.read_table(tmp_path / name)
+            tables.read_table(tmp_path / name)
 
 
 @pytest.mark.fast
@@ -186,12 +186,12 @@ def test_committed_results_are_valid_records_or_tables():
     for folder in sorted(
         p for p in results.iterdir() if p.is_dir() and p.name[:4] not in ("gpt_", "vit_", "note")
     ):
-        tables = list(folder.glob("*.parquet"))
+        written = list(folder.glob("*.parquet"))
         found, broken, _ = collect.gather([folder])
         assert not broken
-        assert tables or found, folder
-        for table in tables:
-            rows = collect.read_table(table)
-            assert rows and len(collect.read_table(table.with_suffix(".csv"))) == len(rows)
-        seen += len(found) + len(tables)
+        assert written or found, folder
+        for table in written:
+            rows = tables.read_table(table)
+            assert rows and len(tables.read_table(table.with_suffix(".csv"))) == len(rows)
+        seen += len(found) + len(written)
     assert seen > 30

@@ -13,7 +13,7 @@ from helpers import invented, ranks
 from ringx import launch
 from ringx.measure import bench_attention, records
 from ringx.patterns.registry import ALGORITHMS
-from ringx.report import collect, figures
+from ringx.report import figures, plot, tables
 
 pytest.importorskip("matplotlib")
 FIGURES = {"strong_scaling", "weak_scaling", "efficiency", "time_by_algorithm", "bytes"}
@@ -21,8 +21,8 @@ FIGURES = {"strong_scaling", "weak_scaling", "efficiency", "time_by_algorithm", 
 
 def run(directory, *argv):
     parser = argparse.ArgumentParser()
-    figures.add_arguments(parser)
-    return figures.main(parser.parse_args([str(directory), *argv]))
+    plot.add_arguments(parser)
+    return plot.main(parser.parse_args([str(directory), *argv]))
 
 
 def rows(path):
@@ -124,7 +124,7 @@ def test_figures_that_lack_data_say_what_they_need(tmp_path, capsys):
 
 
 def test_one_colour_an_algorithm(many):
-    shown = [collect.attention(r) for r in many[0]]
+    shown = [tables.attention(r) for r in many[0]]
     looks = [figures._look(r, k, shown) for k, r in enumerate(shown)]
     by_algorithm = {
         (r["algorithm"], look["color"], look["marker"])

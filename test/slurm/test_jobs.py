@@ -15,7 +15,7 @@ from helpers.slurm_cluster import wait_for
 
 from apps.common.log import read_metrics, read_sessions
 from ringx.measure import records
-from ringx.report import collect
+from ringx.report import tables
 
 pytestmark = pytest.mark.slurm
 SMALL = ("--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--dtypes", "fp32", "--no-baseline")
@@ -81,7 +81,7 @@ def test_submit_collect_plot(cluster, limited, tmp_path):
     assert len(logs) == 8 and all("Traceback" not in log.read_text() for log in logs)
     table = tmp_path / "table"
     cluster.ringx("collect", out, "--out", table)
-    rows = collect.read_table(table / "attention.parquet")
+    rows = tables.read_table(table / "attention.parquet")
     assert (
         len(rows) == 8
         and {r["label_net"] for r in rows} == {"veth"}
@@ -285,7 +285,7 @@ def test_wire_bytes_are_the_closed_form_times_the_collectives_factors(cluster, t
         and all(size["wrong"] == 0 for r in fits for size in r["sizes"])
     )
     cluster.ringx("collect", tmp_path)
-    rows = collect.read_table(tmp_path / "attention.parquet")
+    rows = tables.read_table(tmp_path / "attention.parquet")
     assert {r["algorithm"] for r in rows} == {"ringx1", "ringx2", "ringx3", "ringx4"}
     for r in rows:
         assert r["wire_bytes"] == pytest.approx(r["wire_expected_bytes"], rel=0.05), (

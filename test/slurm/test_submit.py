@@ -17,6 +17,7 @@ from helpers.paths import ROOT
 
 from ringx.command import cli
 from ringx.measure import bench_attention, bench_collectives, records
+from ringx.measure import cases as attention_cases
 from ringx.slurm import site, submit
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -112,9 +113,9 @@ def test_a_rendered_script_is_bash_and_its_command_says_what_was_asked_for(name,
         assert int(args.nproc) == job.nodes * job.ranks_per_node
         if words[3] == "bench":
             assert args.label == (["note=it's a $(test)"] if name == "cpu" else [])
-            cases, faults = bench_attention.examine(args, None, None)
+            cases, faults = attention_cases.examine(args, None, None)
             assert not faults
-            parts = [bench_attention.part(cases, f"{i}/{job.tasks}") for i in range(job.tasks)]
+            parts = [attention_cases.part(cases, f"{i}/{job.tasks}") for i in range(job.tasks)]
             assert sorted(c.id for p in parts for c in p) == sorted(c.id for c in cases) and all(
                 parts
             )
@@ -344,7 +345,7 @@ def test_least_memory_is_below_what_is_measured(tmp_path):
     found, _ = records.read_all(tmp_path)
     assert len(found) == 8
     for r in found:
-        case = bench_attention.Case(**r["case"])
+        case = attention_cases.Case(**r["case"])
         inputs = 4 * 512 // 2 * 4 * case.head_dim * (4 if case.dtype == "fp32" else 2)
         held = r["memory"]["peak_bytes"] + inputs
         assert submit.least_memory(case) <= held <= 4 * submit.least_memory(case), case.id
@@ -395,7 +396,7 @@ def test_the_sites_that_users_ask_for():
 def test_walltime(text, seconds):
     time = site.walltime(text)
     assert time == timedelta(seconds=seconds)
-    assert site.walltime(site.written(time)) == time
+    assert site.walltime(site.format_walltime(time)) == time
 
 
 @pytest.mark.fast
