@@ -24,13 +24,13 @@ from apps.common.checkpoint import Checkpoints
 from apps.common.config import SHORT_DTYPES, TORCH_DTYPES
 from apps.gpt.config import Config, TrainConfig
 from apps.gpt.huggingface import (
-    TOKENIZER,
-    Source,
+    TOKENIZER_FILES,
+    StoredModel,
     copy_tokenizer,
     expect_new,
     open_model,
-    save,
-    shapes,
+    parameter_shapes,
+    save_hugging_face,
 )
 
 
@@ -42,7 +42,7 @@ def to_hf(
     step: int | None = None,
     max_shard_size: "int | str" = "5GB",
     tokenizer: "str | Path | None" = None,
-) -> Source:
+) -> StoredModel:
     """Writes the Hugging Face folder `out` of a run or checkpoint; returns what was read.
 
     Args:
@@ -56,7 +56,7 @@ def to_hf(
     source = open_model(model, step=step)
     if tokenizer is None:
         tokenizer = _tokenizer_json(source.tokenizer)
-    save(
+    save_hugging_face(
         out,
         source.model,
         source.weights,
@@ -70,7 +70,7 @@ def to_hf(
     return source
 
 
-def from_hf(folder: "str | Path", out: "str | Path") -> Source:
+def from_hf(folder: "str | Path", out: "str | Path") -> StoredModel:
     """Writes a run's folder `out` with one checkpoint, step 0, of the model alone, in its dtypes; returns what was read.
 
     Raises ValueError if apps/gpt cannot be that model, or `out` holds something; RuntimeError if it cannot be written."""
@@ -84,7 +84,7 @@ def from_hf(folder: "str | Path", out: "str | Path") -> Source:
     state = {
         "model": {
             name: source.weights(name, torch.Size(shape))
-            for name, shape in shapes(source.model).items()
+            for name, shape in parameter_shapes(source.model).items()
         }
     }
     out.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ def from_hf(folder: "str | Path", out: "str | Path") -> Source:
 
 def _tokenizer_json(path: "Path | None") -> "Path | None":
     """The tokenizer.json of what ``open_tokenizer`` reads; bytes have none."""
-    file = path / TOKENIZER[0] if path is not None and path.is_dir() else path
+    file = path / TOKENIZER_FILES[0] if path is not None and path.is_dir() else path
     return file if file is not None and file.exists() else None
 
 
@@ -165,7 +165,7 @@ def main(argv: "list[str] | None" = None) -> int:
     except KeyboardInterrupt:
         p.exit(130, f"{p.prog}: interrupted\n")
     print(
-        f"{source.folder} -> {args.out}: {sum(torch.Size(s).numel() for s in shapes(source.model).values()):,} parameters"
+        f"{source.folder} -> {args.out}: {sum(torch.Size(s).numel() for s in parameter_shapes(source.model).values()):,} parameters"
     )
     return 0
 

@@ -14,7 +14,7 @@ from .flops import flops_per_token, parameters
 from .parallel import Attend, build
 
 
-def make_plan(config: Config, shape: Shape, rank: int = 0) -> StepEstimate:
+def estimate_step(config: Config, shape: Shape, rank: int = 0) -> StepEstimate:
     """``apps.common.estimate.estimate_step`` of a Llama."""
     return estimate.estimate_step(config, shape, _subject, rank)
 

@@ -32,9 +32,9 @@ if __package__ in (None, ""):  # run as a file, not as a module
 import ringx
 from apps.common.arguments import Parser
 from apps.common.config import SHORT_DTYPES, TORCH_DTYPES
-from apps.gpt.data.dataset import Tokens, cut, expect_window, open_dataset
+from apps.gpt.data.dataset import Tokens, expect_window, open_dataset, shard_rows
 from apps.gpt.data.tokenizer import load_tokenizer
-from apps.gpt.generate import attending
+from apps.gpt.generate import replaced_attention
 from apps.gpt.huggingface import open_model, open_tokenizer
 from apps.gpt.loss import token_losses
 from apps.gpt.model import Llama
@@ -43,14 +43,14 @@ from ringx.files import write_text
 from ringx.kernels import KERNELS
 from ringx.launch import World
 from ringx.layout import LAYOUTS
-from ringx.report import figures as house  # one look for all figures
+from ringx.report import figures  # one look for all figures
 
 PROG = "apps.gpt.evaluate"
 SAMPLE = 1000  # tokens by which two tokenizers are compared
 
 
 @dataclass(frozen=True)
-class Job:
+class EvaluateOptions:
     """What the command line asks for."""
 
     model: str
@@ -117,12 +117,12 @@ def evaluate(
             return out
 
         sums = torch.zeros(pieces, context, dtype=torch.float64, device=device)
-        with attending(model, lambda attend=attend: attend):  # type: ignore[misc]
+        with replaced_attention(model, lambda attend=attend: attend):  # type: ignore[misc]
             for i in range(windows):
                 rows = tokens.take(
                     range(i * pieces, (i + 1) * pieces), context
                 )  # the same tokens as one long window
-                mine = cut(rows, layout=sharding, group=group, device=device)
+                mine = shard_rows(rows, layout=sharding, group=group, device=device)
                 x = model.hidden(mine.tokens, mine.positions)
                 sums[:, mine.positions] += token_losses(
                     x, model.head, mine.labels, chunk=model.loss_chunk
@@ -147,9 +147,9 @@ def expect_lengths(
         ringx.Sharding(context, world, layout)
     ringx.Sharding(seqlen, world, layout)
     expect_window(tokens, seqlen)
-    if windows > tokens.windows(seqlen):
+    if windows > tokens.num_windows(seqlen):
         raise ValueError(
-            f"windows={windows}: {tokens.folder} has {tokens.length} {tokens.split} tokens, which are {tokens.windows(seqlen)} "
+            f"windows={windows}: {tokens.folder} has {tokens.length} {tokens.split} tokens, which are {tokens.num_windows(seqlen)} "
             f"windows of seqlen={seqlen}."
         )
 
@@ -206,7 +206,7 @@ def _figure(plt, rows: list[dict[str, Any]]):
     """Perplexity against position, a line for each length of windows."""
     contexts = sorted({r["context"] for r in rows})
     seqlen = contexts[-1]
-    fig, ax = plt.subplots(figsize=(house.WIDTH, 4.4))
+    fig, ax = plt.subplots(figsize=(figures.WIDTH, 4.4))
     shown = []
     for k, context in enumerate(contexts):
         mine = [
@@ -219,8 +219,8 @@ def _figure(plt, rows: list[dict[str, Any]]):
         ]  # the middle of a bucket, counted from 1
         ax.plot(
             xs, [r["perplexity"] for r in mine], label=f"windows of {context:,}", lw=1.8, ms=5, zorder=3 + k / 100,
-            color=house.COLOURS[k % len(house.COLOURS)], marker=house.MARKERS[k % len(house.MARKERS)],
-            ls=house.STYLES[k % len(house.STYLES)],
+            color=figures.COLOURS[k % len(figures.COLOURS)], marker=figures.MARKERS[k % len(figures.MARKERS)],
+            ls=figures.STYLES[k % len(figures.STYLES)],
         )  # fmt: skip
         shown += mine
     ax.set_xscale("log", base=2)
@@ -240,41 +240,42 @@ def _figure(plt, rows: list[dict[str, Any]]):
 # ---- a rank
 
 
-def work(world: World, job: Job) -> int:
-    """One rank's job; returns the process's exit status.  Rank 0 alone writes and prints."""
+def work(world: World, options: EvaluateOptions) -> int:
+    """One rank's part; returns the process's exit status.  Rank 0 alone writes and prints."""
     chief = world.rank == 0
     ringx.launch.announce(world)
     try:
-        source = open_model(job.model, step=job.step, world=world)
-        folder = job.data or source.data
+        source = open_model(options.model, step=options.step, world=world)
+        folder = options.data or source.data
         if folder is None:
             raise ValueError(
-                f"--data is needed: {job.model} holds no prepared text; name a folder made by apps/gpt/prepare.py."
+                f"--data is needed: {options.model} holds no prepared text; name a folder made by apps/gpt/prepare.py."
             )
         tokens = open_dataset(folder, "val")
         tokens.check_vocab(source.model.vocab)
-        seqlen = job.seqlen or min(source.seqlen, tokens.length - 1)
-        windows = job.windows or min(16, max(1, tokens.windows(seqlen)))
-        expect_lengths(tokens, seqlen, windows, job.contexts, world.world_size, job.layout)
+        seqlen = options.seqlen or min(source.seqlen, tokens.length - 1)
+        windows = options.windows or min(16, max(1, tokens.num_windows(seqlen)))
+        expect_lengths(tokens, seqlen, windows, options.contexts, world.world_size, options.layout)
     except ValueError as e:  # of all ranks alike: what can only be known here
         if chief:
             print(f"{PROG}: error: {e}", file=sys.stderr, flush=True)
         return 2
     if chief and source.tokenizer and not same_tokenizer(tokens, source.tokenizer):
         print(
-            f"{PROG}: warning: {folder} was not prepared with the tokenizer of {job.model}.",
+            f"{PROG}: warning: {folder} was not prepared with the tokenizer of {options.model}.",
             file=sys.stderr,
             flush=True,
         )
     dtype = TORCH_DTYPES[
         SHORT_DTYPES.get(
-            job.dtype or "", job.dtype or ("bfloat16" if world.device.type == "cuda" else "float32")
+            options.dtype or "",
+            options.dtype or ("bfloat16" if world.device.type == "cuda" else "float32"),
         )
     ]
     model = source.make(lambda q, k, v: q, dtype=dtype, device=world.device)
     means = evaluate(
-        model, tokens, seqlen=seqlen, windows=windows, contexts=job.contexts,
-        algorithm=job.algorithm, layout=job.layout, kernel=job.kernel,
+        model, tokens, seqlen=seqlen, windows=windows, contexts=options.contexts,
+        algorithm=options.algorithm, layout=options.layout, kernel=options.kernel,
     )  # fmt: skip
     if not chief:
         return 0
@@ -283,8 +284,8 @@ def work(world: World, job: Job) -> int:
         f"{source.folder}: {windows} windows of {seqlen:,} tokens of {tokens.source} ({tokens.split}), {world.world_size} rank(s)"
     )
     print(table(rows))
-    if job.out:
-        for line in _write(Path(job.out), source.folder, tokens, dtype, world, windows, rows):
+    if options.out:
+        for line in _write(Path(options.out), source.folder, tokens, dtype, world, windows, rows):
             print(line)
     return 0
 
@@ -320,10 +321,10 @@ def _write(
     file = out / "evaluation.json"
     write_text(file, json.dumps(what, indent=1) + "\n", replace=True)
     try:
-        plt = house.pyplot()
+        plt = figures.pyplot()
     except ImportError as e:
         return [str(file), f"skipped perplexity: {e}"]
-    return [str(file), house.draw_figure(plt, _figure, rows, out / "perplexity")]
+    return [str(file), figures.draw_figure(plt, _figure, rows, out / "perplexity")]
 
 
 # ---- the command line
@@ -405,7 +406,7 @@ def parser() -> Parser:
     return p
 
 
-def configure(args: argparse.Namespace) -> Job:
+def configure(args: argparse.Namespace) -> EvaluateOptions:
     """What can be known to be wrong before ranks start raises ValueError here."""
     try:
         contexts = tuple(int(c) for c in args.contexts.split(",") if c.strip())
@@ -435,7 +436,7 @@ def configure(args: argparse.Namespace) -> Job:
             raise ValueError(
                 f"--out {args.out} is no folder and cannot be made: {e.strerror}."
             ) from None
-    return Job(
+    return EvaluateOptions(
         args.model, args.step, args.data, args.seqlen, args.windows, contexts, args.out, args.dtype,
         args.algorithm, args.layout, args.kernel,
     )  # fmt: skip
@@ -445,10 +446,12 @@ def main(argv: "list[str] | None" = None) -> int:
     p = parser()
     args = p.parse_args(argv)
     try:
-        job = configure(args)
+        options = configure(args)
     except (ValueError, NotImplementedError) as e:
         p.error(str(e))
-    return max(ringx.launch.run(work, args.nproc, job, device=args.device, timeout=args.timeout))
+    return max(
+        ringx.launch.run(work, args.nproc, options, device=args.device, timeout=args.timeout)
+    )
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from apps.gpt.loss import head_logits
 from apps.gpt.model import Attend, Attention, Llama
 
 
-class Cache:
+class KeyValueCache:
     """The attention of one layer over all tokens so far: keeps the keys and values that it is given.
 
     Memory: 2 x B x capacity x kv_heads x head_dim elements."""
@@ -62,7 +62,7 @@ class Cache:
 
 
 @contextlib.contextmanager
-def attending(model: Llama, make: Callable[[], Attend]) -> Iterator[None]:
+def replaced_attention(model: Llama, make: Callable[[], Attend]) -> Iterator[None]:
     """Each layer attends by a make() of its own inside."""
     attentions = [m for m in model.modules() if isinstance(m, Attention)]
     before = [a.attend for a in attentions]
@@ -118,7 +118,7 @@ def stream(
     if not tokens:
         raise ValueError("tokens is empty; give at least one to continue.")
     device = model.norm.weight.device
-    with attending(model, lambda: Cache(len(tokens) + n)):
+    with replaced_attention(model, lambda: KeyValueCache(len(tokens) + n)):
         at, new = 0, list(tokens)
         for _ in range(n):
             positions = torch.arange(at, at + len(new), device=device)
@@ -159,7 +159,7 @@ def generate(
     )
 
 
-def texts(tokenizer: "ByteTokenizer | JsonTokenizer", ids: Iterator[int]) -> Iterator[str]:
+def decode_stream(tokenizer: "ByteTokenizer | JsonTokenizer", ids: Iterator[int]) -> Iterator[str]:
     """The text as it grows, in pieces that never end within a character."""
     seen: list[int] = []
     shown = text = ""
@@ -277,7 +277,7 @@ def main(argv: "list[str] | None" = None) -> int:
                 yield i
 
         print(args.prompt, end="", flush=True)
-        for piece in texts(tokenizer, counted()):
+        for piece in decode_stream(tokenizer, counted()):
             print(piece, end="", flush=True)
         seconds = time.perf_counter() - began
         print(f"\n[{count} tokens, {count / seconds:.1f} tokens/s]", file=sys.stderr)

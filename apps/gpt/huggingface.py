@@ -2,7 +2,7 @@
 
     source = open_model("Llama-3.2-1B")                      # or a run, or run/checkpoints/step-00001000
     build(config, mesh, attend, weights=source.weights)      # on any mesh: each rank reads one tensor at a time
-    save("out", source.model, source.weights, torch.bfloat16)
+    save_hugging_face("out", source.model, source.weights, torch.bfloat16)
 
 Our parameters are named as Hugging Face's without the leading "model.", and hold the same numbers: nothing is permuted.
 """
@@ -29,15 +29,15 @@ from .data.format import INDEX
 from .data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer
 from .model import Attend, Llama
 
-ONE, SHARDS = "model.safetensors", "model.safetensors.index.json"
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-STEP = re.compile(r"step-\d{8,}(\.old)?")
+SINGLE_FILE, SHARD_INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+CHECKPOINT_NAME = re.compile(r"step-\d{8,}(\.old)?")
 
 
 # ---- what is there
 
 
-class Weights(StoredWeights):
+class HuggingFaceWeights(StoredWeights):
     """The parameters of a Hugging Face Llama: one safetensors file, or shards with an index.
 
     Left out: RoPE's frequencies, which old files hold, and the output projection where the configuration ties it.
@@ -46,23 +46,23 @@ class Weights(StoredWeights):
 
     def __init__(self, folder: "str | Path"):
         folder = Path(folder)
-        self._files = {_ours(name): file for name, file in _files_of(folder).items()}
+        self._files = {_our_name(name): file for name, file in _tensor_files(folder).items()}
         stored = {}
         for file in dict.fromkeys(self._files.values()):
-            with _opened(file) as f:
+            with _open_safetensors(file) as f:
                 for name in f.keys():  # noqa: SIM118 - it is no dict
                     piece = f.get_slice(name)
-                    if self._files.get(_ours(name)) == file:
-                        stored[_ours(name)] = (
+                    if self._files.get(_our_name(name)) == file:
+                        stored[_our_name(name)] = (
                             tuple(piece.get_shape()),
-                            _dtype(file, name, piece.get_dtype()),
+                            _torch_dtype(file, name, piece.get_dtype()),
                         )
         if lost := [name for name in self._files if name not in stored]:
             raise ValueError(
-                f"{self._files[lost[0]]} lacks {lost[0]}, which {SHARDS} says is in it; download or write it again."
+                f"{self._files[lost[0]]} lacks {lost[0]}, which {SHARD_INDEX} says is in it; download or write it again."
             )
         ignored = {name for name in stored if name.endswith("rotary_emb.inv_freq")}
-        if stored and (folder / "config.json").exists() and model_config(folder).tied:
+        if stored and (folder / "config.json").exists() and read_model_config(folder).tied:
             ignored.add("lm_head.weight")
         super().__init__(
             folder, {name: about for name, about in stored.items() if name not in ignored}
@@ -71,12 +71,12 @@ class Weights(StoredWeights):
             raise ValueError(f"{folder} holds no parameters.")
 
     def _read(self, name: str) -> Tensor:
-        with _opened(self._files[name]) as f:
+        with _open_safetensors(self._files[name]) as f:
             return f.get_tensor(name if name.startswith("lm_head.") else f"model.{name}")
 
 
 @dataclass(frozen=True)
-class Source:
+class StoredModel:
     """A model on disk."""
 
     folder: Path  # of Hugging Face's files, or the checkpoint
@@ -103,7 +103,7 @@ class Source:
 
 def open_model(
     path: "str | Path", *, step: int | None = None, world: World | None = None
-) -> Source:
+) -> StoredModel:
     """The model at `path`; reads no tensor yet.
 
     Args:
@@ -117,17 +117,17 @@ def open_model(
     path = Path(path)
     checkpoint, run = path, path.parent.parent
     if (path / "checkpoints").is_dir():
-        checkpoint, run = _chosen(path, step, world), path
+        checkpoint, run = _choose_checkpoint(path, step, world), path
     elif step is not None:
         raise ValueError(
             f"--step {step}: {path} is no run's folder (with checkpoints/ in it); leave --step out."
         )
     elif not (path / ".metadata").is_file():
-        return decide(world, lambda: _hugging_face(path))
-    return decide(world, lambda: _checkpoint(checkpoint, run))
+        return decide(world, lambda: _open_hugging_face(path))
+    return decide(world, lambda: _open_checkpoint(checkpoint, run))
 
 
-def weights_for(
+def open_weights(
     path: "str | Path", model: ModelConfig, world: World | None = None
 ) -> StoredWeights:
     """The weights at `path` (as for ``open_model``) for such a model, on any mesh.  RoPE may be another: that is how a context is
@@ -141,7 +141,7 @@ def weights_for(
             raise ValueError(
                 f"{path} has {f.name} {there}, but this model has {f.name} {here}; give the --config of its sizes."
             )
-    source.weights.check(shapes(model))
+    source.weights.check(parameter_shapes(model))
     return source.weights
 
 
@@ -152,16 +152,16 @@ def open_tokenizer(path: "str | Path") -> "ByteTokenizer | JsonTokenizer":
     path = Path(path)
     if (path / INDEX).exists():
         return load_tokenizer(path)
-    file = path / TOKENIZER[0] if path.is_dir() else path
+    file = path / TOKENIZER_FILES[0] if path.is_dir() else path
     said = (
-        _json(file.with_name(TOKENIZER[1])).get("eos_token")
-        if file.with_name(TOKENIZER[1]).exists()
+        _read_json(file.with_name(TOKENIZER_FILES[1])).get("eos_token")
+        if file.with_name(TOKENIZER_FILES[1]).exists()
         else None
     )
     return JsonTokenizer(file, said["content"] if isinstance(said, dict) else said)
 
 
-def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Of every parameter."""
     return {
         name: tuple(p.shape)
@@ -169,12 +169,12 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _chosen(run: Path, step: int | None, world: World | None) -> Path:
+def _choose_checkpoint(run: Path, step: int | None, world: World | None) -> Path:
     folder = run / "checkpoints"
     if step is not None:
         path = folder / f"step-{step:08d}"
         if not path.is_dir():
-            there = sorted(p.name for p in folder.iterdir() if STEP.fullmatch(p.name))
+            there = sorted(p.name for p in folder.iterdir() if CHECKPOINT_NAME.fullmatch(p.name))
             raise ValueError(
                 f"--step {step}: {path} is not there; there are {', '.join(there) or 'none'}."
             )
@@ -186,7 +186,7 @@ def _chosen(run: Path, step: int | None, world: World | None) -> Path:
     return found[0]
 
 
-def _checkpoint(path: Path, run: Path) -> Source:
+def _open_checkpoint(path: Path, run: Path) -> StoredModel:
     about = read_metadata(path)
     if not (path / MANIFEST).exists():
         raise ValueError(
@@ -200,9 +200,14 @@ def _checkpoint(path: Path, run: Path) -> Source:
             f"{path} was not written by this version of apps.gpt.train: {type(e).__name__}: {e}."
         ) from None
     weights = CheckpointWeights(path)
-    weights.check(shapes(model))
+    weights.check(parameter_shapes(model))
     tokenizer = next(
-        (p for p in (run / "data", run / TOKENIZER[0]) if (p / INDEX).exists() or p.is_file()), None
+        (
+            p
+            for p in (run / "data", run / TOKENIZER_FILES[0])
+            if (p / INDEX).exists() or p.is_file()
+        ),
+        None,
     )
     eos, bos = about.get("eos"), about.get("bos")
     if (
@@ -211,18 +216,18 @@ def _checkpoint(path: Path, run: Path) -> Source:
         bos = open_tokenizer(tokenizer).eos
         eos = [bos]
     data = run / "data" if (run / "data" / INDEX).exists() else None
-    return Source(path, model, weights, seqlen, bos, tuple(eos or ()), tokenizer, data)
+    return StoredModel(path, model, weights, seqlen, bos, tuple(eos or ()), tokenizer, data)
 
 
 # ---- Hugging Face's files
 
 
-def model_config(folder: "str | Path") -> ModelConfig:
+def read_model_config(folder: "str | Path") -> ModelConfig:
     """The shape of the Llama in a Hugging Face folder, from its config.json (of transformers 4 or 5).
 
     Raises ValueError naming what apps/gpt's model cannot do: other architectures, biases, RoPE types and activations."""
     file = Path(folder) / "config.json"
-    c = _json(file)
+    c = _read_json(file)
     kinds = c.get("architectures") or ["LlamaForCausalLM"]
     if kinds != ["LlamaForCausalLM"] or c.get("model_type", "llama") != "llama":
         raise ValueError(
@@ -247,7 +252,7 @@ def model_config(folder: "str | Path") -> ModelConfig:
             head_dim=c.get("head_dim") or 0,
             norm_eps=c.get("rms_norm_eps", 1e-6),
             tied=c.get("tie_word_embeddings", False),
-            **_rope(file, c),
+            **_rope_config(file, c),
         )
     except KeyError as e:
         raise ValueError(f"{file}: {e.args[0]} is missing.") from None
@@ -255,7 +260,7 @@ def model_config(folder: "str | Path") -> ModelConfig:
         raise ValueError(str(e) if str(e).startswith(str(file)) else f"{file}: {e}") from None
 
 
-def _rope(file: Path, c: dict[str, Any]) -> dict[str, Any]:
+def _rope_config(file: Path, c: dict[str, Any]) -> dict[str, Any]:
     """transformers 5 says all in rope_parameters, 4 has rope_theta and rope_scaling, whose rope_type once was named type."""
     said = c.get("rope_parameters") or c.get("rope_scaling") or {}
     kind = said.get("rope_type", said.get("type", "default"))
@@ -276,7 +281,7 @@ def _rope(file: Path, c: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def save(
+def save_hugging_face(
     folder: "str | Path",
     config: ModelConfig,
     tensors: "ReadWeight | Mapping[str, Tensor]",
@@ -308,7 +313,10 @@ def save(
         tensors if callable(tensors) else (lambda name, shape: tensors[name]),
     )
     expect_new(folder)
-    want = {_theirs(name): (name, torch.Size(shape)) for name, shape in shapes(config).items()}
+    want = {
+        _hf_name(name): (name, torch.Size(shape))
+        for name, shape in parameter_shapes(config).items()
+    }
     try:
         plan = split_torch_state_dict_into_shards(
             {
@@ -328,8 +336,11 @@ def save(
             }
             save_file(part, aside / file, metadata={"format": "pt"})
         if plan.is_sharded:
-            _put(aside / SHARDS, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
-        _put(aside / "config.json", _config_json(config, dtype, seqlen, bos, eos))
+            _write_json(
+                aside / SHARD_INDEX,
+                {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename},
+            )
+        _write_json(aside / "config.json", _config_json(config, dtype, seqlen, bos, eos))
         if tokenizer is not None:
             copy_tokenizer(tokenizer, aside)
 
@@ -337,15 +348,15 @@ def save(
 def copy_tokenizer(tokenizer: "str | Path", to: Path) -> None:
     """A tokenizer.json, and what says how transformers is to read it."""
     file = Path(tokenizer)
-    file = file / TOKENIZER[0] if file.is_dir() else file
+    file = file / TOKENIZER_FILES[0] if file.is_dir() else file
     if not file.exists():
         raise ValueError(f"{file} is not there.")
-    for name in TOKENIZER:
-        source = file if name == TOKENIZER[0] else file.with_name(name)
+    for name in TOKENIZER_FILES:
+        source = file if name == TOKENIZER_FILES[0] else file.with_name(name)
         if source.exists():
             shutil.copyfile(source, to / name)
-    if not (to / TOKENIZER[1]).exists():
-        _put(to / TOKENIZER[1], {"tokenizer_class": "PreTrainedTokenizerFast"})
+    if not (to / TOKENIZER_FILES[1]).exists():
+        _write_json(to / TOKENIZER_FILES[1], {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def expect_new(folder: Path) -> None:
@@ -392,51 +403,53 @@ def _config_json(
     }
 
 
-def _hugging_face(folder: Path) -> Source:
+def _open_hugging_face(folder: Path) -> StoredModel:
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"{folder} holds no model: neither a Hugging Face folder (config.json), nor a run (checkpoints/), nor a checkpoint."
         )
-    model, weights = model_config(folder), Weights(folder)
-    weights.check(shapes(model))
-    said = _json(folder / "config.json")
+    model, weights = read_model_config(folder), HuggingFaceWeights(folder)
+    weights.check(parameter_shapes(model))
+    said = _read_json(folder / "config.json")
     more = (
-        _json(folder / "generation_config.json")
+        _read_json(folder / "generation_config.json")
         if (folder / "generation_config.json").exists()
         else {}
     )
     ends = more.get("eos_token_id", said.get("eos_token_id"))
     eos = () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
-    tokenizer = folder / TOKENIZER[0]
+    tokenizer = folder / TOKENIZER_FILES[0]
     bos, seqlen = said.get("bos_token_id"), said.get("max_position_embeddings", 2048)
-    return Source(
+    return StoredModel(
         folder, model, weights, seqlen, bos, eos, tokenizer if tokenizer.exists() else None, None
     )
 
 
-def _files_of(folder: Path) -> dict[str, Path]:
+def _tensor_files(folder: Path) -> dict[str, Path]:
     """Their name of each tensor -> its file."""
-    if (folder / SHARDS).exists():
-        index = _json(folder / SHARDS)
+    if (folder / SHARD_INDEX).exists():
+        index = _read_json(folder / SHARD_INDEX)
         if not isinstance(index.get("weight_map"), dict):
-            raise ValueError(f"{folder / SHARDS} has no weight_map; download or write it again.")
+            raise ValueError(
+                f"{folder / SHARD_INDEX} has no weight_map; download or write it again."
+            )
         return {name: folder / file for name, file in index["weight_map"].items()}
-    if not (folder / ONE).exists():
+    if not (folder / SINGLE_FILE).exists():
         pickled = "pytorch_model.bin" if any(folder.glob("pytorch_model*.bin")) else None
         raise ValueError(
-            f"{folder} has no {ONE}"
+            f"{folder} has no {SINGLE_FILE}"
             + (
                 f", only {pickled}, which is not read; save the model with transformers again."
                 if pickled
-                else f" and no {SHARDS}."
+                else f" and no {SHARD_INDEX}."
             )
         )
-    with _opened(folder / ONE) as f:
-        return dict.fromkeys(f.keys(), folder / ONE)
+    with _open_safetensors(folder / SINGLE_FILE) as f:
+        return dict.fromkeys(f.keys(), folder / SINGLE_FILE)
 
 
 @contextlib.contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def _open_safetensors(file: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -448,7 +461,7 @@ def _opened(file: Path) -> Iterator[Any]:
         raise ValueError(f"{file} is damaged: {e}; download or write it again.") from None
 
 
-def _dtype(file: Path, name: str, kind: str) -> torch.dtype:
+def _torch_dtype(file: Path, name: str, kind: str) -> torch.dtype:
     known = {
         "F64": torch.float64,
         "F32": torch.float32,
@@ -460,15 +473,15 @@ def _dtype(file: Path, name: str, kind: str) -> torch.dtype:
     return known[kind]
 
 
-def _ours(name: str) -> str:
+def _our_name(name: str) -> str:
     return name.removeprefix("model.")
 
 
-def _theirs(name: str) -> str:
+def _hf_name(name: str) -> str:
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     try:
         said = json.loads(file.read_text(encoding="utf-8"))
     except OSError as e:
@@ -480,7 +493,7 @@ def _json(file: Path) -> dict[str, Any]:
     return said
 
 
-def _put(file: Path, what: dict[str, Any]) -> None:
+def _write_json(file: Path, what: dict[str, Any]) -> None:
     file.write_text(json.dumps(what, indent=2) + "\n", encoding="utf-8")
 
 

@@ -23,7 +23,7 @@ Attend = Callable[
 NOTHING_AGAIN = ActivationMemory()
 
 
-def frequencies(c: ModelConfig, device: "torch.device | str" = "cpu") -> Tensor:
+def rope_frequencies(c: ModelConfig, device: "torch.device | str" = "cpu") -> Tensor:
     """[D/2] fp64: radians a token.  With rope_factor > 1 stretched as in Llama 3.1: a frequency that turns less than rope_low
     times within rope_original tokens is divided by the factor, one of more than rope_high is left, between them linearly."""
     f = c.rope_base ** -(
@@ -40,7 +40,7 @@ def rope(positions: Tensor, c: ModelConfig, dtype: torch.dtype) -> tuple[Tensor,
     """cos, sin [S, 1, D/2] of tokens at the global `positions` [S].
 
     Angles are formed in fp64: at position 1,000,000 those of fp32 are off by 0.03."""
-    angle = (positions.to(torch.float64)[:, None] * frequencies(c, positions.device))[:, None]
+    angle = (positions.to(torch.float64)[:, None] * rope_frequencies(c, positions.device))[:, None]
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
@@ -137,7 +137,7 @@ class Llama(nn.Module):
         model = cls.empty(c, attend, dtype=dtype).to_empty(device="cpu")
         with torch.no_grad():
             for name, p in model.named_parameters():
-                p.copy_(first_weight(name, p.shape, c, seed))
+                p.copy_(initial_weight(name, p.shape, c, seed))
         return model
 
     def forward(self, tokens: Tensor, positions: Tensor, labels: "Tensor | None" = None) -> Tensor:
@@ -164,7 +164,7 @@ class Llama(nn.Module):
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
 
-def first_weight(name: str, shape: torch.Size, c: ModelConfig, seed: int) -> Tensor:
+def initial_weight(name: str, shape: torch.Size, c: ModelConfig, seed: int) -> Tensor:
     """The initial value of a parameter, fp32 on the CPU: N(0, 0.02), what is added to the residual stream by all blocks together
     about as much, norms 1.  It depends on seed, name and shape alone: equal on any device, rank and mesh."""
     if len(shape) == 1:

@@ -26,10 +26,10 @@ from apps.common.parallel import kept_dtype, make_engine
 from ringx.launch.mesh import Mesh
 
 from .config import Config
-from .model import Llama, first_weight
+from .model import Llama, initial_weight
 
 
-def cut_over_tp(model: Llama, mesh: Mesh) -> None:
+def apply_tensor_parallel(model: Llama, mesh: Mesh) -> None:
     """Cuts the model's parameters over the tp axis; local (nothing is there yet: the model is on the meta device)."""
     if mesh.shape.tp == 1 or mesh.device_mesh is None:
         return
@@ -89,9 +89,9 @@ def build(
     model = Llama.empty(
         config.model, attend, ActivationMemory.from_config(c), c.loss_chunk, dtype=kept_dtype(c)
     )
-    cut_over_tp(model, mesh)
+    apply_tensor_parallel(model, mesh)
     if weights == "new":
-        weights = lambda name, shape: first_weight(name, shape, config.model, c.seed)  # noqa: E731
+        weights = lambda name, shape: initial_weight(name, shape, config.model, c.seed)  # noqa: E731
     assert not isinstance(weights, str)
     return make_engine(
         config,

@@ -38,10 +38,10 @@ from apps.common.engine import Engine
 from apps.common.loop import Record, StepWork, run_steps
 from apps.common.run import RunOptions, TrainingRun
 from apps.gpt.config import PRESETS, Config, TrainConfig, load, preset
-from apps.gpt.data.dataset import Rows, Tokens, cut, expect_window, open_dataset
+from apps.gpt.data.dataset import Rows, Tokens, expect_window, open_dataset, shard_rows
 from apps.gpt.data.prepare import dataset_for
 from apps.gpt.flops import flops_per_token, parameters
-from apps.gpt.huggingface import open_model, weights_for
+from apps.gpt.huggingface import open_model, open_weights
 from apps.gpt.parallel import Attend, build
 from ringx.launch import World
 from ringx.launch.mesh import Mesh, Shape
@@ -73,7 +73,7 @@ def train(
     def parts(read: Rows) -> list[tuple]:
         pieces = zip(*(x.split(micro) for x in read), strict=True)
         batches = [
-            cut(Rows(*piece), layout=attend.layout, group=mesh.cp, device=engine.device)
+            shard_rows(Rows(*piece), layout=attend.layout, group=mesh.cp, device=engine.device)
             for piece in pieces
         ]
         return [(b.tokens, b.positions, b.labels) for b in batches]
@@ -154,7 +154,7 @@ class GptRun(TrainingRun):
         first: Any = None
         if weights:
             first = (
-                weights_for(self.options.init, self.config.model, self.world)
+                open_weights(self.options.init, self.config.model, self.world)
                 if self.options.init
                 else "new"
             )
@@ -242,9 +242,9 @@ def data_of(run: "str | None") -> "str | None":
 
 
 def plan(config: Config, shape: Shape) -> Any:
-    from apps.gpt.estimate import make_plan  # here: it imports torch's testing tools
+    from apps.gpt.estimate import estimate_step  # here: it imports torch's testing tools
 
-    return make_plan(config, shape)
+    return estimate_step(config, shape)
 
 
 def main(argv: "list[str] | None" = None) -> int:

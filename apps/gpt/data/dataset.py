@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 import ringx
 
-from .format import DTYPES, INDEX, REPAIR, digest, read_index
+from .format import HOW_TO_REPAIR, INDEX, TOKEN_DTYPES, file_digest, read_index
 
 # ---- tokens
 
@@ -58,7 +58,7 @@ class Tokens:
         """Number of tokens."""
         return int(self._ends[-1])
 
-    def windows(self, seqlen: int) -> int:
+    def num_windows(self, seqlen: int) -> int:
         """How many sequences it holds; the label of a window's last token is the first token of the next."""
         return (self.length - 1) // seqlen
 
@@ -72,10 +72,10 @@ class Tokens:
             raise ValueError(
                 f"rows={rows} must be one or more of the global batch's 0..{global_batch - 1}."
             )
-        windows, chosen = self.windows(seqlen), []
+        windows, chosen = self.num_windows(seqlen), []
         for row in rows:
             epoch, i = divmod(step * global_batch + row, windows)
-            chosen.append(int(_order(windows, seed, epoch)[i]))
+            chosen.append(int(_epoch_order(windows, seed, epoch)[i]))
         return self.take(chosen, seqlen)
 
     def window(self, i: int, seqlen: int) -> Rows:
@@ -84,7 +84,7 @@ class Tokens:
 
     def take(self, windows: Sequence[int], seqlen: int) -> Rows:
         """The windows of these numbers, in the order of the stream.  Raises ValueError for one that is not there."""
-        count = self.windows(seqlen)
+        count = self.num_windows(seqlen)
         if bad := [i for i in windows if not 0 <= i < count]:
             raise ValueError(
                 f"window {bad[0]} is not one of {self.folder}'s {count} of {seqlen} tokens ({self.split})."
@@ -131,12 +131,12 @@ class Tokens:
                 at = int(np.argmax(shard >= self.vocab))
                 raise ValueError(
                     f"{self.folder / file}: token {at} is {int(shard[at])}, but the vocabulary has {self.vocab}: "
-                    f"the file is damaged; {REPAIR}."
+                    f"the file is damaged; {HOW_TO_REPAIR}."
                 )
 
 
 @lru_cache(maxsize=2)
-def _order(windows: int, seed: int, epoch: int) -> torch.Tensor:
+def _epoch_order(windows: int, seed: int, epoch: int) -> torch.Tensor:
     mixed = hashlib.sha256(f"{seed} {epoch}".encode()).digest()[
         :4
     ]  # the CPU generator takes no more than 32 bits of a seed
@@ -159,9 +159,9 @@ def open_dataset(folder: "str | Path", split: str = "train", *, verify: str = "s
             f"{folder} has no {split!r} tokens, only {', '.join(index['splits'])}; "
             f"prepare more text, or with a larger --val-fraction, into another folder."
         )
-    about, dtype = index["splits"][split], DTYPES[index["dtype"]]
+    about, dtype = index["splits"][split], TOKEN_DTYPES[index["dtype"]]
     shards = tuple(
-        _map(folder, s["file"], s["tokens"], dtype, verify == "full" and s["sha256"])
+        _map_file(folder, s["file"], s["tokens"], dtype, verify == "full" and s["sha256"])
         for s in about["shards"]
     )
     starts = about["starts"]
@@ -180,7 +180,7 @@ def open_dataset(folder: "str | Path", split: str = "train", *, verify: str = "s
         sha256=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
         files=tuple(s["file"] for s in about["shards"]),
         shards=shards,
-        starts=_map(
+        starts=_map_file(
             folder,
             starts["file"],
             about["documents"],
@@ -190,24 +190,30 @@ def open_dataset(folder: "str | Path", split: str = "train", *, verify: str = "s
     )
 
 
-def _map(folder: Path, name: str, count: int, dtype: np.dtype, sha256: "str | bool") -> np.ndarray:
+def _map_file(
+    folder: Path, name: str, count: int, dtype: np.dtype, sha256: "str | bool"
+) -> np.ndarray:
     file = folder / name
     try:
         size = file.stat().st_size
     except OSError as e:
-        raise ValueError(f"{file} of {INDEX} cannot be read: {e.strerror}; {REPAIR}.") from None
+        raise ValueError(
+            f"{file} of {INDEX} cannot be read: {e.strerror}; {HOW_TO_REPAIR}."
+        ) from None
     if size != count * dtype.itemsize:
         raise ValueError(
-            f"{file} has {size} bytes, but {INDEX} says {count * dtype.itemsize}: it is cut short or of another run; {REPAIR}."
+            f"{file} has {size} bytes, but {INDEX} says {count * dtype.itemsize}: it is cut short or of another run; {HOW_TO_REPAIR}."
         )
-    if sha256 and digest(file) != sha256:
-        raise ValueError(f"{file} is damaged: its sha256 differs from that in {INDEX}; {REPAIR}.")
+    if sha256 and file_digest(file) != sha256:
+        raise ValueError(
+            f"{file} is damaged: its sha256 differs from that in {INDEX}; {HOW_TO_REPAIR}."
+        )
     return np.memmap(file, dtype, "r", shape=(count,))
 
 
 def expect_window(tokens: Tokens, seqlen: int) -> None:
     """ValueError if the tokens are fewer than one sequence."""
-    if not tokens.windows(seqlen):
+    if not tokens.num_windows(seqlen):
         raise ValueError(
             f"{tokens.source} has {tokens.length} {tokens.split} tokens, but one sequence of --seqlen {seqlen} and its last label "
             f"take {seqlen + 1}; take a shorter --seqlen or a longer --data."
@@ -227,7 +233,7 @@ class Batch:
     documents: torch.Tensor  # [B, S_local] int64
 
 
-def cut(
+def shard_rows(
     rows: Rows,
     *,
     layout: ringx.Sharding,

@@ -12,28 +12,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from .format import INDEX, digest
+from .format import INDEX, file_digest
 
-DEFAULT_BYTES = 4 * 2**20  # of the default text, at most
-SKIP = {  # tests, tables and what a distribution adds
+MAX_DEFAULT_BYTES = 4 * 2**20  # of the default text, at most
+SKIPPED_FOLDERS = {  # tests, tables and what a distribution adds
     "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "encodings", "pydoc_data", "lib-dynload",
     "site-packages", "dist-packages", "__pycache__",
 }  # fmt: skip
-BIG = 256 * 2**20  # bytes: files above are known by size and time
-PIECE = (
+MAX_HASHED_BYTES = 256 * 2**20  # bytes: files above are known by size and time
+PIECE_CHARACTERS = (
     2**18
 )  # characters that are encoded in one go, by one core: a longer document is cut at line ends
 
-At = Callable[[int], None]  # told how many bytes have been read
+ReportPosition = Callable[[int], None]  # told how many bytes have been read
 
 
-class Piece(NamedTuple):
+class TextPiece(NamedTuple):
     text: str
     last: bool  # of its document
 
 
 @dataclass(frozen=True)
-class Source:
+class InputFile:
     """An input file."""
 
     path: Path
@@ -42,19 +42,19 @@ class Source:
     size: int  # bytes
 
     @property
-    def read(self) -> "Callable[[Source, str, At], Iterator[Piece]]":
+    def read(self) -> "Callable[[InputFile, str, ReportPosition], Iterator[TextPiece]]":
         name = self.name.lower()
         if name.endswith((".jsonl", ".jsonl.gz")):
             return _read_jsonl
         return _read_parquet if name.endswith(".parquet") else _read_text
 
 
-def _sources(inputs: "Sequence[str | Path]", out: Path) -> tuple[list[Source], str]:
+def list_inputs(inputs: "Sequence[str | Path]", out: Path) -> tuple[list[InputFile], str]:
     """All files, and what to call them together."""
     if isinstance(inputs, (str, Path)):
         raise TypeError(f"inputs={inputs!r} must be a sequence of files and folders.")
     if not inputs:
-        return _default_sources(), f"Python {sysconfig.get_python_version()} standard library"
+        return _default_inputs(), f"Python {sysconfig.get_python_version()} standard library"
     sources = []
     for given in inputs:
         path = Path(given)
@@ -66,41 +66,41 @@ def _sources(inputs: "Sequence[str | Path]", out: Path) -> tuple[list[Source], s
                     f"{out} lies within the input {given} and would be read as text; name a folder outside."
                 )
             found = [
-                Source(file, str(file), str(file.relative_to(path)), file.stat().st_size)
-                for file in _files(path)
+                InputFile(file, str(file), str(file.relative_to(path)), file.stat().st_size)
+                for file in _files_below(path)
             ]
             if not found:
                 raise ValueError(f"{given}: the folder holds no files.")
             sources += found
         else:
-            with _readable(str(given)), path.open("rb"):
-                sources.append(Source(path, str(given), path.name, path.stat().st_size))
+            with _reporting_read_errors(str(given)), path.open("rb"):
+                sources.append(InputFile(path, str(given), path.name, path.stat().st_size))
             if not sources[-1].size:
                 raise ValueError(f"{given}: the file is empty.")
     names = [str(given) for given in inputs]
     return sources, ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def _files_below(folder: Path) -> Iterator[Path]:
     """All files below, in the order of their names, without hidden ones."""
-    with _readable(str(folder)):
+    with _reporting_read_errors(str(folder)):
         entries = sorted(
             (e for e in os.scandir(folder) if not e.name.startswith(".")), key=lambda e: e.name
         )
     for e in entries:
         if e.is_dir(follow_symlinks=False):
-            yield from _files(Path(e.path))
+            yield from _files_below(Path(e.path))
         elif e.is_file():
             yield Path(e.path)
 
 
-def _default_sources() -> list[Source]:
-    """The first files of the Python standard library, in the order of their names, of up to DEFAULT_BYTES together."""
+def _default_inputs() -> list[InputFile]:
+    """The first files of the Python standard library, in the order of their names, of up to MAX_DEFAULT_BYTES together."""
     root = Path(sysconfig.get_path("stdlib"))
-    sources: list[Source] = []
-    for path in _modules(root) if root.is_dir() else ():
-        sources.append(Source(path, str(path), str(path.relative_to(root)), path.stat().st_size))
-        if sum(s.size for s in sources) > DEFAULT_BYTES:
+    sources: list[InputFile] = []
+    for path in _python_files_below(root) if root.is_dir() else ():
+        sources.append(InputFile(path, str(path), str(path.relative_to(root)), path.stat().st_size))
+        if sum(s.size for s in sources) > MAX_DEFAULT_BYTES:
             sources.pop()
             break
     if not sources:
@@ -110,7 +110,7 @@ def _default_sources() -> list[Source]:
     return sources
 
 
-def _modules(folder: Path) -> Iterator[Path]:
+def _python_files_below(folder: Path) -> Iterator[Path]:
     entries = sorted(os.scandir(folder), key=lambda e: e.name)
     yield from (
         Path(e.path)
@@ -120,28 +120,32 @@ def _modules(folder: Path) -> Iterator[Path]:
     for e in entries:
         if (
             e.is_dir(follow_symlinks=False)
-            and e.name not in SKIP
+            and e.name not in SKIPPED_FOLDERS
             and not e.name.startswith("config-")
         ):
-            yield from _modules(Path(e.path))
+            yield from _python_files_below(Path(e.path))
 
 
-def _fingerprint(source: Source) -> "list[str | int]":
+def fingerprint(source: InputFile) -> "list[str | int]":
     """What tells this input from another."""
-    with _readable(source.shown):
-        content = digest(source.path) if source.size <= BIG else source.path.stat().st_mtime_ns
+    with _reporting_read_errors(source.shown):
+        content = (
+            file_digest(source.path)
+            if source.size <= MAX_HASHED_BYTES
+            else source.path.stat().st_mtime_ns
+        )
     return [source.name, source.size, content]
 
 
 @contextlib.contextmanager
-def _readable(shown: str) -> Iterator[None]:
+def _reporting_read_errors(shown: str) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, zlib.error) as e:  # the last two: of gzip
         raise ValueError(f"{shown}: cannot be read: {getattr(e, 'strerror', None) or e}.") from None
 
 
-def _read_text(source: Source, key: str, at: At) -> Iterator[Piece]:
+def _read_text(source: InputFile, key: str, at: ReportPosition) -> Iterator[TextPiece]:
     def blocks() -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")()
         with source.path.open("rb") as file:
@@ -158,10 +162,10 @@ def _read_text(source: Source, key: str, at: At) -> Iterator[Piece]:
                 if not block:
                     return
 
-    return _pieces(blocks())
+    return _split_text(blocks())
 
 
-def _read_jsonl(source: Source, key: str, at: At) -> Iterator[Piece]:
+def _read_jsonl(source: InputFile, key: str, at: ReportPosition) -> Iterator[TextPiece]:
     with (
         source.path.open("rb") as raw,
         gzip.open(raw)
@@ -182,12 +186,12 @@ def _read_jsonl(source: Source, key: str, at: At) -> Iterator[Piece]:
                 raise ValueError(
                     f"{where}: has no {key!r}, only {', '.join(document) or 'nothing'}; name the text with --text-key."
                 )
-            yield from _pieces([_expect_text(document[key], where, key)])
+            yield from _split_text([_expect_text(document[key], where, key)])
             if number % 256 == 0:  # it takes longer than to read a short line
                 at(raw.tell())
 
 
-def _read_parquet(source: Source, key: str, at: At) -> Iterator[Piece]:
+def _read_parquet(source: InputFile, key: str, at: ReportPosition) -> Iterator[TextPiece]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -206,7 +210,7 @@ def _read_parquet(source: Source, key: str, at: At) -> Iterator[Piece]:
             for batch in file.iter_batches(batch_size=256, columns=[key]):  # row group by row group
                 for text in batch.column(0).to_pylist():
                     done += 1
-                    yield from _pieces([_expect_text(text, f"{source.shown}, row {done}", key)])
+                    yield from _split_text([_expect_text(text, f"{source.shown}, row {done}", key)])
                 at(source.size * done // file.metadata.num_rows)
     except pyarrow.ArrowException as e:
         raise ValueError(
@@ -228,19 +232,19 @@ def _expect_text(value: object, where: str, key: str) -> str:
     return value
 
 
-def _pieces(blocks: Iterable[str]) -> Iterator[Piece]:
-    """A document's text in pieces of at most PIECE characters that end with a line, whatever the blocks it comes in."""
+def _split_text(blocks: Iterable[str]) -> Iterator[TextPiece]:
+    """A document's text in pieces of at most PIECE_CHARACTERS characters that end with a line, whatever the blocks it comes in."""
     text = ""
     for block in blocks:
         text += block
-        while len(text) > PIECE:
-            end = _line_end(text, PIECE)
-            yield Piece(text[:end], False)
+        while len(text) > PIECE_CHARACTERS:
+            end = last_line_end(text, PIECE_CHARACTERS)
+            yield TextPiece(text[:end], False)
             text = text[end:]
     if text:
-        yield Piece(text, True)
+        yield TextPiece(text, True)
 
 
-def _line_end(text: str, at: int) -> int:
+def last_line_end(text: str, at: int) -> int:
     """Where the last line that ends in the second half of text[:at] ends; without one the last word; else `at`."""
     return text.rfind("\n", at // 2, at) + 1 or text.rfind(" ", at // 2, at) + 1 or at

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 INDEX = "dataset.json"
-VERSION = 1  # of the folder's format; another one is refused
-DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-REPAIR = "delete the folder and prepare it again"
+FORMAT_VERSION = 1  # of the folder's format; another one is refused
+TOKEN_DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+HOW_TO_REPAIR = "delete the folder and prepare it again"
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -33,16 +33,18 @@ def read_index(folder: Path) -> dict[str, Any]:
             f"{file} cannot be read: {e.strerror}; make the folder with python -m apps.gpt.prepare (it writes this file last)."
         ) from None
     except ValueError as e:
-        raise ValueError(f"{file} is damaged: {e}; {REPAIR}.") from None
+        raise ValueError(f"{file} is damaged: {e}; {HOW_TO_REPAIR}.") from None
     version = index.get("version") if isinstance(index, dict) else None
-    if version != VERSION:
+    if version != FORMAT_VERSION:
         raise ValueError(
-            f"{file} is of version {version!r}, but this program reads version {VERSION}; {REPAIR}."
+            f"{file} is of version {version!r}, but this program reads version {FORMAT_VERSION}; {HOW_TO_REPAIR}."
         )
     if index.get("sha256") != index_digest(
         index
     ):  # nothing else needs to be checked: it is as it was written
-        raise ValueError(f"{file} is damaged or was edited: its own sha256 does not fit; {REPAIR}.")
+        raise ValueError(
+            f"{file} is damaged or was edited: its own sha256 does not fit; {HOW_TO_REPAIR}."
+        )
     return index
 
 
@@ -53,7 +55,7 @@ def index_digest(index: dict[str, Any]) -> str:
     ).hexdigest()
 
 
-def digest(file: Path) -> str:
+def file_digest(file: Path) -> str:
     """sha256 of a file's contents."""
     sha = hashlib.sha256()
     with file.open("rb") as f:

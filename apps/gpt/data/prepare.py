@@ -32,22 +32,22 @@ import numpy as np
 
 from .dataset import open_dataset
 from .documents import (
-    PIECE,
-    At,
-    Piece,
-    Source,
-    _fingerprint,
-    _line_end,
+    PIECE_CHARACTERS,
+    InputFile,
+    ReportPosition,
+    TextPiece,
     _read_text,
-    _readable,
-    _sources,
+    _reporting_read_errors,
+    fingerprint,
+    last_line_end,
+    list_inputs,
 )
-from .format import DTYPES, INDEX, VERSION, digest, index_digest, read_index
-from .tokenizer import END, ByteTokenizer, JsonTokenizer, _train_tokenizer
+from .format import FORMAT_VERSION, INDEX, TOKEN_DTYPES, file_digest, index_digest, read_index
+from .tokenizer import END_OF_TEXT, ByteTokenizer, JsonTokenizer, train_tokenizer
 
-VOCAB = 8192  # of a tokenizer that is trained, unless another is asked for
-CHUNK = 16 * PIECE  # characters in flight: about 100 bytes of memory for each
-OURS = re.compile(r"(train|val)-(\d{5,}|documents)\.bin|tokenizer\.json|dataset\.json")
+DEFAULT_VOCAB = 8192  # of a tokenizer that is trained, unless another is asked for
+CHUNK_CHARACTERS = 16 * PIECE_CHARACTERS  # characters in flight: about 100 bytes of memory for each
+PREPARED_NAME = re.compile(r"(train|val)-(\d{5,}|documents)\.bin|tokenizer\.json|dataset\.json")
 
 
 def prepare(
@@ -69,31 +69,36 @@ def prepare(
 
     Call it on one process.  Raises ValueError, one line for the user, for arguments that make no sense, inputs that cannot be
     read or hold no text, and an `out` that holds something else; OSError where `out` cannot be written."""
-    sources, source = _sources(inputs, Path(out))
+    sources, source = list_inputs(inputs, Path(out))
     settings, bring = _settings(
         sources, vocab, tokenizer, eos, text_key, val_fraction, shard_tokens
     )
     target = Path(os.path.realpath(out))
     recipe = hashlib.sha256(
-        json.dumps([VERSION, settings, [_fingerprint(s) for s in sources]]).encode()
+        json.dumps([FORMAT_VERSION, settings, [fingerprint(s) for s in sources]]).encode()
     ).hexdigest()
-    if _is_there(target, out, settings, recipe):
+    if is_prepared(target, out, settings, recipe):
         return
     partial = target.with_name(target.name + ".partial")
-    with _alone(partial):
+    with locked_folder(partial):
         complete = False
         try:
-            _remove_ours(partial)
-            if _is_there(target, out, settings, recipe):  # another process was faster
+            _remove_prepared_files(partial)
+            if is_prepared(target, out, settings, recipe):  # another process was faster
                 return
-            index = {"version": VERSION, "source": source, "settings": settings, "recipe": recipe}
+            index = {
+                "version": FORMAT_VERSION,
+                "source": source,
+                "settings": settings,
+                "recipe": recipe,
+            }
             with _progress(sources) as watch:
-                _write(partial, sources, index, settings, bring, watch)
+                write_tokens(partial, sources, index, settings, bring, watch)
             os.rename(partial, target)  # over nothing or an empty folder, never over files
             complete = True  # a folder of the old name is another process's now
         finally:
             if not complete:  # what a kill leaves behind, the next run removes
-                _remove_ours(partial)
+                _remove_prepared_files(partial)
                 partial.rmdir()
 
 
@@ -113,7 +118,7 @@ def dataset_for(data: "str | None", cache: Path, *, vocab: int) -> Path:
 
 
 def _settings(
-    sources: "list[Source]",
+    sources: "list[InputFile]",
     vocab: "int | None",
     tokenizer: "str | Path",
     eos: "str | None",
@@ -153,20 +158,20 @@ def _settings(
             f"tokenizer={str(tokenizer)!r} needs the library tokenizers: pip install tokenizers (or --tokenizer bytes)."
         ) from None
     if tokenizer == "train":
-        settings["vocab"] = VOCAB if vocab is None else vocab
+        settings["vocab"] = DEFAULT_VOCAB if vocab is None else vocab
         if settings["vocab"] < 257:
             raise ValueError(
-                f"vocab={vocab} must be at least 257: each byte and {END}; or take --tokenizer bytes."
+                f"vocab={vocab} must be at least 257: each byte and {END_OF_TEXT}; or take --tokenizer bytes."
             )
         return settings, None
     file = Path(tokenizer)
     file = file / "tokenizer.json" if file.is_dir() else file
     JsonTokenizer(file, eos)  # it can be read, and knows how a text ends
-    settings["tokenizer"] = digest(file)
+    settings["tokenizer"] = file_digest(file)
     return settings, file
 
 
-def _is_there(target: Path, out: "str | Path", settings: dict[str, Any], recipe: str) -> bool:
+def is_prepared(target: Path, out: "str | Path", settings: dict[str, Any], recipe: str) -> bool:
     """Whether just this was prepared before; ValueError if `out` holds anything else."""
     if target.exists() and not target.is_dir():
         raise ValueError(f"{out} is a file; name a folder.")
@@ -196,10 +201,10 @@ def _is_there(target: Path, out: "str | Path", settings: dict[str, Any], recipe:
     return True
 
 
-def _remove_ours(folder: Path) -> None:
+def _remove_prepared_files(folder: Path) -> None:
     """Empties the folder that a killed run left; ValueError if it holds what no run has written."""
     files = list(folder.iterdir())
-    if others := [f.name for f in files if not OURS.fullmatch(f.name)]:
+    if others := [f.name for f in files if not PREPARED_NAME.fullmatch(f.name)]:
         raise ValueError(
             f"{folder}, needed to write into, holds something else ({others[0]}); move it away."
         )
@@ -208,7 +213,7 @@ def _remove_ours(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def locked_folder(folder: Path) -> Iterator[None]:
     """Makes the folder and holds it: a second process waits, then finds the work done.  A killed one's lock goes with it."""
     handle = _lock(folder)
     while handle is None:
@@ -245,19 +250,19 @@ def _lock(folder: Path) -> "int | None":
 # ---- writing
 
 
-class _Stream:
+class SplitWriter:
     """The files of one split."""
 
     def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int):
         self._folder, self._split, self._dtype, self._most = (
             folder,
             split,
-            DTYPES[dtype],
+            TOKEN_DTYPES[dtype],
             shard_tokens,
         )
         self._shards: list[dict[str, Any]] = []
-        self._starts = _File(folder / f"{split}-documents.bin")
-        self._shard: _File | None = None
+        self._starts = HashedFile(folder / f"{split}-documents.bin")
+        self._shard: HashedFile | None = None
         self._begin = True  # the next token is a document's first
         self.length = self.documents = 0
 
@@ -270,7 +275,9 @@ class _Stream:
         ids = ids.astype(self._dtype)
         while len(ids):
             if self._shard is None:
-                self._shard = _File(self._folder / f"{self._split}-{len(self._shards):05d}.bin")
+                self._shard = HashedFile(
+                    self._folder / f"{self._split}-{len(self._shards):05d}.bin"
+                )
             room = self._most - self._shard.size // self._dtype.itemsize
             self._shard.write(ids[:room].tobytes())
             ids = ids[room:]
@@ -298,7 +305,7 @@ class _Stream:
         }
 
 
-class _File:
+class HashedFile:
     def __init__(self, path: Path):
         self.size, self._path, self._sha = 0, path, hashlib.sha256()
         self._file = path.open("wb")
@@ -317,7 +324,7 @@ class _File:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class SplitBoundary:
     """Where "train" ends and "val" begins."""
 
     documents: int  # in all
@@ -326,7 +333,7 @@ class _Plan:
     cut: "int | None"  # where a single document is cut, in characters; None: between documents
 
     @classmethod
-    def make(cls, lengths: "list[int]", val_fraction: float) -> "_Plan":
+    def make(cls, lengths: "list[int]", val_fraction: float) -> "SplitBoundary":
         count, total = len(lengths), sum(lengths)
         held = val_fraction * total  # characters
         if not held or total == 1:
@@ -338,17 +345,17 @@ class _Plan:
         )  # characters of the last 1, 2, ... documents, but not of all
         return cls(count, total, count - 1 - int(np.argmin(abs(behind - held))), None)
 
-    def split(self, pieces: Iterable[Piece]) -> "Iterator[tuple[str, Piece]]":
+    def split(self, pieces: Iterable[TextPiece]) -> "Iterator[tuple[str, TextPiece]]":
         documents = characters = 0
         split = "train"
         for piece in pieces:
             text = piece.text
             if self.cut is not None and split == "train" and characters + len(text) > self.cut:
                 end = (
-                    _line_end(text, self.cut - characters) if self.cut > characters else 0
+                    last_line_end(text, self.cut - characters) if self.cut > characters else 0
                 )  # 0: a piece ends there, as it is
-                yield split, Piece(text[:end], True)
-                split, piece = "val", Piece(text[end:], piece.last)
+                yield split, TextPiece(text[:end], True)
+                split, piece = "val", TextPiece(text[end:], piece.last)
             elif self.cut is None:
                 split = "train" if documents < self.train else "val"
             yield split, piece
@@ -360,24 +367,24 @@ class _Plan:
             )
 
 
-def _write(
+def write_tokens(
     folder: Path,
-    sources: list[Source],
+    sources: list[InputFile],
     index: dict[str, Any],
     settings: dict[str, Any],
     bring: "Path | None",
-    watch: "Callable[[str], At]",
+    watch: "Callable[[str], ReportPosition]",
 ) -> None:
     """Everything into `folder`; the index last."""
 
-    def read(what: str) -> Iterator[Piece]:
+    def read(what: str) -> Iterator[TextPiece]:
         seen, before = watch(what), 0
 
         def at(position: int) -> None:
             seen(before + position)
 
         for source in sources:
-            with _readable(source.shown):
+            with _reporting_read_errors(source.shown):
                 yield from source.read(source, settings["text_key"], at)
             before += source.size
             at(0)
@@ -390,7 +397,7 @@ def _write(
             length = 0
     if not lengths:
         raise ValueError(f"{index['source']}: no text in {len(sources)} file(s).")
-    plan = _Plan.make(lengths, settings["val_fraction"])
+    plan = SplitBoundary.make(lengths, settings["val_fraction"])
 
     file = folder / "tokenizer.json"
     tokenizer: ByteTokenizer | JsonTokenizer
@@ -404,17 +411,17 @@ def _write(
                 for split, piece in plan.split(read("training a tokenizer"))
                 if split == "train"
             )
-            _train_tokenizer(train, settings["vocab"], file)
+            train_tokenizer(train, settings["vocab"], file)
         else:
             shutil.copyfile(bring, file)
         tokenizer = JsonTokenizer(file, settings["eos"])
-        index.update(tokenizer=file.name, tokenizer_sha256=digest(file))
+        index.update(tokenizer=file.name, tokenizer_sha256=file_digest(file))
     dtype = "uint16" if tokenizer.vocab <= 2**16 else "uint32"
 
-    streams: dict[str, _Stream] = {}
+    streams: dict[str, SplitWriter] = {}
     for split, ids, last in _encoded(plan.split(read("tokenizing")), tokenizer):
         if split not in streams:
-            streams[split] = _Stream(folder, split, dtype, settings["shard_tokens"])
+            streams[split] = SplitWriter(folder, split, dtype, settings["shard_tokens"])
         streams[split].write(ids)
         if last:
             streams[split].write(np.array([tokenizer.eos]))
@@ -434,9 +441,9 @@ def _write(
 
 
 def _encoded(
-    pieces: "Iterable[tuple[str, Piece]]", tokenizer: "ByteTokenizer | JsonTokenizer"
+    pieces: "Iterable[tuple[str, TextPiece]]", tokenizer: "ByteTokenizer | JsonTokenizer"
 ) -> Iterator[tuple[str, np.ndarray, bool]]:
-    """(split, ids, whether they end their document) of each piece; CHUNK characters are encoded at a time, by all cores."""
+    """(split, ids, whether they end their document) of each piece; CHUNK_CHARACTERS characters are encoded at a time, by all cores."""
 
     def encode() -> Iterator[tuple[str, np.ndarray, bool]]:
         for (split, piece), ids in zip(
@@ -444,12 +451,12 @@ def _encoded(
         ):
             yield split, ids, piece.last
 
-    chunk: list[tuple[str, Piece]] = []
+    chunk: list[tuple[str, TextPiece]] = []
     size = 0
     for item in pieces:
         chunk.append(item)
         size += len(item[1].text)
-        if size >= CHUNK:
+        if size >= CHUNK_CHARACTERS:
             yield from encode()
             chunk, size = [], 0
     yield from encode()
@@ -459,7 +466,7 @@ def _encoded(
 
 
 @contextlib.contextmanager
-def _progress(sources: list[Source]) -> "Iterator[Callable[[str], At]]":
+def _progress(sources: list[InputFile]) -> "Iterator[Callable[[str], ReportPosition]]":
     """A bar for each pass over the files, by bytes; none where no one looks."""
     from rich import progress
     from rich.console import Console
@@ -476,7 +483,7 @@ def _progress(sources: list[Source]) -> "Iterator[Callable[[str], At]]":
         *columns, console=Console(stderr=True), disable=not seen_by_someone
     ) as bar:
 
-        def watch(what: str) -> At:
+        def watch(what: str) -> ReportPosition:
             task = bar.add_task(what, total=sum(s.size for s in sources))
             return lambda read: bar.update(task, completed=read)
 
@@ -506,7 +513,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--vocab",
         type=int,
-        help=f"tokens of a tokenizer that is trained, at most (default: {VOCAB})",
+        help=f"tokens of a tokenizer that is trained, at most (default: {DEFAULT_VOCAB})",
     )
     p.add_argument(
         "--eos",

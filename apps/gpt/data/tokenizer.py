@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .format import INDEX, REPAIR, digest, read_index
+from .format import HOW_TO_REPAIR, INDEX, file_digest, read_index
 
-END = "<|end_of_text|>"
+END_OF_TEXT = "<|end_of_text|>"
 
 
 @dataclass(frozen=True)
@@ -107,15 +107,15 @@ def load_tokenizer(folder: "str | Path") -> "ByteTokenizer | JsonTokenizer":
         return ByteTokenizer()
     file = folder / index["tokenizer"]
     if not file.is_file():
-        raise ValueError(f"{file} is missing; {REPAIR}.")
-    if digest(file) != index["tokenizer_sha256"]:
+        raise ValueError(f"{file} is missing; {HOW_TO_REPAIR}.")
+    if file_digest(file) != index["tokenizer_sha256"]:
         raise ValueError(
-            f"{file} is not the one that made these tokens (its sha256 differs from that in {INDEX}); {REPAIR}."
+            f"{file} is not the one that made these tokens (its sha256 differs from that in {INDEX}); {HOW_TO_REPAIR}."
         )
     return JsonTokenizer(file, index["settings"]["eos"])
 
 
-def _train_tokenizer(texts: Iterator[str], vocab: int, file: Path) -> None:
+def train_tokenizer(texts: Iterator[str], vocab: int, file: Path) -> None:
     """Byte-level BPE: any text can be written with it, and decoded is itself again."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -125,7 +125,7 @@ def _train_tokenizer(texts: Iterator[str], vocab: int, file: Path) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
         min_frequency=2,  # a pair seen once is no reason for a token
-        special_tokens=[END],  # id 0
+        special_tokens=[END_OF_TEXT],  # id 0
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
