@@ -1,6 +1,7 @@
-"""attention(q, k, v): the one public entry; Plan, where everything is decided once; the one autograd.Function."""
+"""attention(q, k, v): the public entry, the checks of its arguments, and the operator that autograd sees."""
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -9,14 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import kernels
 from .checks import require_name
-from .comm import Group, phase
+from .comm import Transport, connect, phase
 from .consistency import check_consistency
 from .layout import Sharding, resolve_local_sharding
 from .merge import absorb_dlse, acc_dtype
 from .patterns.registry import ALGORITHMS, pattern
 from .plan import Plan
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def attention(
@@ -62,50 +63,82 @@ def attention(
         ValueError (``comm.Disagreement``): another rank refused this call, or made a different one.
         RuntimeError (``comm.PeerError``): a peer failed or timed out; the message names algorithm, direction and step.
     """
-    peers = Group.of(group)
+    transport = connect(group)
     plan: Plan | None = None
     error: Exception | None = None
     try:
         plan = plan_call(
-            q, k, v, peers, algorithm, causal, layout, scale, kernel, overlap, deterministic
+            q,
+            k,
+            v,
+            transport=transport,
+            algorithm=algorithm,
+            causal=causal,
+            layout=layout,
+            scale=scale,
+            kernel=kernel,
+            overlap=overlap,
+            deterministic=deterministic,
         )
-        for name, flag in (("check", check), ("return_lse", return_lse)):
-            _expect_bool(name, flag)
+        _expect_bool("check", check)
+        _expect_bool("return_lse", return_lse)
     except (TypeError, ValueError, NotImplementedError) as e:
         error = e
     if check:
+        signature = call_signature(plan, q, k, v) if plan is not None else {}
         with phase(str(algorithm), "check"):
-            check_consistency(peers, call_signature(plan, q, k, v) if plan else {}, error)
-    if error or plan is None:
-        raise error or AssertionError
+            check_consistency(transport.group, signature, error)
+    if error is not None:
+        raise error
     out, lse = _Attention.apply(q, k, v, plan)
     return (out, lse) if return_lse else out
 
 
 def plan_call(
-    q, k, v, group: Group, algorithm, causal, layout, scale, kernel, overlap, deterministic
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    transport: Transport,
+    algorithm: str,
+    causal: bool,
+    layout: "str | Sharding",
+    scale: float | None,
+    kernel: str,
+    overlap: bool,
+    deterministic: bool,
 ) -> Plan:
-    """The plan of one call.  Checks every argument; whatever is not supported is refused here."""
+    """The plan of one call, with the arguments of ``attention``.  Checks each; whatever is not supported is refused here."""
     _check_tensors(q, k, v)
-    for name, flag in (("causal", causal), ("overlap", overlap), ("deterministic", deterministic)):
-        _expect_bool(name, flag)
+    _expect_bool("causal", causal)
+    _expect_bool("overlap", overlap)
+    _expect_bool("deterministic", deterministic)
     require_name(algorithm, ALGORITHMS, "algorithm")
-    need = kernels.KernelRequest(
-        q.device, q.dtype, q.shape[3], q.shape[2], k.shape[2], _wants_grad(q, k, v), deterministic
+    group = transport.group
+    request = kernels.KernelRequest(
+        device=q.device,
+        dtype=q.dtype,
+        head_dim=q.shape[3],
+        heads=q.shape[2],
+        kv_heads=k.shape[2],
+        grad=_wants_grad(q, k, v),
+        deterministic=deterministic,
     )
     return Plan(
-        algorithm,
-        group,
-        resolve_local_sharding(layout, group.world_size, group.rank, q.shape[1]),
-        causal,
-        _check_scale(scale, q.shape[3]),
-        kernels.choose(kernel, need),
-        overlap,
-        deterministic,
+        algorithm=algorithm,
+        transport=transport,
+        sharding=resolve_local_sharding(layout, group.world_size, group.rank, q.shape[1]),
+        causal=causal,
+        scale=_check_scale(scale, q.shape[3]),
+        kernel=kernels.choose(kernel, request),
+        overlap=overlap,
+        deterministic=deterministic,
     )
 
 
-def call_signature(plan: Plan, q, k, v) -> dict[str, object]:
+def call_signature(
+    plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> dict[str, object]:
     """What must be the same on every rank."""
     return {
         "algorithm": plan.algorithm,
@@ -166,7 +199,9 @@ class SeesInside(TorchDispatchMode):
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, plan: Plan):
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         _plans[id(plan)] = plan
         try:
             out, lse = torch.ops.ringx.attention.default(q, k, v, id(plan))
@@ -179,7 +214,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout, dlse):
+    def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[Any, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
@@ -193,34 +228,11 @@ class _Attention(torch.autograd.Function):
 # ---- checks
 
 
-def _check_tensors(q, k, v) -> None:
+def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, not {type(x).__name__}.")
-        if x.dim() != 4:
-            raise ValueError(
-                f"{name} has {x.dim()} dimensions (shape {tuple(x.shape)}); it must be [B, S_local, heads, D]."
-            )
-        if x.dtype not in DTYPES:
-            raise TypeError(
-                f"{name}.dtype={x.dtype} is not supported; use {', '.join(str(d) for d in DTYPES)}."
-            )
-        if 0 in x.shape:
-            raise ValueError(
-                f"{name} has an empty dimension (shape {tuple(x.shape)}); every dimension must be at least 1."
-            )
+        _check_tensor(name, x)
     for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise TypeError(
-                f"{name}.dtype={x.dtype} differs from q.dtype={q.dtype}; convert one of them."
-            )
-        if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device}, q on {q.device}; move them to one device.")
-        for dim, what in ((0, "batch size"), (1, "local sequence length"), (3, "head size")):
-            if x.shape[dim] != q.shape[dim]:
-                raise ValueError(
-                    f"{name} has {what} {x.shape[dim]}, q has {q.shape[dim]} ({name}: {tuple(x.shape)}, q: {tuple(q.shape)})."
-                )
+        _check_like_q(name, x, q)
     if k.shape[2] != v.shape[2]:
         raise ValueError(
             f"k has {k.shape[2]} heads, v has {v.shape[2]}; they must have equally many."
@@ -231,13 +243,46 @@ def _check_tensors(q, k, v) -> None:
         )
 
 
-def _check_scale(scale, d: int) -> float:
+def _check_tensor(name: str, x: object) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, not {type(x).__name__}.")
+    shape = tuple(x.shape)
+    if x.dim() != 4:
+        raise ValueError(
+            f"{name} has {x.dim()} dimensions (shape {shape}); it must be [B, S_local, heads, D]."
+        )
+    if x.dtype not in SUPPORTED_DTYPES:
+        supported = ", ".join(str(dtype) for dtype in SUPPORTED_DTYPES)
+        raise TypeError(f"{name}.dtype={x.dtype} is not supported; use {supported}.")
+    if 0 in shape:
+        raise ValueError(
+            f"{name} has an empty dimension (shape {shape}); every dimension must be at least 1."
+        )
+
+
+def _check_like_q(name: str, x: torch.Tensor, q: torch.Tensor) -> None:
+    """k and v agree with q in everything but the number of heads."""
+    if x.dtype != q.dtype:
+        raise TypeError(
+            f"{name}.dtype={x.dtype} differs from q.dtype={q.dtype}; convert one of them."
+        )
+    if x.device != q.device:
+        raise ValueError(f"{name} is on {x.device}, q on {q.device}; move them to one device.")
+    for dim, what in ((0, "batch size"), (1, "local sequence length"), (3, "head size")):
+        if x.shape[dim] != q.shape[dim]:
+            raise ValueError(
+                f"{name} has {what} {x.shape[dim]}, q has {q.shape[dim]} "
+                f"({name}: {tuple(x.shape)}, q: {tuple(q.shape)})."
+            )
+
+
+def _check_scale(scale: object, head_dim: int) -> float:
     if scale is None:
-        return d**-0.5
+        return head_dim**-0.5
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale={scale!r} must be a number or None, not {type(scale).__name__}.")
     if not math.isfinite(scale):
-        raise ValueError(f"scale={scale} must be finite; None is D ** -0.5 = {d**-0.5:.6g}.")
+        raise ValueError(f"scale={scale} must be finite; None is D ** -0.5 = {head_dim**-0.5:.6g}.")
     return float(scale)
 
 

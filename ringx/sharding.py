@@ -1,11 +1,13 @@
 """shard, unshard, positions: between the global sequence and this rank's tokens."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from . import comm
-from .comm import Group
+from .comm import Group, Transport
 from .layout import Sharding, resolve_local_sharding, resolve_sharding
 
 
@@ -15,8 +17,8 @@ def positions(
     """[S_local] int64 on the CPU: the global position of each of this rank's tokens, for RoPE, labels and masks.
 
     `seqlen` is the global length.  Local, no communication.  Raises ValueError if the layout cannot hold the sequence."""
-    peers = Group.of(group)
-    return _bind(layout, peers, seqlen).positions(peers.rank)
+    own_group = Group.of(group)
+    return _resolve(layout, own_group, seqlen).positions(own_group.rank)
 
 
 def shard(
@@ -30,10 +32,10 @@ def shard(
 
     Local, no communication.  Its gradient is that of indexing: zero at the tokens of other ranks, so the sum over ranks of the
     gradients is the gradient of the sum of the ranks' losses."""
-    peers = Group.of(group)
+    own_group = Group.of(group)
     dim = _check(x, dim)
-    index = _bind(layout, peers, x.shape[dim]).positions(peers.rank).to(x.device)
-    return x.index_select(dim, index)
+    index = _resolve(layout, own_group, x.shape[dim]).positions(own_group.rank)
+    return x.index_select(dim, index.to(x.device))
 
 
 def unshard(
@@ -47,38 +49,43 @@ def unshard(
 
     The gradient is that of the *sum* over ranks of their losses: each token's owner gets the sum of the gradients that all
     ranks have for it.  Where every rank computes the same loss from the result, divide it by the number of ranks."""
-    peers = Group.of(group)
+    transport = comm.connect(group)
     dim = _check(x, dim)
-    sharding = resolve_local_sharding(layout, peers.world_size, peers.rank, x.shape[dim])
-    return _Unshard.apply(x, peers, dim, sharding)
+    sharding = resolve_local_sharding(
+        layout, transport.group.world_size, transport.group.rank, x.shape[dim]
+    )
+    return _Unshard.apply(x, transport, dim, sharding)
 
 
 class _Unshard(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, group: Group, dim: int, sharding: Sharding):
-        ctx.args = group, dim, sharding
-        sizes = [sharding.size(r) for r in range(group.world_size)]
-        first = x.movedim(dim, 0)
-        padded = first.new_zeros((max(sizes), *first.shape[1:]))
-        padded[: first.shape[0]] = first
+    def forward(
+        ctx: Any, x: torch.Tensor, transport: Transport, dim: int, sharding: Sharding
+    ) -> torch.Tensor:
+        ctx.arguments = transport, dim, sharding
+        sizes = [sharding.size(rank) for rank in range(transport.group.world_size)]
+        tokens_first = x.movedim(dim, 0)
+        padded = tokens_first.new_zeros((max(sizes), *tokens_first.shape[1:]))
+        padded[: tokens_first.shape[0]] = tokens_first
         with comm.phase("unshard", "forward"):
-            everyone = comm.all_gather(padded, group).wait()
-        out = first.new_empty((sharding.seqlen, *first.shape[1:]))
+            gathered = transport.all_gather(padded).wait()
+        out = tokens_first.new_empty((sharding.seqlen, *tokens_first.shape[1:]))
         for rank, size in enumerate(sizes):
-            out[sharding.positions(rank).to(x.device)] = everyone[rank, :size]
+            out[sharding.positions(rank).to(x.device)] = gathered[rank, :size]
         return out.movedim(0, dim).contiguous()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout):
-        group, dim, sharding = ctx.args
-        first = dout.movedim(dim, 0)
-        parts = [first[sharding.positions(r).to(dout.device)] for r in range(group.world_size)]
-        mine = parts[group.rank].numel()
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        transport, dim, sharding = ctx.arguments
+        rank, world_size = transport.group.rank, transport.group.world_size
+        tokens_first = dout.movedim(dim, 0)
+        parts = [tokens_first[sharding.positions(r).to(dout.device)] for r in range(world_size)]
+        incoming = [parts[rank].numel()] * world_size
         with comm.phase("unshard", "backward"):
-            came = comm.all_to_all(parts, [mine] * group.world_size, group).wait()
+            received = transport.all_to_all(parts, incoming).wait()
         wide = torch.float32 if dout.dtype in (torch.float16, torch.bfloat16) else dout.dtype
-        dx = came.view(group.world_size, *parts[group.rank].shape).sum(0, dtype=wide).to(dout.dtype)
+        dx = received.view(world_size, *parts[rank].shape).sum(0, dtype=wide).to(dout.dtype)
         return dx.movedim(0, dim).contiguous(), None, None, None
 
 
@@ -92,7 +99,7 @@ def _check(x: torch.Tensor, dim: int) -> int:
     return dim % x.dim()
 
 
-def _bind(layout: "str | Sharding", group: Group, seqlen: int) -> Sharding:
+def _resolve(layout: "str | Sharding", group: Group, seqlen: int) -> Sharding:
     sharding = resolve_sharding(layout, group.world_size, seqlen)
     if sharding.seqlen != seqlen:
         raise ValueError(

@@ -1,1 +1,1 @@
-"""One file per communication pattern: forward(q, k, v, plan), backward(dout, q, k, v, out, lse, plan), bytes_sent(sizes)."""
+"""One file per communication pattern, and the registry of the algorithms that use them (``registry.Pattern``: what a file holds)."""

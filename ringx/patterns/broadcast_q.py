@@ -23,68 +23,135 @@ Differs from the paper: numerator and denominator travel in one message; the max
 next one's block is computed; ringX2 does not reduce dq, which never leaves its rank.
 """
 
-from itertools import chain, repeat
+from collections import Counter
 
 import torch
 
-from .. import comm
+from ..comm import Pending, Transport
+from ..comm.streams import broadcast_stream
 from ..layout import clip
 from ..merge import OnlineSoftmax, acc_dtype, rows
+from ..plan import Plan
+from . import broadcast_kv
 from .broadcast_kv import backward
-from .broadcast_kv import bytes_sent as _bcast_kv_bytes
+from .sizes import Messages, PerDirection, Sizes
 
-__all__ = ["backward", "bytes_sent", "forward"]
+__all__ = ["backward", "bytes_sent", "forward", "messages", "received_bytes"]
+
+Result = tuple[torch.Tensor, torch.Tensor]  # out [B, S, H, D], lse [B, H, S]
 
 
-def forward(q, k, v, plan):
-    group, me = plan.group, plan.group.rank
-    sent = [plan.queries_to_send(dst) for dst in range(group.world_size)]
-    shapes = [(q.shape[0], r.stop - r.start, *q.shape[2:]) for r in sent]
-    stream = comm.broadcasts(q[:, sent[me]].contiguous(), shapes, group, plan.overlap)
-    own = plan.attend(OnlineSoftmax(q), q, k, v, plan.mine, plan.mine)
+def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan) -> Result:
+    group = plan.group
+    sent_rows = [plan.queries_to_send(dst) for dst in range(group.world_size)]
+    local_rows = sent_rows[group.rank]
+    shapes = [(q.shape[0], r.stop - r.start, *q.shape[2:]) for r in sent_rows]
+    stream = broadcast_stream(plan.transport, q[:, local_rows].contiguous(), shapes, plan.overlap)
+    own = plan.attend(OnlineSoftmax(q), q, k, v, plan.local_runs, plan.local_runs)
 
-    travelling, home = [], None
-    last_rounds = repeat(
-        (None, q), 2 if plan.overlap else 0
-    )  # bring home what the last two blocks left on its way
-    for dst, q_dst in chain(stream, last_rounds):
-        if dst == me:
-            travelling.append(_go_home(own.out[:, sent[me]], own.lse[:, :, sent[me]], dst, group))
-        elif dst is not None:
-            part = plan.attend(
-                OnlineSoftmax(q_dst), q_dst, k, v, clip(plan.runs(dst), sent[dst]), plan.mine
-            )
-            travelling.append(_go_home(part.out, part.lse, dst, group))
-        for _ in range(1 if plan.overlap else 3):
-            for job in travelling:
-                home = next(job, None) or home
-        travelling = travelling[-2:]
-    if home is None:
+    pipeline = _ReductionPipeline(plan.transport)
+    for dst, q_dst in stream:
+        if dst == group.rank:
+            pipeline.advance(_PartialResult(own.out[:, local_rows], own.lse[:, :, local_rows], dst))
+        else:
+            q_runs = clip(plan.runs(dst), sent_rows[dst])
+            part = plan.attend(OnlineSoftmax(q_dst), q_dst, k, v, q_runs, plan.local_runs)
+            pipeline.advance(_PartialResult(part.out, part.lse, dst))
+        if not plan.overlap:
+            pipeline.drain()
+    pipeline.drain()
+    if pipeline.own_result is None:
         return own.out, own.lse
-    if sent[me].start == 0:
-        return home
-    out, lse = own.out.to(home[0].dtype, copy=True), own.lse.clone()
-    out[:, sent[me]], lse[:, :, sent[me]] = home
+    if local_rows.start == 0:
+        return pipeline.own_result
+    merged_out, merged_lse = pipeline.own_result
+    out = own.out.to(merged_out.dtype, copy=True)
+    lse = own.lse.clone()
+    out[:, local_rows] = merged_out
+    lse[:, :, local_rows] = merged_lse
     return out, lse
 
 
-def _go_home(out, lse, dst, group):
-    """The way of one owner's partial result in three steps, one at each ``next``, so that the collectives of one owner fly while
-    others are computed: start the all-reduce; start the reduce; wait for it and yield (out, lse) on the owner."""
-    lse = lse.to(acc_dtype(out.dtype))
-    maximum = comm.all_reduce_max(lse.clone(), group)
-    yield
-    peak = maximum.wait()
-    weight = rows((lse - peak).exp())
-    message = torch.cat([out * weight, weight], -1)
-    del out, lse, weight
-    sum_ = comm.reduce(message, dst, group)
-    yield
-    total = sum_.wait()
-    num, den = total[..., :-1], total[..., -1:]
-    yield (num / den, peak + den.squeeze(-1).transpose(1, 2).log()) if dst == group.rank else None
+class _PartialResult:
+    """This rank's share of one owner's result, on its way to the owner."""
+
+    def __init__(self, out: torch.Tensor, lse: torch.Tensor, dst: int):
+        self.dst = dst
+        self._out: torch.Tensor | None = out
+        self._lse = lse.to(acc_dtype(out.dtype))
+        self._maximum: Pending
+        self._peak: torch.Tensor
+        self._total: Pending
+
+    def start_maximum(self, transport: Transport) -> None:
+        """Step 1: the all-reduce of the maximum of the lse."""
+        self._maximum = transport.all_reduce_max(self._lse.clone())
+
+    def start_sum(self, transport: Transport) -> None:
+        """Step 2: the reduce of (numerator, denominator) to the owner."""
+        assert self._out is not None
+        self._peak = self._maximum.wait()
+        weight = rows((self._lse - self._peak).exp())
+        message = torch.cat([self._out * weight, weight], -1)
+        self._out = None  # frees it
+        del weight
+        self._total = transport.reduce(message, self.dst)
+
+    def wait(self) -> None:
+        """Step 3 on a rank that is not the owner."""
+        self._total.wait()
+
+    def finish(self) -> Result:
+        """Step 3 on the owner: (out, lse)."""
+        total = self._total.wait()
+        numerator, denominator = total[..., :-1], total[..., -1:]
+        lse = self._peak + denominator.squeeze(-1).transpose(1, 2).log()
+        return numerator / denominator, lse
 
 
-def bytes_sent(s):
+class _ReductionPipeline:
+    """Partial results of successive owners, each one step further at every ``advance``, so that the collectives of one owner
+    are in flight while the next one's block is computed."""
+
+    def __init__(self, transport: Transport):
+        self._transport = transport
+        self._in_maximum: _PartialResult | None = None
+        self._in_sum: _PartialResult | None = None
+        self.own_result: Result | None = None
+
+    def advance(self, newest: _PartialResult | None = None) -> None:
+        """Finishes the oldest result, begins the sum of the one after it and the maximum of the newest."""
+        if self._in_sum is not None:
+            if self._in_sum.dst == self._transport.group.rank:
+                self.own_result = self._in_sum.finish()
+            else:
+                self._in_sum.wait()
+        if self._in_maximum is not None:
+            self._in_maximum.start_sum(self._transport)
+        if newest is not None:
+            newest.start_maximum(self._transport)
+        self._in_sum, self._in_maximum = self._in_maximum, newest
+
+    def drain(self) -> None:
+        """Finishes all."""
+        self.advance()
+        self.advance()
+
+
+def bytes_sent(s: Sizes) -> PerDirection:
     per_token = s.q_row + s.B * s.H * ((s.D + 1) + 2) * s.acc
-    return s.others * (s.N - 1) / s.N * per_token, _bcast_kv_bytes(s)[1]
+    forward_bytes = s.others * (s.N - 1) / s.N * per_token
+    return PerDirection(forward_bytes, broadcast_kv.bytes_sent(s).backward)
+
+
+def messages(s: Sizes) -> Messages:
+    owners = s.owners
+    return Messages(
+        Counter(broadcast=owners, all_reduce=owners, reduce=owners),
+        broadcast_kv.messages(s).backward,
+    )
+
+
+def received_bytes(s: Sizes, overlap: bool) -> PerDirection:
+    blocks = min(2 if overlap else 1, s.owners)
+    return PerDirection(blocks * s.q_block, broadcast_kv.received_bytes(s, overlap).backward)

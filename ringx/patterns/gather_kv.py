@@ -18,113 +18,152 @@ Differs from the paper: at most two kernel calls for all remote blocks instead o
 local fp32 sum, half the bytes of an fp32 reduce-scatter, without its rounding in 16 bit, and without what the mask empties.
 """
 
+from collections import Counter
+
 import torch
 
-from .. import comm
-from ..layout import clip, pack
+from ..comm import Pending
+from ..layout import TokenRange, clip, pack
 from ..merge import OnlineSoftmax, acc_dtype
+from ..plan import Plan
+from .sizes import Messages, PerDirection, Sizes
+
+RemoteRun = tuple[int, TokenRange]  # (rank, tokens that it holds)
 
 
-def forward(q, k, v, plan):
-    acc, arriving = OnlineSoftmax(q), _gather(k, v, plan)
-    plan.attend(acc, q, k, v, plan.mine, plan.mine)
-    others = _others(plan)
-    if others:
-        plan.attend(
-            acc, q, *_sorted(arriving.wait(), others), plan.mine, pack([run for _, run in others])
-        )
-    return acc.out, acc.lse
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
+) -> tuple[torch.Tensor, torch.Tensor]:
+    online = OnlineSoftmax(q)
+    gathering = _gather(k, v, plan)
+    plan.attend(online, q, k, v, plan.local_runs, plan.local_runs)
+    remote = _visible_remote_runs(plan)
+    if remote:
+        sorted_k, sorted_v = _sorted_by_position(gathering.wait(), remote)
+        k_runs = pack([run for _, run in remote])
+        plan.attend(online, q, sorted_k, sorted_v, plan.local_runs, k_runs)
+    return online.out, online.lse
 
 
-def backward(dout, q, k, v, out, lse, plan):
+def backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    plan: Plan,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     acc, group = acc_dtype(q.dtype), plan.group
     dq = torch.zeros(q.shape, dtype=acc, device=q.device)
-    dkv = torch.zeros((2, *k.shape), dtype=acc, device=q.device)
-    arriving = _gather(k, v, plan)
-    plan.attend_own_backward(0, dq, dkv, dout, q, k, v, out, lse)
+    local_dkv = torch.zeros((2, *k.shape), dtype=acc, device=q.device)
+    gathering = _gather(k, v, plan)
+    plan.attend_own_backward(0, dq, local_dkv, dout, q, k, v, out, lse)
     if group.world_size == 1:
-        return dq, *dkv
-    others, gathered = _others(plan), arriving.wait()
-    grads = ()
-    if others:
-        runs = pack([run for _, run in others])
+        return dq, local_dkv[0], local_dkv[1]
+
+    remote, gathered = _visible_remote_runs(plan), gathering.wait()
+    grads: tuple[torch.Tensor, ...] = ()
+    if remote:
+        sorted_k, sorted_v = _sorted_by_position(gathered, remote)
+        k_runs = pack([run for _, run in remote])
         grads = plan.attend_backward(
-            dq, dout, q, *_sorted(gathered, others), out, lse, plan.mine, runs
+            dq, dout, q, sorted_k, sorted_v, out, lse, plan.local_runs, k_runs
         )
-    del gathered, arriving
-    flying = comm.all_to_all(
-        _by_owner(grads, others, k, group.world_size), _incoming(k, plan), group
+        del sorted_k, sorted_v
+    del gathered, gathering
+
+    incoming = _incoming_elements(k, plan)
+    going_home = plan.transport.all_to_all(
+        _split_by_owner(grads, remote, k, group.world_size), incoming
     )
     del grads
     if not plan.overlap:
-        flying.wait()
-    plan.attend_own_backward(1, dq, dkv, dout, q, k, v, out, lse)
-    for src, part in enumerate(flying.wait().split(_incoming(k, plan))):
+        going_home.wait()
+    plan.attend_own_backward(1, dq, local_dkv, dout, q, k, v, out, lse)
+    for src, part in enumerate(going_home.wait().split(incoming)):
         if part.numel():
-            rows = plan.visible_keys(group.rank, src)
-            dkv[:, :, rows] += part.view(2, k.shape[0], rows.stop, *k.shape[2:])
-    return dq, *dkv
+            rows = plan.visible_keys(group.rank, by=src)
+            local_dkv[:, :, rows] += part.view(2, k.shape[0], rows.stop, *k.shape[2:])
+    return dq, local_dkv[0], local_dkv[1]
 
 
-def _gather(k, v, plan):
+def _gather(k: torch.Tensor, v: torch.Tensor, plan: Plan) -> Pending:
     """[N, 2, B, rows, Hkv, D]; shards shorter than the longest are padded to it, as an all-gather wants."""
-    longest = max(
-        plan.sharding.size(0),
-        plan.sharding.size(plan.group.world_size - 1),
-        *map(plan.sharding.size, range(plan.group.world_size)),
-    )
+    longest = max(plan.sharding.size(rank) for rank in range(plan.group.world_size))
     kv = torch.stack([k, v])
     if k.shape[1] < longest:
         kv = torch.nn.functional.pad(kv, (0, 0, 0, 0, 0, longest - k.shape[1]))
-    pending = comm.all_gather(kv, plan.group)
+    gathering = plan.transport.all_gather(kv)
     if not plan.overlap:
-        pending.wait()
-    return pending
+        gathering.wait()
+    return gathering
 
 
-def _others(plan):
-    """[(rank, run)] of the keys of other ranks that this one sees, by ascending position."""
-    me = plan.group.rank
-    runs = [
-        (src, run)
-        for src in range(plan.group.world_size)
-        if src != me
-        for run in clip(plan.runs(src), plan.visible_keys(src, me))
-    ]
-    return sorted(runs, key=lambda x: x[1].start)
+def _visible_remote_runs(plan: Plan) -> list[RemoteRun]:
+    """The keys of other ranks that this one sees, by ascending position."""
+    rank = plan.group.rank
+    remote: list[RemoteRun] = []
+    for src in range(plan.group.world_size):
+        if src != rank:
+            visible = clip(plan.runs(src), plan.visible_keys(src, by=rank))
+            remote.extend((src, run) for run in visible)
+    return sorted(remote, key=lambda pair: pair[1].start)
 
 
-def _sorted(gathered, others):
+def _sorted_by_position(
+    gathered: torch.Tensor, remote: list[RemoteRun]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """k, v [B, keys, Hkv, D] of those runs, in that order."""
-    return tuple(
-        torch.cat([gathered[src, i][:, run.at : run.at + run.length] for src, run in others], dim=1)
-        for i in (0, 1)
-    )
+    k = [gathered[src, 0][:, run.at : run.at + run.length] for src, run in remote]
+    v = [gathered[src, 1][:, run.at : run.at + run.length] for src, run in remote]
+    return torch.cat(k, dim=1), torch.cat(v, dim=1)
 
 
-def _by_owner(grads, others, k, world):
-    """The inverse of _sorted: one message for each rank, [2, B, keys of it that are seen here, Hkv, D] in k's dtype."""
-    parts: list[tuple[list, list]] = [([], []) for _ in range(world)]
-    at = 0
-    for src, run in others:
-        for part, grad in zip(parts[src], grads, strict=True):
-            part.append(grad[:, at : at + run.length])
-        at += run.length
-    return [
-        torch.stack([torch.cat(p, dim=1) for p in part]).to(k.dtype) if part[0] else k.new_empty(0)
-        for part in parts
-    ]
+def _split_by_owner(
+    grads: tuple[torch.Tensor, ...], remote: list[RemoteRun], k: torch.Tensor, world_size: int
+) -> list[torch.Tensor]:
+    """The inverse of _sorted_by_position: one message for each rank, [2, B, keys of it that are seen here, Hkv, D] in k's
+    dtype, empty where none is."""
+    dk_of: list[list[torch.Tensor]] = [[] for _ in range(world_size)]
+    dv_of: list[list[torch.Tensor]] = [[] for _ in range(world_size)]
+    start = 0
+    for src, run in remote:
+        dk, dv = grads
+        dk_of[src].append(dk[:, start : start + run.length])
+        dv_of[src].append(dv[:, start : start + run.length])
+        start += run.length
+    messages = []
+    for dk_parts, dv_parts in zip(dk_of, dv_of, strict=True):
+        if dk_parts:
+            dkv = torch.stack([torch.cat(dk_parts, dim=1), torch.cat(dv_parts, dim=1)])
+            messages.append(dkv.to(k.dtype))
+        else:
+            messages.append(k.new_empty(0))
+    return messages
 
 
-def _incoming(k, plan):
+def _incoming_elements(k: torch.Tensor, plan: Plan) -> list[int]:
     """Elements of dkv that each rank sends here."""
-    me, row = plan.group.rank, 2 * k.shape[0] * k.shape[2] * k.shape[3]
-    return [
-        0 if src == me else plan.visible_keys(me, src).stop * row
-        for src in range(plan.group.world_size)
-    ]
+    rank = plan.group.rank
+    elements_per_token = 2 * k.shape[0] * k.shape[2] * k.shape[3]
+    incoming = []
+    for src in range(plan.group.world_size):
+        tokens = 0 if src == rank else plan.visible_keys(rank, by=src).stop
+        incoming.append(tokens * elements_per_token)
+    return incoming
 
 
-def bytes_sent(s):
-    gathered = (s.N - 1) * s.S / s.N * s.kv_elements * s.itemsize
-    return gathered, gathered + s.pairs * s.kv_elements * s.itemsize
+def bytes_sent(s: Sizes) -> PerDirection:
+    gathered = (s.N - 1) * s.block * s.kv_elements * s.itemsize
+    return PerDirection(gathered, gathered + s.pairs * s.kv_elements * s.itemsize)
+
+
+def messages(s: Sizes) -> Messages:
+    once = 1 if s.N > 1 else 0
+    return Messages(Counter(all_gather=once), Counter(all_gather=once, all_to_all=once))
+
+
+def received_bytes(s: Sizes, overlap: bool) -> PerDirection:
+    gathered = s.N * s.kv_block if s.N > 1 else 0.0
+    return PerDirection(gathered, gathered)

@@ -1,65 +1,51 @@
-"""ALGORITHMS: which names exist and what each stands for.  Data; the communication itself is in algo/."""
+"""The algorithms that ``attention(algorithm=...)`` takes.
 
-import importlib
+An algorithm is one row of ALGORITHMS: a pattern (one file of this folder) under a name, with the layout that it is at its best
+with.  Everything else in ringx that must know the algorithms iterates over this table.
+"""
+
 from dataclasses import dataclass
-from types import ModuleType
+from typing import Protocol
+
+import torch
 
 from ..checks import require_name
 from ..layout import LAYOUTS
+from ..plan import Plan
+from . import broadcast_kv, broadcast_q, gather_kv
+from .sizes import Messages, PerDirection, Sizes
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """A problem on N equal shards, for closed forms.  S is global; `itemsize` in bytes."""
+class Pattern(Protocol):
+    """What the file of a pattern holds."""
 
-    B: int
-    S: int
-    H: int
-    Hkv: int
-    D: int
-    N: int
-    itemsize: int
-    causal: bool
-    layout: str
+    __name__: str
 
-    @property
-    def acc(self) -> int:
-        """Bytes of an accumulated element."""
-        return max(4, self.itemsize)
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """out like q (any float dtype), lse [B, H, S_local], of this rank's queries over the keys of all ranks."""
 
-    @property
-    def q_row(self) -> int:
-        """Bytes of one token's queries."""
-        return self.B * self.H * self.D * self.itemsize
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        plan: Plan,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """dq, dk, dv of this rank's tokens, from the gradients of all ranks."""
 
-    @property
-    def kv_elements(self) -> int:
-        """Elements of one token's keys and values."""
-        return 2 * self.B * self.Hkv * self.D
+    def bytes_sent(self, s: Sizes) -> PerDirection:
+        """Bytes that a rank sends in closed form, mean over ranks where they differ."""
 
-    @property
-    def others(self) -> float:
-        """Tokens of all ranks that some other rank needs: those that no other rank's queries see, or whose queries see no
-        other rank's keys (at one end of a causal sequence), stay at home."""
-        if self.N == 1:
-            return 0
-        at_home = {"contiguous": self.S / self.N, "zigzag": self.S / self.N / 2, "striped": 1}[
-            self.layout
-        ]
-        return self.S - (at_home if self.causal else 0)
+    def messages(self, s: Sizes) -> Messages:
+        """How many collectives of each kind a rank takes part in, in closed form."""
 
-    @property
-    def pairs(self) -> float:
-        """Tokens of other ranks' keys that a rank sees, mean over ranks."""
-        block, others = self.S / self.N, self.N - 1
-        if not self.causal:
-            return others * block
-        return (
-            others
-            * {"contiguous": block / 2, "zigzag": block * 3 / 4, "striped": block - 0.5}[
-                self.layout
-            ]
-        )
+    def received_bytes(self, s: Sizes, overlap: bool) -> PerDirection:
+        """Most bytes of the buffers, at once, that a rank receives other ranks' blocks into."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +53,16 @@ class Algorithm:
     """One named algorithm: a communication pattern with the layout it is at its best with."""
 
     name: str
-    pattern: str  # file in ringx/patterns
+    module: Pattern
     paper: str
     recommended_layout: str
     memory: str  # remote blocks held at once, a rank
     doc: str
+
+    @property
+    def pattern(self) -> str:
+        """The file in ringx/patterns."""
+        return self.module.__name__.rpartition(".")[2]
 
     def bytes(
         self,
@@ -86,53 +77,111 @@ class Algorithm:
         layout: str | None = None,
     ) -> tuple[float, float]:
         """(forward, backward): bytes that a rank sends in closed form, mean over ranks where they differ, as defined in
-        ``ringx.comm``.  S is the global length, in equal shards (S a multiple of N, of 2N for zigzag; for other lengths
-        count with ``ringx.comm.traffic``); `layout` defaults to the recommended one."""
-        layout = (
-            self.recommended_layout if layout is None else require_name(layout, LAYOUTS, "layout")
-        )
-        for name, value in {
-            "B": B,
-            "S": S,
-            "H": H,
-            "Hkv": Hkv,
-            "D": D,
-            "N": N,
-            "itemsize": itemsize,
-        }.items():
+        ``ringx.comm.collectives``.
+
+        S is the global length, in equal shards (S a multiple of N, of 2N for zigzag; for other lengths count with
+        ``ringx.comm.traffic``); `itemsize` is in bytes; `layout` defaults to the recommended one."""
+        s = self._sizes(B, S, H, Hkv, D, N, itemsize, causal, layout)
+        return self.module.bytes_sent(s)
+
+    def messages(
+        self,
+        B: int,
+        S: int,
+        H: int,
+        Hkv: int,
+        D: int,
+        N: int,
+        itemsize: int,
+        causal: bool,
+        layout: str | None = None,
+    ) -> Messages:
+        """({collective: count} of the forward, of the backward) that a rank takes part in; arguments as of ``bytes``."""
+        return self.module.messages(self._sizes(B, S, H, Hkv, D, N, itemsize, causal, layout))
+
+    def received_bytes(
+        self,
+        B: int,
+        S: int,
+        H: int,
+        Hkv: int,
+        D: int,
+        N: int,
+        itemsize: int,
+        causal: bool,
+        layout: str | None = None,
+        overlap: bool = True,
+    ) -> PerDirection:
+        """(forward, backward): most bytes of the buffers, at once, that a rank receives other ranks' blocks into; arguments as
+        of ``bytes`` and of ``ringx.attention``."""
+        s = self._sizes(B, S, H, Hkv, D, N, itemsize, causal, layout)
+        return self.module.received_bytes(s, overlap)
+
+    def _sizes(
+        self,
+        B: int,
+        S: int,
+        H: int,
+        Hkv: int,
+        D: int,
+        N: int,
+        itemsize: int,
+        causal: bool,
+        layout: str | None,
+    ) -> Sizes:
+        """The checked arguments of ``bytes``."""
+        if layout is None:
+            layout = self.recommended_layout
+        require_name(layout, LAYOUTS, "layout")
+        integers = {"B": B, "S": S, "H": H, "Hkv": Hkv, "D": D, "N": N, "itemsize": itemsize}
+        for name, value in integers.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"bytes: {name}={value!r} must be a positive integer.")
-        if S % (2 * N if layout == "zigzag" and N > 1 else N):
+        parts = 2 * N if layout == "zigzag" and N > 1 else N
+        if S % parts:
             raise ValueError(
-                f"bytes: S={S} does not give {N} equal {layout} shards; count uneven ones with ringx.comm.traffic()."
+                f"bytes: S={S} does not give {N} equal {layout} shards; "
+                "count uneven ones with ringx.comm.traffic()."
             )
-        return pattern(self.name).bytes_sent(
-            Sizes(B, S, H, Hkv, D, N, itemsize, bool(causal), layout)
-        )
+        return Sizes(**integers, causal=bool(causal), layout=layout)
 
 
-_PAPER = "Yin et al., RingX, SC25"
-ALGORITHMS = {
-    a.name: a
-    for a in (
-        Algorithm(
-            "ringx1", "broadcast_q", f"{_PAPER}: X1", "contiguous", "2 blocks of q",
-            "Queries are broadcast, partial outputs reduced to their owner; made for bidirectional attention.",
-        ),
-        Algorithm(
-            "ringx2", "broadcast_q", f"{_PAPER}: X2", "zigzag", "2 blocks of q",
-            "ringx1's pattern for causal attention: each rank computes only the tiles that the mask leaves.",
-        ),
-        Algorithm(
-            "ringx3", "gather_kv", f"{_PAPER}: X3", "zigzag", "N blocks of kv, twice",
-            "One all-gather of keys and values, one all-to-all of their gradients: fewest messages and kernel calls.",
-        ),
-        Algorithm(
-            "ringx4", "broadcast_kv", f"{_PAPER}: X4", "zigzag", "2 blocks of kv",
-            "Keys and values are broadcast one owner at a time, gradients reduced to it: constant memory.",
-        ),
-    )
-}  # fmt: skip
+_RINGX = "Yin et al., RingX, SC25"
+_ROWS = (
+    Algorithm(
+        name="ringx1",
+        module=broadcast_q,
+        paper=f"{_RINGX}: X1",
+        recommended_layout="contiguous",
+        memory="2 blocks of q",
+        doc="Queries are broadcast, partial outputs reduced to their owner; made for bidirectional attention.",
+    ),
+    Algorithm(
+        name="ringx2",
+        module=broadcast_q,
+        paper=f"{_RINGX}: X2",
+        recommended_layout="zigzag",
+        memory="2 blocks of q",
+        doc="ringx1's pattern for causal attention: each rank computes only the tiles that the mask leaves.",
+    ),
+    Algorithm(
+        name="ringx3",
+        module=gather_kv,
+        paper=f"{_RINGX}: X3",
+        recommended_layout="zigzag",
+        memory="N blocks of kv, twice",
+        doc="One all-gather of keys and values, one all-to-all of their gradients: fewest messages and kernel calls.",
+    ),
+    Algorithm(
+        name="ringx4",
+        module=broadcast_kv,
+        paper=f"{_RINGX}: X4",
+        recommended_layout="zigzag",
+        memory="2 blocks of kv",
+        doc="Keys and values are broadcast one owner at a time, gradients reduced to it: constant memory.",
+    ),
+)
+ALGORITHMS = {algorithm.name: algorithm for algorithm in _ROWS}
 
 
 def algorithms() -> dict[str, Algorithm]:
@@ -140,6 +189,6 @@ def algorithms() -> dict[str, Algorithm]:
     return dict(ALGORITHMS)
 
 
-def pattern(name: str) -> ModuleType:
-    """The module with forward, backward and bytes_sent of algorithm `name`."""
-    return importlib.import_module(f".{ALGORITHMS[name].pattern}", __package__)
+def pattern(name: str) -> Pattern:
+    """The file of algorithm `name`'s pattern."""
+    return ALGORITHMS[name].module

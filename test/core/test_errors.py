@@ -118,7 +118,7 @@ def test_check_can_be_turned_off():
         with pytest.raises(
             ValueError, match="unknown"
         ):  # local mistakes are still found, where they are made
-            ringx.attention(**good(), check=False, algorithm="ring")
+            ringx.attention(**good(), check=False, algorithm="rings")
         return dict(t.forward)
 
     assert all(set(sent) == {"all_gather"} for sent in run(2, on_rank))

@@ -73,7 +73,7 @@ def test_7_errors_do_not_grow_with_ranks():
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("algorithm", ["ringx1", "ringx2", "ringx4"])
+@pytest.mark.parametrize("algorithm", ringx.algorithms())
 def test_13_what_a_reduce_leaves_elsewhere_is_not_used(algorithm, monkeypatch):
     """A backend may write anything to the buffers of ranks that are not the destination."""
     original = ringx.comm.Pending.wait

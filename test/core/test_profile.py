@@ -3,43 +3,42 @@
 import torch
 from programs import ranks_do
 
+import ringx
 from ringx import launch
+from ringx.comm import COLLECTIVES
 
-EXPECTED = {
-    "ringx1": ("broadcast from rank 1", "reduce to rank 0"),
-    "ringx2": ("broadcast from rank 1", "reduce to rank 0"),
-    "ringx3": ("all-gather", "all-to-all"),
-    "ringx4": ("broadcast from rank 1", "reduce to rank 0"),
-}
+ALGORITHMS = ringx.algorithms()
 
 
 def profiled(world):
     """{algorithm: names of the ranges of one step}."""
-    found = {}
-    for algorithm in EXPECTED:
+    ranges = {}
+    for algorithm in ALGORITHMS:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             ranks_do.attend(world, algorithm, backward=True)
-        found[algorithm] = {e.key for e in profile.key_averages() if e.key.startswith("ringx")}
-    return found
+        names = {event.key for event in profile.key_averages()}
+        ranges[algorithm] = {name for name in names if name.startswith("ring")}
+    return ranges
 
 
-def test_ranges():
-    for found in launch.run(profiled, 2):
-        for algorithm, (forward, backward) in EXPECTED.items():
-            want = {
-                f"{algorithm} {d}{what}"
-                for d in ("forward", "backward")
-                for what in ("", ": attend")
-            }
-            want |= {f"{algorithm} forward: {do} {forward}" for do in ("post", "wait for")}
-            want |= {f"{algorithm} backward: {do} {backward}" for do in ("post", "wait for")}
-            assert want <= found[algorithm], sorted(want - found[algorithm])
-            assert not any(
-                name.startswith(other)
-                for name in found[algorithm]
-                for other in EXPECTED
-                if other != algorithm
-            )
+def test_ranges_bear_the_names_of_algorithm_direction_and_message():
+    for ranges in launch.run(profiled, 2):
+        for algorithm, row in ALGORITHMS.items():
+            directions = ("forward", "backward")
+            messages = row.messages(1, 8, 2, 2, 8, 2, 4, False)
+            expected = []
+            for direction, counts in zip(directions, messages, strict=True):
+                expected += [f"{algorithm} {direction}", f"{algorithm} {direction}: attend"]
+                for name in counts:
+                    title = COLLECTIVES[name].title
+                    expected += [
+                        f"{algorithm} {direction}: {action} {title}"
+                        for action in ("post", "wait for")
+                    ]
+            for prefix in expected:
+                assert any(name.startswith(prefix) for name in ranges[algorithm]), prefix
+            others = [f"{other} " for other in ALGORITHMS if other != algorithm]
+            assert not any(name.startswith(tuple(others)) for name in ranges[algorithm])
 
 
 def test_the_agreement_has_a_range_too():

@@ -51,14 +51,14 @@ def die_in(world, culprit, direction, how):
             "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
             "sleep": lambda: time.sleep(600),
         }[how]
-        calls = comm.broadcast
+        broadcast = comm.Transport.broadcast
 
-        def broadcast(x, src, group):
-            if comm._phase.now[1] == direction and src == culprit:
+        def broadcast_or_stop(transport, x, src):
+            if comm.accounting.current_phase().direction == direction and src == culprit:
                 stop()
-            return calls(x, src, group)
+            return broadcast(transport, x, src)
 
-        comm.broadcast = broadcast
+        comm.Transport.broadcast = broadcast_or_stop
     return attend(world, backward=direction == "backward")
 
 
