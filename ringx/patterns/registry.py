@@ -12,7 +12,7 @@ import torch
 from ..checks import require_name
 from ..layout import LAYOUTS
 from ..plan import Plan
-from . import broadcast_kv, broadcast_q, gather_kv
+from . import broadcast_kv, broadcast_q, gather_kv, ring
 from .sizes import Messages, PerDirection, Sizes
 
 
@@ -179,6 +179,14 @@ _ROWS = (
         recommended_layout="zigzag",
         memory="2 blocks of kv",
         doc="Keys and values are broadcast one owner at a time, gradients reduced to it: constant memory.",
+    ),
+    Algorithm(
+        name="ring",
+        module=ring,
+        paper="Liu et al., Ring Attention, arXiv 2310.01889",
+        recommended_layout="zigzag",
+        memory="2 blocks of kv",
+        doc="Keys and values travel from neighbour to neighbour, their gradients after them: constant memory.",
     ),
 )
 ALGORITHMS = {algorithm.name: algorithm for algorithm in _ROWS}
