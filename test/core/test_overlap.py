@@ -137,3 +137,12 @@ def test_ringx3_computes_all_remote_blocks_in_one_call(overlap, events):
         for log in logs:
             computed = [event[2] for event in log if is_compute(event)]
             assert computed[:2] == [(rank,), others]
+
+
+def test_ring_sends_a_block_on_while_it_is_computed(events):
+    for rank, (forward, _) in enumerate(run(WORLD, step, "ring", True, events)):
+        kinds = [event[0] for event in forward]
+        assert kinds == ["post", "compute", "wait"] * (WORLD - 1) + ["compute"]
+        visited = [event[2][0] for event in forward if is_compute(event)]
+        assert visited == [(rank - s) % WORLD for s in range(WORLD)]
+        assert {event.peer for event in forward if event[0] == "post"} == {(rank + 1) % WORLD}
