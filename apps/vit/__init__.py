@@ -1,1 +1,1 @@
-"""A vision transformer that forecasts gridded climate fields.  ``python -m apps.vit.train --help``."""
+"""A ViT that forecasts gridded climate fields: ``python -m apps.vit.train --help``."""

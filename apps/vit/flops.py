@@ -15,19 +15,27 @@ class Parameters:
     matmul: int  # of matrices that multiply activations
 
 
-def parameters(c: ModelConfig) -> Parameters:
-    """How many parameters such a model has."""
-    points = c.patch**2
-    matmul = c.layers * (4 * c.dim**2 + 2 * c.dim * c.hidden) + c.dim * points * (
-        c.in_channels + c.out_channels
-    )
-    biases = c.layers * (5 * c.dim + c.hidden) + c.dim + c.out_channels * points
-    norms = (2 * c.layers + 1) * 2 * c.dim
-    places = c.patch_grid().tokens * c.dim if c.positions == "learned" else 0
-    return Parameters(matmul + biases + norms + places, matmul)
+def parameters(config: ModelConfig) -> Parameters:
+    """How many parameters a model of this shape has."""
+    dim, points = config.dim, config.patch**2
+
+    block_matmul = 4 * dim**2 + 2 * dim * config.hidden
+    block_biases = 5 * dim + config.hidden
+    embed_and_head = dim * points * (config.in_channels + config.out_channels)
+
+    matmul = config.layers * block_matmul + embed_and_head
+    biases = config.layers * block_biases + dim + config.out_channels * points
+    norms = (2 * config.layers + 1) * 2 * dim
+    total = matmul + biases + norms
+    if config.positions == "learned":
+        total += config.patch_grid().tokens * dim
+    return Parameters(total=total, matmul=matmul)
 
 
-def flops_per_token(c: ModelConfig) -> Flops:
-    """Operations of a training step for each token.  Every token sees all: both conventions are the same here."""
-    flops = 6 * parameters(c).matmul + 12 * c.layers * c.dim * c.patch_grid().tokens
-    return Flops(flops, flops)
+def flops_per_token(config: ModelConfig) -> Flops:
+    """Operations of a training step for each token.
+
+    Every token sees all tokens: both conventions are the same here."""
+    attention = 12 * config.layers * config.dim * config.patch_grid().tokens
+    flops = 6 * parameters(config).matmul + attention
+    return Flops(full=flops, causal=flops)

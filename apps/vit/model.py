@@ -1,8 +1,19 @@
-"""A Vision Transformer that maps fields on a grid to the changes of fields.  It knows nothing of ranks: it is given some of the
-grid's tokens with their places, and an attention.
+"""A Vision Transformer that maps fields on a grid to the changes of fields.
 
-Pre-norm blocks (Dosovitskiy et al., arXiv 2010.11929).  The last projection begins as 0, so that an untrained model changes
-nothing of the simple forecast that it corrects.
+It knows nothing of ranks: it is given some of the grid's tokens with their positions, and an
+attention.  Its blocks are pre-norm (Dosovitskiy et al., arXiv 2010.11929).  The last projection
+begins as 0, so that an untrained model changes nothing of the simple forecast that it corrects.
+
+Shapes:
+    B           samples
+    S           tokens that are given: all of the grid, or this rank's part of them
+    C           width of the residual stream (`dim`)
+    H, D        heads of the attention, dimensions of a head; C = H D
+    Cin, Cout   channels of the input and the output (leads x channels of the record)
+    P           points of a patch, patch x patch
+
+Under tensor parallelism a rank holds S / tp tokens between the matrices, and H / tp heads in
+attention.
 """
 
 import math
@@ -17,46 +28,58 @@ from apps.common.weights import seeded_normal
 
 from .config import ModelConfig
 
-Attend = Callable[
-    [Tensor, Tensor, Tensor], Tensor
-]  # q, k, v [B, S, H, D] -> [B, S, H, D], every token sees all
+# q, k, v [B, S, H, D] -> out [B, S, H, D]; every token attends to all tokens of the grid
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+KEEP_ALL = ActivationMemory()  # no activation is computed again
 
 
 class Attention(nn.Module):
-    def __init__(self, c: ModelConfig, attend: Attend):
+    def __init__(self, config: ModelConfig, attend: Attend):
         super().__init__()
-        self.head_dim, self.attend = c.dim // c.heads, attend
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
-            nn.Linear(c.dim, c.dim) for _ in range(4)
-        )
+        self.head_dim = config.dim // config.heads
+        self.attend = attend
+        self.q_proj = nn.Linear(config.dim, config.dim)
+        self.k_proj = nn.Linear(config.dim, config.dim)
+        self.v_proj = nn.Linear(config.dim, config.dim)
+        self.o_proj = nn.Linear(config.dim, config.dim)
 
     def forward(self, x: Tensor, tokens: int) -> Tensor:
-        """x [B, S, C], of which the first `tokens` are tokens and the others only fill up (see ``ViT.forward``)."""
-        q, k, v = (
-            proj(x)[:, :tokens].unflatten(-1, (-1, self.head_dim))
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        out = self.attend(q, k, v).flatten(2)  # under tp, of a part of the heads
-        return self.o_proj(F.pad(out, (0, 0, 0, x.shape[1] - tokens)))
+        """x [B, S, C], of which the first `tokens` are tokens, the others padding -> [B, S, C]"""
+        q = self._heads(self.q_proj(x), tokens)
+        k = self._heads(self.k_proj(x), tokens)
+        v = self._heads(self.v_proj(x), tokens)
+        out = self.attend(q, k, v).flatten(2)
+        padding = x.shape[1] - tokens
+        return self.o_proj(F.pad(out, (0, 0, 0, padding)))
+
+    def _heads(self, x: Tensor, tokens: int) -> Tensor:
+        """[B, S, C] -> [B, tokens, H, D]"""
+        return x[:, :tokens].unflatten(-1, (-1, self.head_dim))
 
 
 class MLP(nn.Module):
-    def __init__(self, c: ModelConfig):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.up_proj, self.down_proj = nn.Linear(c.dim, c.hidden), nn.Linear(c.hidden, c.dim)
+        self.up_proj = nn.Linear(config.dim, config.hidden)
+        self.down_proj = nn.Linear(config.hidden, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, S, C] -> [B, S, C]"""
         return self.down_proj(F.gelu(self.up_proj(x)))
 
 
 class Block(nn.Module):
-    def __init__(self, c: ModelConfig, attend: Attend, memory: ActivationMemory):
+    def __init__(self, config: ModelConfig, attend: Attend, memory: ActivationMemory):
         super().__init__()
-        self.norm_attn, self.norm_mlp = nn.LayerNorm(c.dim), nn.LayerNorm(c.dim)
-        self.attn, self.mlp = Attention(c, attend), MLP(c)
+        self.norm_attn = nn.LayerNorm(config.dim)
+        self.norm_mlp = nn.LayerNorm(config.dim)
+        self.attn = Attention(config, attend)
+        self.mlp = MLP(config)
         self.memory = memory
 
     def forward(self, x: Tensor, tokens: int) -> Tensor:
+        """As ``Attention.forward``."""
         return self.memory.block(self._layers, x, tokens)
 
     def _layers(self, x: Tensor, tokens: int) -> Tensor:
@@ -65,78 +88,109 @@ class Block(nn.Module):
 
 
 class SinusoidalPositions(nn.Module):
-    """Two-dimensional positions without parameters: half of the channels say the row, half the column, as sines and cosines of
-    geometrically spaced wavelengths (Vaswani et al., arXiv 1706.03762, section 3.5, of each coordinate)."""
+    """Two-dimensional positions without parameters.
 
-    def __init__(self, c: ModelConfig):
+    Half of the channels encode the row, half the column, as sines and cosines of geometrically
+    spaced wavelengths (Vaswani et al., arXiv 1706.03762, section 3.5, of each coordinate)."""
+
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.columns, self.dim = c.patch_grid().columns, c.dim
+        self.columns = config.patch_grid().columns
+        self.dim = config.dim
 
-    def forward(self, places: Tensor) -> Tensor:
-        """[S] numbers of tokens -> [1, S, C]."""
-        n = self.dim // 4
-        rates = 10_000.0 ** -(torch.arange(n, dtype=torch.float64, device=places.device) / n)
-        angles = [
-            x.to(torch.float64)[:, None] * rates
-            for x in (places // self.columns, places % self.columns)
-        ]
-        return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], -1)[None]
+    def forward(self, positions: Tensor) -> Tensor:
+        """[S] numbers of tokens -> [1, S, C]"""
+        count = self.dim // 4  # of frequencies
+        exponents = torch.arange(count, dtype=torch.float64, device=positions.device) / count
+        frequencies = 10_000.0**-exponents
+        parts = []
+        for coordinate in (positions // self.columns, positions % self.columns):
+            angles = coordinate.to(torch.float64)[:, None] * frequencies
+            parts += [torch.sin(angles), torch.cos(angles)]
+        return torch.cat(parts, -1)[None]
 
 
 class LearnedPositions(nn.Module):
     """A vector for each of the grid's tokens."""
 
-    def __init__(self, c: ModelConfig):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.table = nn.Embedding(c.patch_grid().tokens, c.dim)
+        self.table = nn.Embedding(config.patch_grid().tokens, config.dim)
 
-    def forward(self, places: Tensor) -> Tensor:
-        """[S] numbers of tokens -> [1, S, C]."""
-        return self.table(places[None])
+    def forward(self, positions: Tensor) -> Tensor:
+        """[S] numbers of tokens -> [1, S, C]"""
+        return self.table(positions[None])
 
 
 class ViT(nn.Module):
+    """The whole model.
+
+    Args:
+        config: its shape.
+        attend: the attention of all blocks.
+        memory: which activations are kept for the backward.
+        multiple: tokens are padded to a multiple of this; tp ranks hold equally many tokens between
+            the matrices."""
+
     def __init__(
         self,
-        c: ModelConfig,
+        config: ModelConfig,
         attend: Attend,
-        memory: ActivationMemory = ActivationMemory(),  # noqa: B008 - frozen
+        memory: ActivationMemory = KEEP_ALL,
         multiple: int = 1,
     ):
-        """multiple: tokens are filled up to a multiple of this (tp ranks hold equally many between the matrices)."""
         super().__init__()
-        self.config, self.multiple = c, multiple
-        self.embed = nn.Linear(c.in_channels * c.patch**2, c.dim)
-        self.places = (LearnedPositions if c.positions == "learned" else SinusoidalPositions)(c)
-        self.layers = nn.ModuleList(Block(c, attend, memory) for _ in range(c.layers))
-        self.norm = nn.LayerNorm(c.dim)
-        self.head = nn.Linear(c.dim, c.out_channels * c.patch**2)
+        self.config = config
+        self.multiple = multiple
+        self.embed = nn.Linear(config.in_channels * config.patch**2, config.dim)
+        if config.positions == "learned":
+            self.places: nn.Module = LearnedPositions(config)
+        else:
+            self.places = SinusoidalPositions(config)
+        self.layers = nn.ModuleList(Block(config, attend, memory) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.dim)
+        self.head = nn.Linear(config.dim, config.out_channels * config.patch**2)
 
     @classmethod
     def empty(
-        cls, c: ModelConfig, attend: Attend, *how, dtype: torch.dtype = torch.float32
+        cls,
+        config: ModelConfig,
+        attend: Attend,
+        memory: ActivationMemory = KEEP_ALL,
+        multiple: int = 1,
+        *,
+        dtype: torch.dtype = torch.float32,
     ) -> "ViT":
-        """A model without memory for its parameters (meta device), to be cut over ranks first."""
+        """A model on the meta device, without memory for its parameters: to be cut over ranks."""
         with torch.device("meta"):
-            return cls(c, attend, *how).to(dtype)
+            return cls(config, attend, memory, multiple).to(dtype)
 
     def forward(
         self,
         x: Tensor,
-        places: Tensor,
+        positions: Tensor,
         target: "Tensor | None" = None,
         weights: "Tensor | None" = None,
     ) -> Tensor:
-        """x [B, S, Cin patch^2] of the tokens with numbers `places` [S] -> [B, S, Cout patch^2].  With `target` of that shape and
-        `weights` [S, patch^2] of the points, the sum of the weighted squared errors instead, in fp32 at least."""
+        """The output of each token, or the sum of its errors.
+
+        Args:
+            x: [B, S, Cin P] patches of the inputs.
+            positions: [S] numbers of these tokens in the grid.
+            target: [B, S, Cout P].
+            weights: [S, P] of the points, with `target`.
+
+        Returns:
+            [B, S, Cout P]; with `target`, the sum of the weighted squared errors, in fp32 at
+            least."""
         tokens = x.shape[1]
-        fill = -tokens % self.multiple
-        if fill:
-            x, places = F.pad(x, (0, 0, 0, fill)), F.pad(places, (0, fill))
-        x = self.embed(
-            x.to(self.embed.weight.dtype)
-        )  # FSDP2 casts weights but not this; under tp [B, S / tp, C]
-        x = x + self.places(places).to(x.dtype)
+        padding = -tokens % self.multiple
+        if padding:
+            x = F.pad(x, (0, 0, 0, padding))
+            positions = F.pad(positions, (0, padding))
+        x = x.to(self.embed.weight.dtype)  # FSDP2 casts weights to the computation's dtype, not x
+        x = self.embed(x)
+        x = x + self.places(positions).to(x.dtype)
         for layer in self.layers:
             x = layer(x, tokens)
         out = self.head(self.norm(x))[:, :tokens]
@@ -144,22 +198,22 @@ class ViT(nn.Module):
             return out
         assert weights is not None
         wide = torch.promote_types(out.dtype, torch.float32)
-        error = (out.to(wide) - target.to(wide)).unflatten(
-            -1, (self.config.out_channels, -1)
-        )  # [B, S, Cout, patch^2]
+        error = out.to(wide) - target.to(wide)
+        error = error.unflatten(-1, (self.config.out_channels, -1))  # [B, S, Cout, P]
         return (error.square() * weights.to(wide)[:, None]).sum()
 
 
-def initial_weight(name: str, shape: torch.Size, c: ModelConfig, seed: int) -> Tensor:
-    """The initial value of a parameter, fp32 on the CPU: matrices N(0, 0.02), what is added to the residual stream by all blocks
-    together about as much; norms 1; biases and the last projection 0.  Equal on any device, rank and mesh."""
+def initial_weight(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
+    """The initial value of a parameter, fp32 on the CPU; equal on any device, rank and mesh.
+
+    Matrices are N(0, 0.02); those whose result is added to the residual stream are scaled down by
+    the square root of their number, so that all blocks together add about as much.  Norms are 1,
+    biases and the last projection 0."""
     if name.endswith("bias") or name.startswith("head."):
         return torch.zeros(shape)
     if len(shape) == 1:
         return torch.ones(shape)
-    std = (
-        0.02 / math.sqrt(2 * c.layers)
-        if name.endswith(("o_proj.weight", "down_proj.weight"))
-        else 0.02
-    )
+    std = 0.02
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        std /= math.sqrt(2 * config.layers)
     return seeded_normal(name, shape, seed) * std
