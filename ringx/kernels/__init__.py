@@ -5,7 +5,7 @@ gradient given the global output and log-sum-exp.  No kernel is ever replaced by
 a kernel that cannot do what is asked gives the reason.
 """
 
-from .choice import KERNELS, choose, load, unsupported_reason
+from .choice import KERNELS, KernelEntry, choose, load, unsupported_reason
 from .cutting import cut
 from .protocol import Band, CausalAlignment, Kernel, KernelRequest
 
@@ -14,6 +14,7 @@ __all__ = [
     "Band",
     "CausalAlignment",
     "Kernel",
+    "KernelEntry",
     "KernelRequest",
     "choose",
     "cut",

@@ -559,7 +559,7 @@ def test_gpu_check_runs_on_cpu(check, tmp_path, capsys):
 @pytest.mark.fast
 def test_gpu_check_finds_a_wrong_gradient_and_a_kernel_that_fails(check, monkeypatch):
     report = {"kernels": {}, "misses": []}
-    args = check._arguments(["--device", "cpu", "--quick"])
+    args = check.parse_arguments(["--device", "cpu", "--quick"])
     right, broken = load("cpu").bwd, load("reference")
     monkeypatch.setattr(load("cpu"), "bwd", lambda *a, **k: [1.05 * g for g in right(*a, **k)])
     monkeypatch.setattr(broken, "fwd", lambda *a, **k: torch.zeros(2) + torch.zeros(3))
