@@ -19,6 +19,7 @@ from ringx.command import cli
 from ringx.measure import bench_attention, bench_collectives, records
 from ringx.measure import cases as attention_cases
 from ringx.slurm import site, submit
+from ringx.slurm.jobs import least_memory
 
 GOLDEN = Path(__file__).parent / "golden"
 CPU = ["--site", "generic-cpu"]
@@ -348,7 +349,7 @@ def test_least_memory_is_below_what_is_measured(tmp_path):
         case = attention_cases.Case(**r["case"])
         inputs = 4 * 512 // 2 * 4 * case.head_dim * (4 if case.dtype == "fp32" else 2)
         held = r["memory"]["peak_bytes"] + inputs
-        assert submit.least_memory(case) <= held <= 4 * submit.least_memory(case), case.id
+        assert least_memory(case) <= held <= 4 * least_memory(case), case.id
 
 
 # ---- sites
