@@ -86,7 +86,7 @@ class Plan:
         whole_tiles = tiles(q_runs, k_runs, window=window, by_keys=by_keys)
         subtiles: list[Tile] = []
         for tile in whole_tiles:
-            subtiles.extend(kernels.cut(tile, self._kernel.causal))
+            subtiles.extend(kernels.cut(tile, self._kernel.causal_alignment))
         return subtiles
 
     def attend(
@@ -103,7 +103,7 @@ class Plan:
         The runs say which tokens the rows of q and of k and v are."""
         for tile in self._subtiles(q_runs, k_runs, by_keys=False):
             with record_function(f"{self.algorithm} forward: attend"):
-                out, lse = self._kernel.fwd(
+                out, lse = self._kernel.forward(
                     q[:, tile.q],
                     k[:, tile.k],
                     v[:, tile.k],
@@ -153,7 +153,7 @@ class Plan:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds one tile's share to dq; returns dk, dv of the tile's keys."""
         with record_function(f"{self.algorithm} backward: attend"):
-            tile_dq, tile_dk, tile_dv = self._kernel.bwd(
+            tile_dq, tile_dk, tile_dv = self._kernel.backward(
                 dout[:, tile.q],
                 q[:, tile.q],
                 k[:, tile.k],

@@ -238,7 +238,7 @@ def check_kernels(report: dict, device: torch.device, args: argparse.Namespace) 
         available = len(reasons) < len(records)
         report["kernels"][name] = {
             "available": available,
-            "causal": kernels.load(name).causal,
+            "causal": kernels.load(name).causal_alignment,
             "why_not": sorted(set(reasons)),
             "cases": records,
         }
@@ -331,16 +331,16 @@ def errors_of_tiles(
     q, k, v, dout = random_inputs(request, len(q_positions), len(k_positions))
     pieces = []
     for tile in rank_tiles:
-        pieces += cut(tile, kernel.causal)
+        pieces += cut(tile, kernel.causal_alignment)
     merged = OnlineSoftmax(q)
     for t in pieces:
-        part = kernel.fwd(q[:, t.q], k[:, t.k], v[:, t.k], band=(t.lo, t.hi), scale=scale)
+        part = kernel.forward(q[:, t.q], k[:, t.k], v[:, t.k], band=(t.lo, t.hi), scale=scale)
         merged.add(*part, t.q)
     out = merged.out.to(q.dtype).contiguous()
     lse = merged.lse.contiguous()
     dq, dk, dv = (torch.zeros_like(x, dtype=acc_dtype(x.dtype)) for x in (q, k, v))
     for t in pieces:
-        part_q, part_k, part_v = kernel.bwd(
+        part_q, part_k, part_v = kernel.backward(
             dout[:, t.q],
             q[:, t.q],
             k[:, t.k],
@@ -692,13 +692,13 @@ def replay(
 
     def run_forward() -> None:
         for m, n, band in forward_calls:
-            kernel.fwd(q[:, :m], k[:, :n], v[:, :n], band=band, scale=scale)
+            kernel.forward(q[:, :m], k[:, :n], v[:, :n], band=band, scale=scale)
 
-    out, lse = kernel.fwd(q, k, v, band=(None, None), scale=scale)
+    out, lse = kernel.forward(q, k, v, band=(None, None), scale=scale)
 
     def run_backward() -> None:
         for m, n, band in backward_calls:
-            kernel.bwd(
+            kernel.backward(
                 dout[:, :m],
                 q[:, :m],
                 k[:, :n],
@@ -740,21 +740,21 @@ def time_ms(call: Callable[[], Any], device: torch.device) -> float:
 class Recorder:
     """Takes a kernel's place on one rank: notes the calls and computes nothing."""
 
-    def __init__(self, causal: CausalAlignment):
-        self.causal = causal
+    def __init__(self, alignment: CausalAlignment):
+        self.causal_alignment = alignment
         self.forward_calls: list[KernelCall] = []
         self.backward_calls: list[KernelCall] = []
 
     def unsupported_reason(self, request: KernelRequest) -> None:
         return None
 
-    def fwd(
+    def forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float
     ) -> tuple[Tensor, Tensor]:
         self.forward_calls.append(KernelCall(q.shape[1], k.shape[1], band))
         return torch.zeros_like(q), torch.zeros(q.shape[0], q.shape[2], q.shape[1])
 
-    def bwd(
+    def backward(
         self,
         dout: Tensor,
         q: Tensor,
@@ -860,7 +860,7 @@ def time_algorithm(
     seqlen = sizes.seqlens[-1]
     layout = algorithms()[algorithm].recommended_layout
     recorders = schedule(
-        algorithm, world, seqlen, causal, layout, alignment=kernels.load(kernel).causal
+        algorithm, world, seqlen, causal, layout, alignment=kernels.load(kernel).causal_alignment
     )
     times = []
     call_counts = []

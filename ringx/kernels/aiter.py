@@ -17,7 +17,7 @@ from torch import Tensor
 from . import gpu
 from .protocol import Band, CausalAlignment, KernelRequest
 
-causal: CausalAlignment = "square"
+causal_alignment: CausalAlignment = "square"
 _REQUIRED = ("q", "k", "v", "softmax_scale", "causal")
 _package_forward = gpu.PackageFunction(
     package="amd-aiter",
@@ -50,7 +50,7 @@ def unsupported_reason(request: KernelRequest) -> str | None:
     )
 
 
-def fwd(q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float) -> tuple[Tensor, Tensor]:
     q_padded, k_padded, v_padded = gpu.pad(q, k, v)
     out, lse, *_ = _package_forward(
         q=q_padded,
@@ -64,7 +64,7 @@ def fwd(q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float) -> tuple[T
     return gpu.unpad(out, q), lse
 
 
-def bwd(
+def backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,

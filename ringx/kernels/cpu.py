@@ -16,7 +16,7 @@ from ..merge import acc_dtype
 from .heads import fold_heads, repeat_heads
 from .protocol import Band, CausalAlignment, KernelRequest
 
-causal: CausalAlignment = "top-left"
+causal_alignment: CausalAlignment = "top-left"
 _TORCH_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 _HAS_GROUPED_HEADS = _TORCH_VERSION >= (2, 9)
 _aten_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -29,7 +29,7 @@ def unsupported_reason(request: KernelRequest) -> str | None:
     return f"it runs on cpu tensors, these are on {request.device.type}"
 
 
-def fwd(q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float) -> tuple[Tensor, Tensor]:
     is_causal = band[1] is not None
     k = _match_heads(k, q)
     v = _match_heads(v, q)
@@ -37,7 +37,7 @@ def fwd(q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float) -> tuple[T
     return out.transpose(1, 2), lse
 
 
-def bwd(
+def backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,

@@ -21,7 +21,7 @@ from torch import Tensor
 from . import gpu
 from .protocol import Band, CausalAlignment, KernelRequest
 
-causal: CausalAlignment = "bottom-right"
+causal_alignment: CausalAlignment = "bottom-right"
 _REQUIRED = ("q", "k", "v", "softmax_scale", "causal", "window_size|window_size_left")
 _package_forward = gpu.PackageFunction(
     package="flash-attn",
@@ -55,7 +55,7 @@ def unsupported_reason(request: KernelRequest) -> str | None:
     )
 
 
-def fwd(q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float) -> tuple[Tensor, Tensor]:
     q_padded, k_padded, v_padded = gpu.pad(q, k, v)
     results = _package_forward(
         q=q_padded,
@@ -72,7 +72,7 @@ def fwd(q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float) -> tuple[T
     return gpu.unpad(out, q), lse
 
 
-def bwd(
+def backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import gpu
 from .protocol import Band, CausalAlignment, KernelRequest
 
-causal: CausalAlignment = "bottom-right"
+causal_alignment: CausalAlignment = "bottom-right"
 _REQUIRED = ("q", "k", "v", "softmax_scale", "window_size|window_size_left")
 _REQUIRED_BY_BACKWARD = (
     "causal|is_causal",
@@ -64,7 +64,7 @@ def unsupported_reason(request: KernelRequest) -> str | None:
     return _package_forward.unsupported_reason() or _package_backward.unsupported_reason()
 
 
-def fwd(q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float) -> tuple[Tensor, Tensor]:
     q_padded, k_padded, v_padded = gpu.pad(q, k, v)
     out, lse, *_ = _package_forward(
         q=q_padded,
@@ -77,7 +77,7 @@ def fwd(q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float) -> tuple[T
     return gpu.unpad(out, q), lse
 
 
-def bwd(
+def backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import gpu
 from .protocol import Band, CausalAlignment, KernelRequest
 
-causal: CausalAlignment = "bottom-right"
+causal_alignment: CausalAlignment = "bottom-right"
 _REQUIRED = ("q", "k", "v", "softmax_scale", "causal")
 _package_forward = gpu.PackageFunction(
     package="flash-attn-4",
@@ -51,7 +51,7 @@ def _has_deterministic_backward(major_capability: int) -> bool:
     return major_capability != 12 and "deterministic" in _package_backward.parameters()
 
 
-def fwd(q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float) -> tuple[Tensor, Tensor]:
     q_padded, k_padded, v_padded = gpu.pad(q, k, v)
     out, lse, *_ = _package_forward(
         q=q_padded,
@@ -64,7 +64,7 @@ def fwd(q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float) -> tuple[T
     return gpu.unpad(out, q), lse
 
 
-def bwd(
+def backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,

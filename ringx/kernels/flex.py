@@ -33,7 +33,7 @@ from .protocol import Band, CausalAlignment, KernelRequest
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-causal: CausalAlignment = "any"
+causal_alignment: CausalAlignment = "any"
 _BLOCK = 128  # rows and keys of a block of the mask
 
 
@@ -54,7 +54,7 @@ def unsupported_reason(request: KernelRequest) -> str | None:
     return None
 
 
-def fwd(q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float) -> tuple[Tensor, Tensor]:
     device = q.device
     dtype = q.dtype
     if device.type == "cpu" and dtype in gpu.HALF_PRECISION:
@@ -77,7 +77,7 @@ def fwd(q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float) -> tuple[T
     return out.transpose(1, 2).to(q.dtype), getattr(lse, "lse", lse)
 
 
-def bwd(
+def backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -91,7 +91,7 @@ def bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        tile_out, tile_lse = fwd(*leaves, band=band, scale=scale)
+        tile_out, tile_lse = forward(*leaves, band=band, scale=scale)
     with torch.no_grad():
         # Rows without keys in this tile: -inf - -inf may be nan.
         weight = (tile_lse - lse).exp().masked_fill(tile_lse == -torch.inf, 0.0)

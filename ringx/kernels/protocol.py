@@ -35,20 +35,20 @@ class Kernel(Protocol):
 
     q, dout and out are [B, Sq, H, D], k and v [B, Sk, Hkv, D], none of them empty.  lse is
     [B, H, Sq] in fp32 (fp64 for fp64 inputs), in natural logarithms.  ``cut`` brings every tile to
-    bands of the module's `causal` kind.
+    bands of the module's `causal_alignment`.
     """
 
-    causal: CausalAlignment
+    causal_alignment: CausalAlignment
 
     def unsupported_reason(self, request: KernelRequest) -> str | None:
         """Why this kernel cannot serve the request here, in a few words; None if it can."""
 
-    def fwd(
+    def forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float
     ) -> tuple[Tensor, Tensor]:
         """out, like q, and lse, of these keys alone."""
 
-    def bwd(
+    def backward(
         self,
         dout: Tensor,
         q: Tensor,

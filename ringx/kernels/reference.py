@@ -11,14 +11,14 @@ from ..merge import acc_dtype
 from .heads import fold_heads, repeat_heads
 from .protocol import Band, CausalAlignment, KernelRequest
 
-causal: CausalAlignment = "any"
+causal_alignment: CausalAlignment = "any"
 
 
 def unsupported_reason(request: KernelRequest) -> str | None:
     return None
 
 
-def fwd(q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float) -> tuple[Tensor, Tensor]:
     scores = _scores(_widen(q), _widen(k), band, scale)
     lse = scores.logsumexp(-1)
     # Rows without keys: every probability is exp(-inf) = 0.
@@ -27,7 +27,7 @@ def fwd(q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float) -> tuple[T
     return torch.einsum("bhqk,bkhd->bqhd", probabilities, values).to(q.dtype), lse
 
 
-def bwd(
+def backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,

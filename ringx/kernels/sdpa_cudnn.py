@@ -23,7 +23,7 @@ from . import gpu, reference
 from .protocol import Band, CausalAlignment, KernelRequest
 from .sdpa_flash import unused_seeds
 
-causal: CausalAlignment = "square"
+causal_alignment: CausalAlignment = "square"
 _aten_forward = torch.ops.aten._scaled_dot_product_cudnn_attention.default
 _aten_backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
 
@@ -38,14 +38,14 @@ def unsupported_reason(request: KernelRequest) -> str | None:
     return None
 
 
-def fwd(q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float) -> tuple[Tensor, Tensor]:
     if k.shape[1] == 1:
-        return reference.fwd(q, k, v, band=band, scale=scale)
+        return reference.forward(q, k, v, band=band, scale=scale)
     out, lse, *_ = _call_forward(q, k, v, is_causal=band[1] is not None, scale=scale)
     return gpu.unpad(out.transpose(1, 2), q), lse.reshape(lse.shape[:3])
 
 
-def bwd(
+def backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -58,7 +58,7 @@ def bwd(
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if k.shape[1] == 1:
-        return reference.bwd(dout, q, k, v, out, lse, band=band, scale=scale)
+        return reference.backward(dout, q, k, v, out, lse, band=band, scale=scale)
     operands = [x.transpose(1, 2) for x in gpu.pad(dout, q, k, v, out)]
     is_causal = band[1] is not None
     lse = lse.contiguous()

@@ -23,7 +23,7 @@ from . import gpu
 from .heads import fold_heads, repeat_heads
 from .protocol import Band, CausalAlignment, KernelRequest
 
-causal: CausalAlignment = "top-left"
+causal_alignment: CausalAlignment = "top-left"
 _aten_forward = torch.ops.aten._scaled_dot_product_efficient_attention.default
 _aten_backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward.default
 _LSE_BLOCK = 32
@@ -44,7 +44,7 @@ def unsupported_reason(request: KernelRequest) -> str | None:
     return None
 
 
-def fwd(q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float) -> tuple[Tensor, Tensor]:
     is_causal = band[1] is not None
     out, lse, *_ = _aten_forward(
         *_operands(q, k, v, heads=q.shape[2]),
@@ -57,7 +57,7 @@ def fwd(q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float) -> tuple[T
     return gpu.unpad(out.transpose(1, 2), q), lse.narrow(2, 0, q.shape[1])
 
 
-def bwd(
+def backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,

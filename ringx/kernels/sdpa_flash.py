@@ -19,7 +19,7 @@ from torch import Tensor
 from . import gpu
 from .protocol import Band, CausalAlignment, KernelRequest
 
-causal: CausalAlignment = "square"
+causal_alignment: CausalAlignment = "square"
 _aten_forward = torch.ops.aten._scaled_dot_product_flash_attention.default
 _aten_backward = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
 _SMALL_SHARED_MEMORY = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))  # compute capabilities
@@ -39,7 +39,7 @@ def unsupported_reason(request: KernelRequest) -> str | None:
     return None
 
 
-def fwd(q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float) -> tuple[Tensor, Tensor]:
     operands = [x.transpose(1, 2) for x in gpu.pad(q, k, v)]
     is_causal = band[1] is not None
     out, lse, *_ = _aten_forward(
@@ -52,7 +52,7 @@ def fwd(q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float) -> tuple[T
     return gpu.unpad(out.transpose(1, 2), q), lse
 
 
-def bwd(
+def backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,

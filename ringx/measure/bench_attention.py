@@ -358,8 +358,10 @@ class Baseline:
         q, k, v, dout = (x.detach() for x in self.inputs)
         band, scale = (None, 0 if self.size.causal else None), self.size.head_dim**-0.5
         return timed(
-            lambda: call.fwd(q, k, v, band=band, scale=scale),
-            lambda out: call.bwd(dout, q, k, v, *out, band=band, scale=scale, deterministic=False),
+            lambda: call.forward(q, k, v, band=band, scale=scale),
+            lambda out: call.backward(
+                dout, q, k, v, *out, band=band, scale=scale, deterministic=False
+            ),
             self.device,
         )
 

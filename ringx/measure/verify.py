@@ -212,13 +212,13 @@ def _expected(mask, dtype, seqlen, heads, kv_heads, head_dim, kernel, device):
         grads = bwd(dout, q, k, v, out, lse, band=band, scale=scale, deterministic=False)
         return dict(zip(NAMES, (out, lse, *grads), strict=True))
 
-    want = run(reference.fwd, reference.bwd, *(x.double() for x in (dout, q, k, v)))
+    want = run(reference.forward, reference.backward, *(x.double() for x in (dout, q, k, v)))
     chosen = kernels.load(
         kernels.choose(
             kernel, kernels.KernelRequest(device, DTYPES[dtype], head_dim, heads, kv_heads)
         )
     )
-    got = run(chosen.fwd, chosen.bwd, dout, q, k, v)
+    got = run(chosen.forward, chosen.backward, dout, q, k, v)
     return (
         inputs,
         want,

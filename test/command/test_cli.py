@@ -57,9 +57,11 @@ def test_verify_on_two_processes(tmp_path, capfd):
     ],
 )
 def test_verify_finds_faults(spoil, missed, monkeypatch, capsys):
-    original = cpu.bwd
+    original = cpu.backward
     verify._expected.cache_clear()
-    monkeypatch.setattr(cpu, "bwd", lambda *args, **options: spoil(*original(*args, **options)))
+    monkeypatch.setattr(
+        cpu, "backward", lambda *args, **options: spoil(*original(*args, **options))
+    )
     assert cli.main(small("--dtypes", "fp64", "--algorithms", "ringx4", "--kernel", "cpu")) == 1
     said = capsys.readouterr().out
     assert any(missed in line.partition("MISS ")[2] for line in said.splitlines())

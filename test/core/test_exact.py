@@ -40,12 +40,16 @@ def test_low_precision(world, seqlen, kv_heads, head_dim, dtype, causal, poison)
     p = problem(seqlen, Hkv=kv_heads, D=head_dim, dtype=dtype)
     want = full_attention(p, causal=causal)
     band = (None, 0 if causal else None)
-    out, lse = cpu.fwd(*p[:3], band=band, scale=head_dim**-0.5)
+    out, lse = cpu.forward(*p[:3], band=band, scale=head_dim**-0.5)
     single = errors(
         dict(
             zip(
                 NAMES,
-                (out, lse, *cpu.bwd(p.dout, *p[:3], out, lse, band=band, scale=head_dim**-0.5)),
+                (
+                    out,
+                    lse,
+                    *cpu.backward(p.dout, *p[:3], out, lse, band=band, scale=head_dim**-0.5),
+                ),
                 strict=True,
             )
         ),

@@ -42,8 +42,8 @@ def events(monkeypatch):
 
         monkeypatch.setattr(cpu, name, wrapper)
 
-    spy_on("fwd", 0)
-    spy_on("bwd", 1)  # after dout
+    spy_on("forward", 0)
+    spy_on("backward", 1)  # after dout
     return logs
 
 

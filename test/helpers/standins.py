@@ -25,7 +25,7 @@ def _forward(q, k, v, scale, causal, square=False):
     assert not (square and causal) or q.shape[1] == k.shape[1]
     band = (None, k.shape[1] - q.shape[1]) if causal else (None, None)  # bottom-right
     assert band[1] is None or band[1] >= 0
-    return reference.fwd(q, k, v, band=band, scale=scale)
+    return reference.forward(q, k, v, band=band, scale=scale)
 
 
 def _backward(dout, q, k, v, out, lse, scale, causal, deterministic, square=False):
@@ -37,7 +37,7 @@ def _backward(dout, q, k, v, out, lse, scale, causal, deterministic, square=Fals
     assert not (square and causal) or q.shape[1] == k.shape[1]
     seen["deterministic"] = deterministic
     band = (None, k.shape[1] - q.shape[1]) if causal else (None, None)
-    return reference.bwd(dout, q, k, v, out, lse, band=band, scale=scale)
+    return reference.backward(dout, q, k, v, out, lse, band=band, scale=scale)
 
 
 def _write(grads, dq, dk, dv):
@@ -453,7 +453,7 @@ def _efficient(
     q, k, v, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, *, scale=None
 ):
     assert attn_bias is None and compute_log_sumexp and q.shape[1] == k.shape[1], "no grouped heads"
-    out, lse = reference.fwd(
+    out, lse = reference.forward(
         *_bshd(q, k, v), band=(None, 0 if is_causal else None), scale=scale
     )  # top-left
     lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf)
@@ -497,7 +497,7 @@ def _efficient_backward(
     )
     seen["deterministic"] = told
     band = (None, 0 if is_causal else None)
-    grads = reference.bwd(dout, q, k, v, out, lse[..., :m], band=band, scale=scale)
+    grads = reference.backward(dout, q, k, v, out, lse[..., :m], band=band, scale=scale)
     return (*(g.transpose(1, 2) for g in grads), None)
 
 

@@ -64,10 +64,10 @@ def test_cut_refuses_a_lower_bound_for_kernels_without_windows():
 def flow(name, q, k, v, dout, tiles_, scale, deterministic=False):
     """out, lse, dq, dk, dv by way of ``cut``, ``OnlineSoftmax`` and the backward with the global out and lse, as algorithms do it."""
     kernel = load(name)
-    pieces = [piece for tile in tiles_ for piece in cut(tile, kernel.causal)]
+    pieces = [piece for tile in tiles_ for piece in cut(tile, kernel.causal_alignment)]
     acc = OnlineSoftmax(q)
     for t in pieces:
-        out, lse = kernel.fwd(q[:, t.q], k[:, t.k], v[:, t.k], band=(t.lo, t.hi), scale=scale)
+        out, lse = kernel.forward(q[:, t.q], k[:, t.k], v[:, t.k], band=(t.lo, t.hi), scale=scale)
         assert out.shape == q[:, t.q].shape and out.dtype == q.dtype
         assert lse.shape == (
             q.shape[0],
@@ -78,7 +78,7 @@ def flow(name, q, k, v, dout, tiles_, scale, deterministic=False):
     out, lse = acc.out.to(q.dtype), acc.lse
     grads = [torch.zeros(x.shape, dtype=acc_dtype(x.dtype)) for x in (q, k, v)]
     for t in pieces:
-        parts = kernel.bwd(
+        parts = kernel.backward(
             dout[:, t.q], q[:, t.q], k[:, t.k], v[:, t.k], out[:, t.q], lse[:, :, t.q],
             band=(t.lo, t.hi), scale=scale, deterministic=deterministic,
         )  # fmt: skip
@@ -149,11 +149,11 @@ def test_a_single_call_equals_the_definition(name, heads, dtype, bound, D):
 def test_reference_does_every_band_and_rows_without_keys(band):
     q, k, v, dout = inputs(12, 15)
     seen = visible(12, 15, *band)
-    out, lse = reference.fwd(q, k, v, band=band, scale=0.3)
+    out, lse = reference.forward(q, k, v, band=band, scale=0.3)
     blind = ~seen.any(-1)
     assert bool((lse[:, :, blind] == -torch.inf).all()) and bool((out[:, blind] == 0).all())
     want = masked(q[:, ~blind], k, v, dout[:, ~blind], seen[~blind], 0.3)
-    dq, dk, dv = reference.bwd(dout, q, k, v, out, lse, band=band, scale=0.3)
+    dq, dk, dv = reference.backward(dout, q, k, v, out, lse, band=band, scale=0.3)
     assert bool((dq[:, blind] == 0).all())
     got = {"out": out[:, ~blind], "lse": lse[:, :, ~blind], "dq": dq[:, ~blind], "dk": dk, "dv": dv}
     assert_close(got, want, 1e-12)
@@ -174,7 +174,7 @@ def test_pieces_of_a_rank_add_up(causal, layout):
 @pytest.mark.fast
 def test_reference_is_the_oracle_of_the_other_tests():
     p = problem(19)
-    out, lse = reference.fwd(*p[:3], band=(None, 0), scale=16**-0.5)
+    out, lse = reference.forward(*p[:3], band=(None, 0), scale=16**-0.5)
     want = full_attention(p, causal=True)
     assert relative(out, want["out"]) < 1e-14 and relative(lse, want["lse"]) < 1e-14
 
@@ -275,9 +275,9 @@ def test_shapes_that_pytorch_itself_expects_of_its_cuda_operators(name, monkeypa
             torch.empty(2, s, h, 64, device="cuda", dtype=torch.bfloat16)
             for s, h in ((33, 4), (33, 2), (33, 4))
         )
-        out, lse = load(name).fwd(q, k, k, band=(None, 0), scale=0.1)
+        out, lse = load(name).forward(q, k, k, band=(None, 0), scale=0.1)
         assert out.shape == q.shape and lse.shape == (2, 4, 33) and lse.dtype == torch.float32
-        grads = load(name).bwd(
+        grads = load(name).backward(
             dout, q, k, k, out, lse, band=(None, 0), scale=0.1, deterministic=False
         )
         assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
@@ -294,8 +294,8 @@ def test_shapes_that_pytorch_itself_expects_of_its_cuda_operators(name, monkeypa
 def test_flex_forward_on_cpu(band):
     for dtype, bound in ((torch.float64, 1e-12), (torch.bfloat16, 5e-3)):
         q, k, v, _ = inputs(150, 300, dtype=dtype, B=1)
-        out, lse = flex.fwd(q, k, v, band=band, scale=0.3)
-        want, want_lse = reference.fwd(q, k, v, band=band, scale=0.3)
+        out, lse = flex.forward(q, k, v, band=band, scale=0.3)
+        want, want_lse = reference.forward(q, k, v, band=band, scale=0.3)
         assert relative(out, want) < bound
         blind = want_lse == -torch.inf
         assert torch.equal(lse == -torch.inf, blind)
@@ -458,7 +458,7 @@ def test_a_package_version_that_we_do_not_know_is_refused(machine, monkeypatch):
     )
     with pytest.raises(NotImplementedError, match="no argument causal"):
         x = torch.zeros(1, 8, 1, 8)
-        load("flash2").fwd(x, x, x, band=(None, None), scale=1.0)
+        load("flash2").forward(x, x, x, band=(None, None), scale=1.0)
 
 
 @pytest.mark.fast
@@ -515,8 +515,12 @@ def test_a_second_run_is_bitwise_the_same(name):
 def test_every_kernel_of_the_table_keeps_the_protocol():
     for name in KERNELS:
         kernel = load(name)
-        assert kernel.causal in ("any", "top-left", "bottom-right", "square")
-        assert callable(kernel.unsupported_reason) and callable(kernel.fwd) and callable(kernel.bwd)
+        assert kernel.causal_alignment in ("any", "top-left", "bottom-right", "square")
+        assert (
+            callable(kernel.unsupported_reason)
+            and callable(kernel.forward)
+            and callable(kernel.backward)
+        )
 
 
 # ---- script/gpu_check.py
@@ -560,9 +564,9 @@ def test_gpu_check_runs_on_cpu(check, tmp_path, capsys):
 def test_gpu_check_finds_a_wrong_gradient_and_a_kernel_that_fails(check, monkeypatch):
     report = {"kernels": {}, "misses": []}
     args = check.parse_arguments(["--device", "cpu", "--quick"])
-    right, broken = load("cpu").bwd, load("reference")
-    monkeypatch.setattr(load("cpu"), "bwd", lambda *a, **k: [1.05 * g for g in right(*a, **k)])
-    monkeypatch.setattr(broken, "fwd", lambda *a, **k: torch.zeros(2) + torch.zeros(3))
+    right, broken = load("cpu").backward, load("reference")
+    monkeypatch.setattr(load("cpu"), "backward", lambda *a, **k: [1.05 * g for g in right(*a, **k)])
+    monkeypatch.setattr(broken, "forward", lambda *a, **k: torch.zeros(2) + torch.zeros(3))
     check.check_kernels(report, CPU, args)
     assert any("cpu float32" in m and "dk" in m for m in report["misses"])
     assert any("reference bfloat16" in m and "RuntimeError" in m for m in report["misses"])
