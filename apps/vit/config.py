@@ -1,7 +1,7 @@
-"""Configuration of the ViT app: the shape of a ViT, what it reads and forecasts, and the presets."""
+"""Configuration of the ViT app: the model, what it reads and forecasts, and the presets."""
 
 import dataclasses
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import ringx
@@ -27,7 +27,10 @@ POSITIONS = ("learned", "sinusoidal")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a ViT.  The last five are the data's, and filled in when it is opened; a preset gives them for --estimate."""
+    """The shape of a ViT.
+
+    The last five fields are those of the data: they are filled in when it is opened.  A large
+    preset gives them for --estimate."""
 
     dim: int = option(192, "width of the residual stream")
     layers: int = option(6, "blocks")
@@ -58,12 +61,13 @@ class ModelConfig:
         return self.ffn or 4 * self.dim
 
     def patch_grid(self) -> PatchGrid:
+        """How fields are cut into tokens; ValueError if the patch is larger than the grid."""
         return PatchGrid(self.height, self.width, self.patch, self.periodic)
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read of the data, and what is forecast.  All are words, as on the command line."""
+    """What is read of the data, and what is forecast.  All is text, as on the command line."""
 
     variables: str = option("", "variables, such as t2m,z (default: all)")
     levels: str = option(
@@ -81,7 +85,8 @@ class DataConfig:
     )
     inputs: str = option(
         "auto",
-        "what is seen besides the fields: time_of_day, time_of_year, latitude, static, climatology (auto: all there is)",
+        "what is seen besides the fields: time_of_day, time_of_year, latitude, static, climatology "
+        "(auto: all there is)",
     )
     train_times: str = option(
         "", "training times, START/STOP as dates or indices (default: the first 70 %%)"
@@ -91,27 +96,19 @@ class DataConfig:
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            if not isinstance(getattr(self, f.name), str):
-                object.__setattr__(self, f.name, _words(getattr(self, f.name)))
+            value = getattr(self, f.name)
+            if not isinstance(value, str):
+                object.__setattr__(self, f.name, _to_text(value))
         require_known_choices(self)
-        for name, least in (("leads", 1), ("history", 0)):
-            text = getattr(self, name)
-            try:
-                hours = _hours(text)
-            except ValueError:
-                hours = (0,)
-            if len(hours) < least or min(hours, default=1) < 1 or len(set(hours)) < len(hours):
-                raise ValueError(
-                    f"{name}={text!r} must be different whole numbers of hours above 0, such as 6,24."
-                )
+        _require_hours("leads", self.leads, least=1)
+        _require_hours("history", self.history, least=0)
 
     def input_names(self) -> "tuple[str, ...] | None":
-        """None for all that there are."""
-        return (
-            None
-            if self.inputs == "auto"
-            else tuple(name.strip() for name in self.inputs.split(",") if name.strip())
-        )
+        """Names of `inputs`; None for all that there are."""
+        if self.inputs == "auto":
+            return None
+        names = [name.strip() for name in self.inputs.split(",")]
+        return tuple(name for name in names if name)
 
     def lead_hours(self) -> tuple[int, ...]:
         return _hours(self.leads)
@@ -120,23 +117,36 @@ class DataConfig:
         return _hours(self.history)
 
     def hours(self) -> tuple[int, ...]:
-        """Of all changes that statistics are needed of."""
+        """The time spans of all changes whose statistics are needed, ascending."""
         return tuple(sorted({*self.lead_hours(), *self.history_hours()}))
 
 
+def _require_hours(name: str, text: str, *, least: int) -> None:
+    """ValueError unless `text` lists at least `least` different whole numbers of hours above 0."""
+    try:
+        hours = _hours(text)
+    except ValueError:
+        hours = (0,)
+    different = len(set(hours)) == len(hours)
+    if len(hours) < least or min(hours, default=1) < 1 or not different:
+        raise ValueError(
+            f"{name}={text!r} must be different whole numbers of hours above 0, such as 6,24."
+        )
+
+
 def _hours(text: str) -> tuple[int, ...]:
-    return tuple(int(x) for x in text.split(",")) if text else ()
+    if not text:
+        return ()
+    return tuple(int(word) for word in text.split(","))
 
 
-def _words(value: object) -> str:
-    """What YAML makes of a field: a list, a number or nothing."""
-    return (
-        ",".join(map(str, value))
-        if isinstance(value, (list, tuple))
-        else ""
-        if value is None
-        else str(value)
-    )
+def _to_text(value: object) -> str:
+    """The text of a field for which YAML gives a list, a number or nothing."""
+    if value is None:
+        return ""
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
+    return str(value)
 
 
 @dataclass(frozen=True)
@@ -164,107 +174,135 @@ class Config(RunConfig):
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def expect_fits(self, shape: Shape) -> None:
-        """ValueError naming the first size that this mesh cannot cut.  What depends on the grid is seen where that is known."""
-        c, m = self.train, self.model
+        """ValueError naming the first size that ranks of this shape cannot share.
+
+        Sizes that depend on the grid are checked once it is known."""
         self.plan_batch(shape)
         if shape.tp > 1:
-            for name, size in (("heads", m.heads), ("ffn", m.hidden)):
-                if size % shape.tp:
-                    raise ValueError(
-                        f"tp={shape.tp} does not divide {name}={size} of the model; take a smaller --tp."
-                    )
-            if self.mesh.dp_engine != "fsdp":
+            self._expect_fits_tp(shape.tp)
+        if self.model.height:
+            self._expect_fits_tokens(shape)
+
+    def _expect_fits_tp(self, tp: int) -> None:
+        for name, size in (("heads", self.model.heads), ("ffn", self.model.hidden)):
+            if size % tp:
                 raise ValueError(
-                    f"dp_engine={self.mesh.dp_engine} cannot be combined with tp={shape.tp}; use --dp-engine fsdp."
+                    f"tp={tp} does not divide {name}={size} of the model; take a smaller --tp."
                 )
-        if not m.height:
-            return
-        tokens = m.patch_grid().tokens
+        engine = self.mesh.dp_engine
+        if engine != "fsdp":
+            raise ValueError(
+                f"dp_engine={engine} cannot be combined with tp={tp}; use --dp-engine fsdp."
+            )
+
+    def _expect_fits_tokens(self, shape: Shape) -> None:
+        tokens = self.model.patch_grid().tokens
         if shape.cp > tokens:
             raise ValueError(
-                f"cp={shape.cp} is more than the {tokens} tokens of a field; take a smaller --cp or --patch."
+                f"cp={shape.cp} is more than the {tokens} tokens of a field; take a smaller --cp "
+                f"or --patch."
             )
-        sharding = ringx.Sharding(tokens, shape.cp, c.layout)
-        least = min(sharding.size(r) for r in range(shape.cp))
-        if c.mlp_tiles > -(-least // shape.tp):
-            raise ValueError(f"mlp_tiles={c.mlp_tiles} is more than the tokens that a rank holds.")
+        sharding = ringx.Sharding(tokens, shape.cp, self.train.layout)
+        fewest = min(sharding.size(rank) for rank in range(shape.cp))
+        mlp_tiles = self.train.mlp_tiles
+        if mlp_tiles > -(-fewest // shape.tp):
+            raise ValueError(f"mlp_tiles={mlp_tiles} is more than the tokens that a rank holds.")
 
 
 def load(path: str) -> Config:
-    """The configuration of a YAML file (see ``apps.common.config.load``), or of one in apps/vit/configs by its name alone."""
-    if not Path(path).is_file() and (CONFIGS / f"{path}.yaml").exists():
-        path = str(CONFIGS / f"{path}.yaml")
-    elif not Path(path).exists() and Path(path).suffix not in (".yaml", ".yml"):
-        there = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
+    """The configuration of a YAML file, or of one in apps/vit/configs by its name alone.
+
+    Raises:
+        ValueError: there is no such file or name, or ``apps.common.config.load`` refuses it."""
+    given = Path(path)
+    named = CONFIGS / f"{path}.yaml"
+    if not given.is_file() and named.exists():
+        path = str(named)
+    elif not given.exists() and given.suffix not in (".yaml", ".yml"):
+        names = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
         raise ValueError(
-            f"--config {path}: there is no such file, and no such name in apps/vit/configs; names: {there}."
+            f"--config {path}: there is no such file, and no such name in apps/vit/configs; "
+            f"names: {names}."
         )
     return load_yaml(path, Config, PRESETS)
 
 
 def preset(name: str) -> Config:
+    """The preset of this name; ValueError for an unknown one."""
     return PRESETS[require_name(name, PRESETS, "preset")]
 
 
-_ERA = dict(
-    height=360, width=720, in_channels=20, out_channels=20
-)  # half a degree, as the public ancestor trains
+# For the default data on one core: seconds a step in fp32, even at patch 1.
+_TINY = Config(
+    name="tiny",
+    model=ModelConfig(dim=96, layers=3, heads=4),
+    train=TrainConfig(
+        global_batch=16,
+        steps=300,
+        lr=2e-3,
+        warmup=5,
+        dtype="float32",
+        weight_decay=0.05,
+        val_every=100,
+        save_every=100,
+    ),
+)
+_5M = Config(
+    name="5m",
+    model=ModelConfig(dim=256, layers=6, heads=4),
+    train=TrainConfig(global_batch=32, steps=5000, lr=1e-3, warmup=200),
+)
+_90M = Config(
+    name="90m",
+    model=ModelConfig(dim=768, layers=12, heads=12),
+    train=TrainConfig(global_batch=64, steps=20_000, warmup=500),
+)
+_300M = Config(
+    name="300m",
+    model=ModelConfig(dim=1024, layers=24, heads=16),
+    train=TrainConfig(global_batch=64, steps=50_000, warmup=1000),
+)
 
 
-def _large(name: str, dim: int, heads: int, layers: int, patch: int) -> Config:
-    train = TrainConfig(
-        steps=100_000,
-        lr=5e-4,
-        warmup=1000,
-        checkpointing="selective",
-        mlp_tiles=4,
-        val_every=1000,
-        save_every=1000,
-    )
+def _large(patch: int, cp: int = 0, positions: str = "learned") -> Config:
+    """2.6 billion parameters on 20 channels of half a degree, as the public ancestor trains."""
     return Config(
-        name, ModelConfig(dim=dim, heads=heads, layers=layers, patch=patch, **_ERA), train=train
-    )  # type: ignore[arg-type]
+        name=f"2.6b-p{patch}",
+        model=ModelConfig(
+            dim=4096,
+            layers=12,
+            heads=32,
+            patch=patch,
+            positions=positions,
+            height=360,
+            width=720,
+            in_channels=20,
+            out_channels=20,
+        ),
+        train=TrainConfig(
+            steps=100_000,
+            lr=5e-4,
+            warmup=1000,
+            checkpointing="selective",
+            mlp_tiles=4,
+            val_every=1000,
+            save_every=1000,
+        ),
+        mesh=MeshConfig(cp=cp),
+    )
 
 
 PRESETS = {
-    c.name: c
-    for c in (
-        Config(  # the default data on one core: seconds a step in fp32 even at patch 1
-            "tiny",
-            ModelConfig(dim=96, layers=3, heads=4),
-            train=TrainConfig(
-                global_batch=16,
-                steps=300,
-                lr=2e-3,
-                warmup=5,
-                dtype="float32",
-                weight_decay=0.05,
-                val_every=100,
-                save_every=100,
-            ),
-        ),
-        Config(
-            "5m",
-            ModelConfig(dim=256, layers=6, heads=4),
-            train=TrainConfig(global_batch=32, steps=5000, lr=1e-3, warmup=200),
-        ),
-        Config(
-            "90m",
-            ModelConfig(dim=768, layers=12, heads=12),
-            train=TrainConfig(global_batch=64, steps=20_000, warmup=500),
-        ),
-        Config(
-            "300m",
-            ModelConfig(dim=1024, layers=24, heads=16),
-            train=TrainConfig(global_batch=64, steps=50_000, warmup=1000),
-        ),
-        *(_large(f"2.6b-p{p}", 4096, 32, 12, p) for p in (1, 2, 4, 8)),
+    config.name: config
+    for config in (
+        _TINY,
+        _5M,
+        _90M,
+        _300M,
+        # A table of 259,200 learned positions would be another billion of parameters.
+        _large(patch=1, cp=32, positions="sinusoidal"),
+        _large(patch=2, cp=8),
+        _large(patch=4),
+        _large(patch=8),
     )
 }
-_P1 = PRESETS[
-    "2.6b-p1"
-]  # a table of 259,200 learned positions would be another billion of parameters
-PRESETS["2.6b-p1"] = replace(
-    _P1, mesh=MeshConfig(cp=32), model=replace(_P1.model, positions="sinusoidal")
-)
-PRESETS["2.6b-p2"] = replace(PRESETS["2.6b-p2"], mesh=MeshConfig(cp=8))
