@@ -1,24 +1,18 @@
-"""apps/gpt/train.py as users start it: processes, mistakes, resuming, being told to stop, being killed.
+"""apps/gpt/train.py as users start it: processes, what a run leaves behind, mistakes.
+
+Runs that are killed, told to stop, resumed: test/apps/common/test_resume.py.
 
 pytest test/apps/gpt/test_gpt_cli.py
 """
 
 import importlib.util
 import json
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 import zlib
-from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed.checkpoint as dcp
 from helpers.paths import ROOT
+from helpers.runs import losses, output_of
 
 from apps.common.log import read_metrics, read_sessions
 from apps.gpt.data.prepare import prepare
@@ -51,52 +45,11 @@ def small(tmp_path_factory):
     return file
 
 
-def start(*words: object, **env: str) -> subprocess.Popen:
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    command = [sys.executable, *map(str, words)]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
-        start_new_session=True,
-        **pipes,
-    )
-
-
-def ran(*words: object, status: int = 0, **env: str) -> str:
-    process = start(*words, PYTHONFAULTHANDLER="1", **env)
-    try:
-        said, _ = process.communicate(timeout=180)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGABRT)  # every rank says where it is
-        raise AssertionError(f"no end within 180 s:\n{process.communicate()[0]}") from None
-    assert process.returncode == status, said
-    return said
-
-
-def losses(out) -> list[float]:
-    return [r["loss"] for r in read_metrics(out)]
-
-
-def parameters(out, step) -> dict[str, torch.Tensor]:
-    """Of a checkpoint, read without this repository's code."""
-    path = Path(out) / "checkpoints" / f"step-{step:08d}"
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    state = {
-        k: torch.empty(m.size, dtype=m.properties.dtype)
-        for k, m in stored.items()
-        if k.startswith("model.")
-    }
-    dcp.load(state, checkpoint_id=path, no_dist=True)
-    assert state
-    return state
-
-
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, small, data):
     """An unbroken run of one process."""
     out = tmp_path_factory.mktemp("alone") / "run"
-    said = ran("-m", "apps.gpt.train", "--config", small, "--data", data, "--out", out)
+    said = output_of("-m", "apps.gpt.train", "--config", small, "--data", data, "--out", out)
     return out, said
 
 
@@ -142,131 +95,13 @@ def test_torchrun_as_the_issue_names_it(alone, small, data, tmp_path):
         "--data",
         text,
     ]
-    ran(*torchrun, *words, "--cp", 1, "--tp", 2, "--dp", 1, "--out", out)
-    ran("apps/gpt/train.py", *words, "--out", tmp_path / "one")
+    output_of(*torchrun, *words, "--cp", 1, "--tp", 2, "--dp", 1, "--out", out)
+    output_of("apps/gpt/train.py", *words, "--out", tmp_path / "one")
     assert losses(out) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     assert all(
         {"step", "loss", "tokens_per_s"} <= json.loads(x).keys()
         for x in (out / "metrics.jsonl").read_text().splitlines()
     )
-
-
-def test_four_processes_equal_one_and_any_mesh_goes_on(alone, small, data, tmp_path):
-    """cp 4 is stopped after 5 of 12 steps and goes on as cp 2 x dp 2, then from step 8 as one process."""
-    out = tmp_path / "run"
-    words = [
-        "-m",
-        "apps.gpt.train",
-        "--config",
-        small,
-        "--data",
-        data,
-        "--no-tensorboard",
-        "--keep",
-        0,
-    ]
-    ran(*words, "--nproc", 4, "--cp", 4, "--out", out, "--save-every", 5)
-    assert losses(out) == pytest.approx(losses(alone[0]), rel=1e-9)
-    for path in (out / "checkpoints").iterdir():
-        if path.name != "step-00000005":
-            shutil.rmtree(path)
-    on = [*words[:2], "--resume", out, "--no-tensorboard"]  # the same data, without naming it
-    assert "step-00000005, after 5 steps" in ran(
-        *on, "--cp", 2, "--dp", 2, "--nproc", 4, "--save-every", 8
-    )
-    assert losses(out) == pytest.approx(losses(alone[0]), rel=1e-9)
-    want = parameters(alone[0], 12)
-    for name, p in parameters(out, 12).items():
-        assert (p - want[name]).abs().max() <= 1e-9, name
-    shutil.rmtree(out / "checkpoints" / "step-00000012")
-    assert "step-00000008, after 8 steps" in ran(
-        *on
-    )  # one process: the old mesh does not fit, and is not asked for
-    assert losses(out) == pytest.approx(losses(alone[0]), rel=1e-9)
-    assert [s["start_step"] for s in read_sessions(out)] == [0, 5, 8]
-
-
-def test_killed_at_random_it_goes_on_bitwise(alone, small, data, tmp_path):
-    """kill -9 of everything, three times, at no particular moment; then the curve is that of the unbroken run, bit for bit."""
-    out, chance = tmp_path / "run", random.Random(0)
-    words = [
-        "-m",
-        "apps.gpt.train",
-        "--config",
-        small,
-        "--data",
-        data,
-        "--out",
-        out,
-        "--resume",
-        out,
-        "--save-every",
-        1,
-    ]
-    kept = -1
-    for _ in range(3):
-        process = start(*words)
-        goal = kept + chance.randint(1, 3)
-        end = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < end:
-            if (out / "metrics.jsonl").exists() and len(
-                (out / "metrics.jsonl").read_text().splitlines()
-            ) > goal:
-                break
-            time.sleep(0.005)
-        time.sleep(chance.random() * 0.05)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        kept = max((r["step"] for r in read_metrics(out)), default=-1)
-    ran(*words)
-    assert losses(out) == losses(alone[0])
-    one, other = parameters(alone[0], 12), parameters(out, 12)
-    assert all(torch.equal(p, other[name]) for name, p in one.items())
-
-
-def test_told_to_stop_it_saves_and_says_75(alone, small, data, tmp_path):
-    out, signum = tmp_path / "run", signal.SIGTERM  # test/slurm sends SIGUSR1
-    words = [
-        "-m",
-        "apps.gpt.train",
-        "--config",
-        small,
-        "--data",
-        data,
-        "--out",
-        out,
-        "--resume",
-        out,
-        "--save-every",
-        0,
-    ]
-    process = start(*words)
-    while not (out / "metrics.jsonl").exists() or not read_metrics(out):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
-    process.send_signal(signum)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 75, said
-    done = len(read_metrics(out))
-    assert f"stopped by {signum.name} after {done} steps, all saved" in said
-    assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step-{done:08d}"] and done < 12
-    assert f"after {done} steps" in ran(*words)
-    assert losses(out) == losses(alone[0])
-
-
-def test_a_damaged_checkpoint_is_named_and_passed_over(alone, data, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(alone[0], out)
-    (file,) = (out / "checkpoints" / "step-00000012").glob("*.distcp")
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-    said = ran("-m", "apps.gpt.train", "--resume", out, "--data", data)
-    assert (
-        "step-00000012 is damaged and passed over" in said
-        and "step-00000009, after 9 steps" in said
-    )
-    assert losses(out) == losses(alone[0])
 
 
 @pytest.mark.parametrize(
@@ -416,29 +251,3 @@ def test_weights_alone_are_not_resumed(alone, data, tmp_path, capsys):
         (path / "complete.json").write_text(json.dumps(manifest))
     assert main(["--resume", str(out), "--data", str(data)]) == 2
     assert "begin from them with --init" in capsys.readouterr().err
-
-
-def test_a_loss_that_is_not_finite_is_one_line_and_nothing_is_saved(small, data, tmp_path):
-    out = tmp_path / "run"
-    words = [
-        "--config",
-        small,
-        "--data",
-        data,
-        "--out",
-        out,
-        "--lr",
-        "1e300",
-        "--clip",
-        0,
-        "--no-tensorboard",
-    ]
-    said = ran("-m", "apps.gpt.train", *words, status=1)
-    assert "lower --lr?" in said and "Traceback" not in said
-    assert not (out / "checkpoints").exists()
-
-
-def test_an_old_run_is_not_overwritten(alone, capsys):
-    with pytest.raises(SystemExit):
-        main(["--preset", "tiny", "--out", str(alone[0])])
-    assert "go on with --resume" in capsys.readouterr().err

@@ -1,22 +1,18 @@
-"""apps/vit/train.py as users start it: processes, mistakes, resuming, being killed, the configurations by name.
+"""apps/vit/train.py as users start it: processes, mistakes, resuming, the configurations by name.
+
+Runs that are killed, told to stop, resumed: test/apps/common/test_resume.py.
 
 python -m pytest test/apps/vit/test_vit_cli.py
 """
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
-from helpers.paths import ROOT
+from helpers.runs import losses, parameters, remove_checkpoints, start
 
 xr = pytest.importorskip("xarray")
 pytest.importorskip("netCDF4")
@@ -50,39 +46,9 @@ def small(tmp_path_factory):
     return file
 
 
-def start(*words: object) -> subprocess.Popen:
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    command = [sys.executable, *map(str, words)]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-        **pipes,
-    )
-
-
 def train(*words: object) -> int:
     """In this process."""
     return main([*map(str, words), "--no-tensorboard"])
-
-
-def losses(out) -> list[float]:
-    return [r["loss"] for r in read_metrics(out)]
-
-
-def parameters(out, step) -> dict[str, torch.Tensor]:
-    """Of a checkpoint, read without this repository's code."""
-    path = Path(out) / "checkpoints" / f"step-{step:08d}"
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    state = {
-        k: torch.empty(m.size, dtype=m.properties.dtype)
-        for k, m in stored.items()
-        if k.startswith("model.")
-    }
-    dcp.load(state, checkpoint_id=path, no_dist=True)
-    assert state
-    return state
 
 
 @pytest.fixture(scope="module")
@@ -149,44 +115,17 @@ def test_torchrun_as_the_issue_names_it(data, tmp_path):
     assert f"loss {records[0]['loss']:.4f} -> {records[-1]['loss']:.4f}" in said
 
 
-def test_killed_it_goes_on_bitwise(alone, small, data, tmp_path):
-    """kill -9 in the middle; then losses and the last checkpoint are those of the unbroken run, bit for bit."""
-    out = tmp_path / "run"
-    process = start("-m", "apps.vit.train", "--config", small, "--data", data, "--out", out)
-    end = time.monotonic() + 90
-    while (
-        process.poll() is None
-        and time.monotonic() < end
-        and not (out / "checkpoints" / "step-00000003").exists()
-    ):
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, process.communicate()[0]
-    kept = len(read_metrics(out))
-    assert 0 < kept < 12
-    assert train("--resume", out) == 0  # the same data and configuration, without naming them
-    _, second = read_sessions(out)
-    assert 0 < second["start_step"] <= kept and second["start_step"] % 3 == 0
-    assert losses(out) == losses(alone)
-    one, other = parameters(alone, 12), parameters(out, 12)
-    assert one.keys() == other.keys() and all(
-        torch.equal(p, other[name]) for name, p in one.items()
-    )
-
-
-def test_another_mesh_goes_on(alone, tmp_path, capfd):
-    """From step 6 as two ranks of one context."""
+def test_a_resumed_run_ends_bitwise_as_the_unbroken_one(alone, tmp_path):
+    """The same data and configuration, without naming them (kills: test/apps/common/test_resume.py)."""
     out = tmp_path / "run"
     shutil.copytree(alone, out)
-    for step in (9, 12):
-        shutil.rmtree(out / "checkpoints" / f"step-{step:08d}")
-    assert train("--resume", out, "--cp", 2, "--nproc", 2) == 0
-    said = capfd.readouterr().out
-    assert "step-00000006, after 6 steps" in said and "cp 2 x tp 1 x dp 1" in said
-    assert losses(out) == pytest.approx(losses(alone), rel=1e-9)
-    want = parameters(alone, 12)
-    for name, p in parameters(out, 12).items():
-        assert (p - want[name]).abs().max() <= 1e-9, name
+    remove_checkpoints(out, after=6)
+    assert train("--resume", out) == 0
+    assert [session["start_step"] for session in read_sessions(out)] == [0, 6]
+    assert losses(out) == losses(alone)
+    one, other = parameters(alone, 12), parameters(out, 12)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(p, other[name]) for name, p in one.items())
 
 
 def test_epochs(small, data, tmp_path):
@@ -465,9 +404,3 @@ def test_checkpoints_that_do_not_fit(arguments, message, alone, tmp_path, capsys
     err = capsys.readouterr().err
     assert message in err and "--resume" in err and err.count("\n") == 1
     assert (out / "metrics.jsonl").read_text() == (alone / "metrics.jsonl").read_text()
-
-
-def test_an_old_run_is_not_overwritten(alone, small, data, capsys):
-    with pytest.raises(SystemExit):
-        train("--config", small, "--data", data, "--out", alone)
-    assert "go on with --resume" in capsys.readouterr().err
