@@ -20,7 +20,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-# a shell that starts the tests in the background has interrupts ignored, here and in every child: some tests send one
+# A shell that starts the tests in the background has interrupts ignored, here and in every child;
+# some tests send one.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -43,7 +44,7 @@ def pytest_collection_finish(session):
 
 @pytest.fixture
 def poison():
-    """torch.empty and its like are filled with NaN: whatever reads memory that nobody wrote shows it."""
+    """torch.empty and its like give NaN: whatever reads memory that nobody wrote shows it."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3).isnan().all()
     yield

@@ -1,4 +1,7 @@
-"""Many ranks in one process: real gloo collectives between threads.  Fast where processes are not what is tested."""
+"""Many ranks in one process, as threads: real gloo collectives, and quick to start.
+
+Connecting takes 10 ms a rank.  For tests in which processes are not what is tested.
+"""
 
 import contextlib
 import functools
@@ -16,9 +19,10 @@ import torch.testing._internal.distributed.multi_threaded_pg as threaded
 
 
 def run(world: int, call: Callable[..., Any], *args: Any, timeout: float = 30) -> list[Any]:
-    """[call(rank, *args) of every rank], each on its own thread as rank of a gloo group; raises the first rank's error.
+    """The results of ``call(rank, *args)`` by rank; each rank is a thread with a gloo group.
 
-    Make random inputs before: the threads share the global generator."""
+    Raises the first rank's error.  Make random inputs before: the threads share the generator.
+    """
     results = attempt(world, call, *args, timeout=timeout)
     for r in results:
         if isinstance(r, BaseException):
@@ -63,7 +67,10 @@ def attempt(world: int, call: Callable[..., Any], *args: Any, timeout: float = 3
 
 
 def _forget_meshes() -> None:
-    """DTensor's caches hold meshes: their gloo groups would keep threads that wake up often and slow down every later test."""
+    """Empties DTensor's caches, which hold meshes.
+
+    The gloo groups of these would keep threads that wake up often and slow down all later tests.
+    """
     for module in [
         m for name, m in sys.modules.items() if name.startswith("torch.distributed.tensor")
     ]:

@@ -1,4 +1,4 @@
-"""Jobs on a real Slurm: submitted, warned, requeued after a crash or a pulled cable, chained, collected, plotted.
+"""Jobs on a real Slurm: submitted, chained, warned, requeued after a loss, collected, plotted.
 
 python -m pytest test/slurm/test_jobs.py
 """
@@ -33,13 +33,9 @@ def found(out):
     return good
 
 
-def stamps(out):
-    return {p.name: p.stat().st_mtime_ns for p in Path(out).glob("*.json")}
-
-
 @pytest.fixture(scope="module")
 def limited(cluster):
-    """A job with a real time limit of one minute, submitted before the other tests: see the last test."""
+    """A job with a real time limit of a minute, submitted with the first test; a later one waits."""
     out = cluster.folder / "limited.out"
     script = cluster.folder / "limited.sbatch"
     script.write_text(
@@ -90,89 +86,6 @@ def test_submit_collect_plot(cluster, limited, tmp_path):
     said = cluster.ringx("plot", table / "attention.parquet")
     for figure in ("strong_scaling", "weak_scaling", "bytes", "wire"):
         assert (table / f"{figure}.png").exists(), said
-
-
-def begun(cluster, out, n=1):
-    """Waits until so many records are there."""
-    wait_for(lambda: len(list(out.glob("*.json"))) >= n, 90, lambda: cluster("status") + logs(out))
-
-
-def logs(out):
-    return "".join(f"== {p}\n{p.read_text()}" for p in sorted(Path(out).glob("jobs/*.out")))
-
-
-def test_a_warning_ends_the_job_between_cases_and_it_requeues_itself(healthy, tmp_path):
-    """The warning is sent to the batch script, as Slurm does for --signal=B:USR1@N."""
-    out = tmp_path / "out"
-    (job,), _ = submit(
-        healthy, out, "--nodes", "2", "--array", "1", "--algorithms", "ringx3", "--seqlens", "64,2048,4096", *SMALL, "--reps", "40",
-        "--time", "10",
-    )  # fmt: skip
-    begun(healthy, out)
-    healthy("exec", "scancel", "--batch", "--signal=USR1", job)
-    wait_for(lambda: healthy.job(job)["Restarts"] == "1", 60, lambda: logs(out))
-    before = stamps(out)
-    assert 1 <= len(before) < 3, logs(out)
-    assert healthy.await_job(job)["JobState"] == "COMPLETED", logs(out)
-    assert (
-        stamps(out).items() >= before.items() and len(stamps(out)) == 3
-    )  # nothing twice, nothing lost
-    restarts = {r["case"]["seqlen"]: r["launch"]["job"]["restart"] for r in found(out)}
-    assert restarts[64] == 0 and restarts[4096] == 1
-    assert "interrupted by SIGUSR1: " in logs(out) and "back into the queue" in logs(out)
-    assert "task 1: Terminated" not in logs(out)  # rank 0, whose status is the job's, leaves last
-    assert "not written" not in logs(out) and "Traceback" not in logs(out)
-
-
-def test_a_crashed_node_and_a_pulled_cable(healthy, tmp_path):
-    """Two jobs of two nodes.  One loses a node; of the other's, the node of rank 0 is cut off and its processes go on for a while.
-    Both are restarted on other nodes and measure every case exactly once; the cut-off ranks end by their timeout."""
-    jobs, outs = {}, {}
-    for what in ("crash", "cable"):
-        outs[what] = tmp_path / what
-        words = (
-            "--nodes",
-            "2",
-            "--algorithms",
-            "ringx4",
-            "--seqlens",
-            "64,2048",
-            *SMALL,
-            "--reps",
-            "200",
-            "--timeout",
-            "8",
-        )
-        words += ("--sbatch=--exclusive",)
-        jobs[what] = submit(healthy, outs[what], *words)[0][0]
-    # each array is two tasks of two nodes: wait until each job has measured its small case, then take the nodes of the large one
-    for what in jobs:
-        begun(healthy, outs[what])
-        large = outs[what] / "jobs" / f"ringx-bench-n2_{jobs[what]}_1.out"
-        wait_for(
-            lambda large=large: large.exists() and "2 ranks on 2 hosts" in large.read_text(),
-            90,
-            lambda what=what: logs(outs[what]),
-        )
-    before = {what: stamps(outs[what]) for what in jobs}
-    nodes = {what: healthy.nodes_of(f"{jobs[what]}_1") for what in jobs}
-    assert len(set(nodes["crash"] + nodes["cable"])) == 4
-    healthy("crash", nodes["crash"][1])
-    healthy("link", nodes["cable"][0], "down")
-    cut = nodes["cable"][0]
-    ranks = f"{sys.executable} -m ringx bench"  # srun and the batch script are Slurm's to end
-    wait_for(
-        lambda: ranks not in re.sub(r"srun .*", "", healthy("node", cut, "ps", "-eo", "args")),
-        60,
-        lambda: logs(outs["cable"]),
-    )
-    for what in jobs:
-        ended = healthy.await_job(f"{jobs[what]}_1")
-        assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), logs(outs[what])
-        got = {r["case"]["seqlen"]: r["launch"]["job"]["restart"] for r in found(outs[what])}
-        assert got == {64: 0, 2048: 1}
-        assert stamps(outs[what]).items() >= before[what].items()
-    assert "failed on rank 0 of 2" in logs(outs["cable"])  # what the cut-off rank said
 
 
 def test_results_that_cannot_be_written_fail_before_the_first_case(cluster):
@@ -262,7 +175,10 @@ def test_an_environment_is_staged_to_every_node(cluster, tmp_path):
     assert "on 2 nodes" in log.read_text()
 
 
-@pytest.mark.parametrize("world", [2, 4, 8])
+@pytest.mark.parametrize(
+    "world",
+    [4, pytest.param(2, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)],
+)
 def test_wire_bytes_are_the_closed_form_times_the_collectives_factors(cluster, tmp_path, world):
     """Of every algorithm, within 5 %: what interfaces counted, against sizes times factors that bench-comm measured."""
     program = ROOT / "test/slurm/wire.py"
@@ -298,7 +214,7 @@ def test_wire_bytes_are_the_closed_form_times_the_collectives_factors(cluster, t
 
 
 def test_a_real_time_limit_reaches_the_ranks(cluster, limited):
-    """It was submitted before the other tests of this file; its warning comes within its minute, and it starts again."""
+    """It was submitted before the tests above; it is warned within its minute and starts again."""
     job, out = limited
     assert cluster.await_job(job, 120)["JobState"] == "COMPLETED", out.read_text()
     said = out.read_text()
@@ -308,3 +224,83 @@ def test_a_real_time_limit_reaches_the_ranks(cluster, limited):
         and len(set(re.findall(r"told (n\d)", first))) == 2
     )
     assert len(set(re.findall(r"up (n\d) 1", again))) == 2
+
+
+# ---- jobs that are disturbed: `healthy` cancels all jobs afterwards, so these tests come last
+
+
+def stamps(out):
+    return {p.name: p.stat().st_mtime_ns for p in Path(out).glob("*.json")}
+
+
+def begun(cluster, out, n=1):
+    """Waits until so many records are there."""
+    wait_for(lambda: len(list(out.glob("*.json"))) >= n, 90, lambda: cluster("status") + logs(out))
+
+
+def logs(out):
+    return "".join(f"== {p}\n{p.read_text()}" for p in sorted(Path(out).glob("jobs/*.out")))
+
+
+# CI has a job that is warned in test_gpt_job.py, and a benchmark that is told in test_stopping.py
+@pytest.mark.slow
+def test_a_warning_ends_the_job_between_cases_and_it_requeues_itself(healthy, tmp_path):
+    """The warning is sent to the batch script, as Slurm does for --signal=B:USR1@N."""
+    out = tmp_path / "out"
+    (job,), _ = submit(
+        healthy, out, "--nodes", "2", "--array", "1", "--algorithms", "ringx3", "--seqlens", "64,2048,4096", *SMALL, "--reps", "40",
+        "--time", "10",
+    )  # fmt: skip
+    begun(healthy, out)
+    healthy("exec", "scancel", "--batch", "--signal=USR1", job)
+    wait_for(lambda: healthy.job(job)["Restarts"] == "1", 60, lambda: logs(out))
+    before = stamps(out)
+    assert 1 <= len(before) < 3, logs(out)
+    assert healthy.await_job(job)["JobState"] == "COMPLETED", logs(out)
+    assert (
+        stamps(out).items() >= before.items() and len(stamps(out)) == 3
+    )  # nothing twice, nothing lost
+    restarts = {r["case"]["seqlen"]: r["launch"]["job"]["restart"] for r in found(out)}
+    assert restarts[64] == 0 and restarts[4096] == 1
+    assert "interrupted by SIGUSR1: " in logs(out) and "back into the queue" in logs(out)
+    assert "task 1: Terminated" not in logs(out)  # rank 0, whose status is the job's, leaves last
+    assert "not written" not in logs(out) and "Traceback" not in logs(out)
+
+
+@pytest.mark.parametrize("what", ["cable", pytest.param("crash", marks=pytest.mark.slow)])
+def test_a_job_that_loses_a_node_is_restarted_on_others(healthy, tmp_path, what):
+    """A node of a job of two crashes, or the node of rank 0 is cut off and its processes go on for a
+    while.  The job is restarted on other nodes and measures every case exactly once; ranks that were
+    cut off end by their timeout."""
+    (job,), _ = submit(
+        healthy, tmp_path, "--nodes", "2", "--algorithms", "ringx4", "--seqlens", "64,2048", *SMALL, "--reps", "200",
+        "--timeout", "8", "--sbatch=--exclusive",
+    )  # fmt: skip
+    # an array of two tasks of two nodes: once the small case is measured, the large one loses a node
+    begun(healthy, tmp_path)
+    large = tmp_path / "jobs" / f"ringx-bench-n2_{job}_1.out"
+    wait_for(
+        lambda: large.exists() and "2 ranks on 2 hosts" in large.read_text(),
+        90,
+        lambda: logs(tmp_path),
+    )
+    before = stamps(tmp_path)
+    first, last = healthy.nodes_of(f"{job}_1")
+    if what == "crash":
+        healthy("crash", last)
+    else:
+        healthy("link", first, "down")
+        ranks = f"{sys.executable} -m ringx bench"  # srun and the batch script are Slurm's to end
+
+        def have_ended():
+            running = healthy("node", first, "ps", "-eo", "args")
+            return ranks not in re.sub(r"srun .*", "", running)
+
+        wait_for(have_ended, 60, lambda: logs(tmp_path))
+    ended = healthy.await_job(f"{job}_1")
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), logs(tmp_path)
+    got = {r["case"]["seqlen"]: r["launch"]["job"]["restart"] for r in found(tmp_path)}
+    assert got == {64: 0, 2048: 1}
+    assert stamps(tmp_path).items() >= before.items()
+    if what == "cable":
+        assert "failed on rank 0 of 2" in logs(tmp_path)  # what the cut-off rank said

@@ -191,14 +191,9 @@ def test_batch_scripts_call_what_there_is(slurm, name, folder):
         args = parser.parse_args(said[3:])
         assert args.nproc == "2" and args.resume
         if name == "bench":
-            assert {c.algorithm for c in cases.plan(args, 2)} == {
-                "ringx1"
-            } and args.part == "2/4"
+            assert {c.algorithm for c in cases.plan(args, 2)} == {"ringx1"} and args.part == "2/4"
             array = re.search(r"--array=0-(\d)", (SCRIPT / "bench.sbatch").read_text())
-            assert (
-                len({c.size for c in cases.examine(args, 2, None)[0]})
-                == int(array[1]) + 1
-            )
+            assert len({c.size for c in cases.examine(args, 2, None)[0]}) == int(array[1]) + 1
         else:
             assert bench_collectives.examine(args) == (["ring"], [])
 
