@@ -7,7 +7,7 @@ import torch
 from apps.common import estimate
 from apps.common.config import TORCH_DTYPES
 from apps.common.engine import Engine
-from apps.common.estimate import StepEstimate
+from apps.common.estimate import StepEstimate, StepSpec
 from ringx.launch.mesh import Mesh, Shape
 
 from .config import Config
@@ -16,28 +16,43 @@ from .parallel import Attend, build
 
 
 def estimate_step(config: Config, shape: Shape, rank: int = 0) -> StepEstimate:
-    """``apps.common.estimate.estimate_step`` of a ViT, whose configuration must name the grid and the channels."""
-    return estimate.estimate_step(config, shape, _subject, rank)
+    """``apps.common.estimate.estimate_step`` of a ViT.
+
+    Args:
+        config: must name the grid and the channels.
+        shape: of the mesh.
+        rank: whose costs are estimated.
+
+    Raises:
+        ValueError, RuntimeError: as there."""
+    return estimate.estimate_step(config, shape, _step_spec, rank)
 
 
-def _subject(config: Config) -> estimate.StepSpec:
-    c = config.model
+def _step_spec(config: Config) -> StepSpec:
+    model = config.model
+    points = model.patch**2
 
-    def start(mesh: Mesh, allocating: contextlib.AbstractContextManager) -> Engine:
+    def build_engine(mesh: Mesh, allocating: contextlib.AbstractContextManager) -> Engine:
         attend = Attend(config, mesh)
         attend.check = False
         return build(config, mesh, attend, weights=None, allocating=allocating)
 
-    def batch(mesh: Mesh, samples: int) -> list[torch.Tensor]:
-        tokens, points = Attend(config, mesh).layout.size(mesh.cp_rank), c.patch**2
-        kind = torch.promote_types(TORCH_DTYPES[config.train.dtype], torch.float32)
+    def make_batch(mesh: Mesh, samples: int) -> list[torch.Tensor]:
+        """Inputs, positions, targets and weights, as ``ViT.forward`` takes them."""
+        tokens = Attend(config, mesh).layout.size(mesh.cp_rank)
+        dtype = torch.promote_types(TORCH_DTYPES[config.train.dtype], torch.float32)
         return [
-            torch.zeros(samples, tokens, c.in_channels * points, dtype=kind),
+            torch.zeros(samples, tokens, model.in_channels * points, dtype=dtype),
             torch.zeros(tokens, dtype=torch.long),
-            torch.zeros(samples, tokens, c.out_channels * points, dtype=kind),
-            torch.zeros(tokens, points, dtype=kind),
+            torch.zeros(samples, tokens, model.out_channels * points, dtype=dtype),
+            torch.zeros(tokens, points, dtype=dtype),
         ]
 
-    return estimate.StepSpec(
-        c.patch_grid().tokens, c.layers, parameters(c).total, flops_per_token(c), start, batch
+    return StepSpec(
+        tokens=model.patch_grid().tokens,
+        layers=model.layers,
+        parameters=parameters(model).total,
+        flops=flops_per_token(model),
+        build=build_engine,
+        batch=make_batch,
     )

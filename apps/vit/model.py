@@ -29,13 +29,13 @@ from apps.common.weights import seeded_normal
 from .config import ModelConfig
 
 # q, k, v [B, S, H, D] -> out [B, S, H, D]; every token attends to all tokens of the grid
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 KEEP_ALL = ActivationMemory()  # no activation is computed again
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, attend: Attend):
+    def __init__(self, config: ModelConfig, attend: AttentionFunction):
         super().__init__()
         self.head_dim = config.dim // config.heads
         self.attend = attend
@@ -70,7 +70,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, attend: Attend, memory: ActivationMemory):
+    def __init__(self, config: ModelConfig, attend: AttentionFunction, memory: ActivationMemory):
         super().__init__()
         self.norm_attn = nn.LayerNorm(config.dim)
         self.norm_mlp = nn.LayerNorm(config.dim)
@@ -135,7 +135,7 @@ class ViT(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        attend: Attend,
+        attend: AttentionFunction,
         memory: ActivationMemory = KEEP_ALL,
         multiple: int = 1,
     ):
@@ -155,7 +155,7 @@ class ViT(nn.Module):
     def empty(
         cls,
         config: ModelConfig,
-        attend: Attend,
+        attend: AttentionFunction,
         memory: ActivationMemory = KEEP_ALL,
         multiple: int = 1,
         *,

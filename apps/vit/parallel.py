@@ -1,10 +1,12 @@
-"""A ViT cut over tp ranks by torch's own parallel styles, and everything of a run put together: model, mesh, engine.
+"""A ViT sharded over tp ranks by torch's own parallel styles, and the engine of a run.
 
-As in apps/gpt/parallel.py, tensor parallelism cuts matrices and heads, and between them the tokens.
+As in apps/gpt/parallel.py, tensor parallelism shards matrices and heads, and between them the
+tokens.
 """
 
 import contextlib
-from collections.abc import Callable
+from functools import partial
+from typing import Literal
 
 import torch
 from torch.distributed.tensor import Replicate, Shard
@@ -22,73 +24,93 @@ from apps.common.engine import Engine
 from apps.common.memory import ActivationMemory
 from apps.common.parallel import Attend as SequenceAttend
 from apps.common.parallel import kept_dtype, make_engine
+from apps.common.weights import ReadWeight
 from ringx.launch.mesh import Mesh
 
 from .config import Config
-from .model import ViT, initial_weight
+from .model import AttentionFunction, ViT, initial_weight
+
+TOKENS = Shard(1)  # [B, S, C] with a part of the tokens on each tp rank
+WHOLE = Replicate()
 
 
 def apply_tensor_parallel(model: ViT, mesh: Mesh) -> None:
-    """Cuts the model's parameters over the tp axis; local (nothing is there yet: the model is on the meta device)."""
+    """Shards the model's parameters over the tp axis.
+
+    Local: the model is on the meta device, where no parameter has values yet."""
     if mesh.shape.tp == 1 or mesh.device_mesh is None:
         return
-    tokens, whole = Shard(1), Replicate()
     plan: dict[str, ParallelStyle] = {
-        "embed": ColwiseParallel(output_layouts=tokens),
+        "embed": ColwiseParallel(output_layouts=TOKENS),
         "norm": SequenceParallel(use_local_output=True),
-        "head": RowwiseParallel(input_layouts=tokens, output_layouts=whole),
+        "head": RowwiseParallel(input_layouts=TOKENS, output_layouts=WHOLE),
     }
     if model.config.positions == "learned":
-        plan["places.table"] = ColwiseParallel(output_layouts=tokens)
+        plan["places.table"] = ColwiseParallel(output_layouts=TOKENS)
     else:
-        plan["places"] = PrepareModuleOutput(output_layouts=whole, desired_output_layouts=tokens)
+        plan["places"] = PrepareModuleOutput(output_layouts=WHOLE, desired_output_layouts=TOKENS)
     for i in range(len(model.layers)):
-        plan |= {
-            f"layers.{i}.norm_attn": SequenceParallel(),
-            f"layers.{i}.attn": PrepareModuleInput(
-                input_layouts=(tokens, None), desired_input_layouts=(whole, None)
-            ),
-            f"layers.{i}.norm_mlp": SequenceParallel(
-                use_local_output=True
-            ),  # local: tiles cut it further
-            f"layers.{i}.mlp": PrepareModuleInput(
-                input_layouts=(tokens,), desired_input_layouts=(whole,)
-            ),
-        }
-        for name in ("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.up_proj"):
-            plan[f"layers.{i}.{name}"] = ColwiseParallel()
-        for name in ("attn.o_proj", "mlp.down_proj"):
-            plan[f"layers.{i}.{name}"] = RowwiseParallel(output_layouts=tokens)
+        for name, style in _block_plan().items():
+            plan[f"layers.{i}.{name}"] = style
     parallelize_module(model, mesh.device_mesh["tp"], plan)
+
+
+def _block_plan() -> dict[str, ParallelStyle]:
+    """The styles of a block's modules."""
+    return {
+        "norm_attn": SequenceParallel(),
+        "attn": PrepareModuleInput(
+            input_layouts=(TOKENS, None), desired_input_layouts=(WHOLE, None)
+        ),
+        # A local tensor, because tiles of the MLP split it further
+        "norm_mlp": SequenceParallel(use_local_output=True),
+        "mlp": PrepareModuleInput(input_layouts=(TOKENS,), desired_input_layouts=(WHOLE,)),
+        "attn.q_proj": ColwiseParallel(),
+        "attn.k_proj": ColwiseParallel(),
+        "attn.v_proj": ColwiseParallel(),
+        "mlp.up_proj": ColwiseParallel(),
+        "attn.o_proj": RowwiseParallel(output_layouts=TOKENS),
+        "mlp.down_proj": RowwiseParallel(output_layouts=TOKENS),
+    }
 
 
 class Attend(SequenceAttend):
     """Attention of every token to all tokens of a configuration's grid."""
 
     def __init__(self, config: Config, mesh: Mesh):
-        super().__init__(config.train, mesh, seqlen=config.model.patch_grid().tokens, causal=False)
+        tokens = config.model.patch_grid().tokens
+        super().__init__(config.train, mesh, seqlen=tokens, causal=False)
 
 
 def build(
     config: Config,
     mesh: Mesh,
-    attend: Callable,
+    attend: AttentionFunction,
     device: "torch.device | str" = "cpu",
-    weights: "Callable[[str, torch.Size], torch.Tensor] | str | None" = "new",
+    weights: "ReadWeight | Literal['new'] | None" = "new",
     allocating: "contextlib.AbstractContextManager | None" = None,
 ) -> Engine:
     """Model, optimizer and data parallelism of this rank; collective.
 
-    weights: "new" for those of the seed, a function (name, shape) -> full tensor, or None to leave them as they come.
-    allocating: as of Engine."""
-    c = config.train
+    Args:
+        config: that of the run, with the sizes of its data.
+        mesh: the ranks.
+        attend: the model's attention.
+        device: of the parameters.
+        weights: (name, shape) -> the full tensor of a parameter; "new" for the initial ones of the
+            configuration's seed; None to leave the parameters as they are allocated.
+        allocating: as of Engine."""
+    train = config.train
     model = ViT.empty(
-        config.model, attend, ActivationMemory.from_config(c), mesh.shape.tp, dtype=kept_dtype(c)
+        config.model,
+        attend,
+        memory=ActivationMemory.from_config(train),
+        multiple=mesh.shape.tp,
+        dtype=kept_dtype(train),
     )
     apply_tensor_parallel(model, mesh)
     if weights == "new":
-        weights = lambda name, shape: initial_weight(name, shape, config.model, c.seed)  # noqa: E731
-    assert not isinstance(weights, str)
+        weights = partial(initial_weight, config=config.model, seed=train.seed)
     return make_engine(
         config,
         model,
