@@ -1,4 +1,4 @@
-"""Make text into token shards: the command of ``apps.gpt.data.prepare``.
+"""The command of ``apps.gpt.data.prepare``, which makes text into token shards.
 
 python -m apps.gpt.prepare --help
 """

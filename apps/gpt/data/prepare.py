@@ -1,17 +1,20 @@
 """Turn text into tokens that ``apps.gpt.train`` reads.
 
-    python -m apps.gpt.prepare --out tokens                                    # this Python's standard library
+    python -m apps.gpt.prepare --out tokens                  # this Python's standard library
     python -m apps.gpt.prepare book.txt notes/ --out tokens --vocab 32000
-    python -m apps.gpt.prepare part-*.parquet more.jsonl.gz --out tokens --text-key content --tokenizer llama/tokenizer.json
+    python -m apps.gpt.prepare part-*.parquet more.jsonl.gz --out tokens --text-key content
+    python -m apps.gpt.prepare book.txt --out tokens --tokenizer llama/tokenizer.json
 
-A document is a text file (UTF-8), a line of JSONL, or a row of Parquet; folders are read with all below them, in the order of
-their names, without what is hidden.  Documents without text are left out.  The last --val-fraction of the text is held back as a
-split of its own, by whole documents; of a single document, from a line end on.  A tokenizer is trained on the rest alone.
+A document is a text file (UTF-8), a line of JSONL, or a row of Parquet; folders are read with all
+below them, in the order of their names, without what is hidden.  Documents without text are left
+out.  The last --val-fraction of the text is held back as a split of its own, by whole documents;
+of a single document, from a line end on.  A tokenizer is trained on the rest alone.
 
-What ``apps.gpt.data.format`` describes is written into OUT.partial, which becomes OUT when it is complete: interrupted, the same
-command starts over.  Where OUT was made from the same inputs with the same settings, nothing is done; otherwise it is refused.
-Inputs are the same if their names within what was given, their sizes, and their contents are; of a file above 256 MiB the time
-of its last change stands for its contents.
+What ``apps.gpt.data.format`` describes is written into OUT.partial, which becomes OUT when it is
+complete: interrupted, the same command starts over.  Where OUT was made from the same inputs with
+the same settings, nothing is done; otherwise it is refused.  Inputs are the same if their names
+within what was given, their sizes, and their contents are; of a file above 256 MiB the time of its
+last change stands for its contents.
 """
 
 import argparse
@@ -30,58 +33,75 @@ from typing import Any
 
 import numpy as np
 
+from apps.common.arguments import CannotWrite, run_command
+
 from .dataset import open_dataset
 from .documents import (
     PIECE_CHARACTERS,
     InputFile,
     ReportPosition,
     TextPiece,
-    _read_text,
-    _reporting_read_errors,
     fingerprint,
     last_line_end,
     list_inputs,
 )
 from .format import FORMAT_VERSION, INDEX, TOKEN_DTYPES, file_digest, index_digest, read_index
-from .tokenizer import END_OF_TEXT, ByteTokenizer, JsonTokenizer, train_tokenizer
+from .tokenizer import END_OF_TEXT, ByteTokenizer, JsonTokenizer, TextTokenizer, train_tokenizer
 
-DEFAULT_VOCAB = 8192  # of a tokenizer that is trained, unless another is asked for
-CHUNK_CHARACTERS = 16 * PIECE_CHARACTERS  # characters in flight: about 100 bytes of memory for each
+DEFAULT_VOCAB = 8192  # of a tokenizer that is trained
+CHUNK_CHARACTERS = 16 * PIECE_CHARACTERS  # encoded at once: about 100 bytes of memory for each
 PREPARED_NAME = re.compile(r"(train|val)-(\d{5,}|documents)\.bin|tokenizer\.json|dataset\.json")
 
 
 def prepare(
-    inputs: "Sequence[str | Path]",
-    out: "str | Path",
+    inputs: Sequence[str | Path],
+    out: str | Path,
     *,
-    vocab: "int | None" = None,
-    tokenizer: "str | Path" = "train",
-    eos: "str | None" = None,
-    text_key: "str | None" = None,
+    vocab: int | None = None,
+    tokenizer: str | Path = "train",
+    eos: str | None = None,
+    text_key: str | None = None,
     val_fraction: float = 0.05,
     shard_tokens: int = 2**28,
 ) -> None:
-    """Writes the tokens of `inputs` (files and folders; none: this Python's standard library) into the folder `out`.
+    """Writes the tokens of `inputs` into the folder `out`.  To be called by one process.
 
-    `tokenizer` is "train" (byte-level BPE of up to `vocab` tokens, 8192 unless given), "bytes", or a tokenizer.json or its
-    folder, whose token `eos` ends a text.  `text_key` names the field of JSONL and the column of Parquet that holds the text
-    ("text").  `val_fraction` of the text makes the split "val"; a file holds at most `shard_tokens` tokens.
+    Args:
+        inputs: files and folders; none of them: this Python's standard library.
+        out: a new or an empty folder, or one that was made by the same call.
+        vocab: the most tokens of a tokenizer that is trained; None: 8192.
+        tokenizer: "train" (byte-level BPE), "bytes", or a tokenizer.json or its folder.
+        eos: the token of a tokenizer.json that ends a text; None: it is looked for.
+        text_key: the field of JSONL, or the column of Parquet, with the text; None: "text".
+        val_fraction: the part of the text that makes the split "val".
+        shard_tokens: the most tokens of a file.
 
-    Call it on one process.  Raises ValueError, one line for the user, for arguments that make no sense, inputs that cannot be
-    read or hold no text, and an `out` that holds something else; OSError where `out` cannot be written."""
-    sources, source = list_inputs(inputs, Path(out))
-    settings, bring = _settings(
-        sources, vocab, tokenizer, eos, text_key, val_fraction, shard_tokens
+    Raises:
+        ValueError: with one line for the user, for arguments that make no sense, inputs that
+            cannot be read or hold no text, and an `out` that holds something else.
+        OSError: `out` cannot be written."""
+    files, source = list_inputs(inputs, Path(out))
+    settings, tokenizer_file = _settings(
+        files,
+        vocab=vocab,
+        tokenizer=tokenizer,
+        eos=eos,
+        text_key=text_key,
+        val_fraction=val_fraction,
+        shard_tokens=shard_tokens,
     )
     target = Path(os.path.realpath(out))
-    recipe = hashlib.sha256(
-        json.dumps([FORMAT_VERSION, settings, [fingerprint(s) for s in sources]]).encode()
-    ).hexdigest()
+    fingerprints = [fingerprint(file) for file in files]
+    recipe_text = json.dumps([FORMAT_VERSION, settings, fingerprints])
+    recipe = hashlib.sha256(recipe_text.encode()).hexdigest()
     if is_prepared(target, out, settings, recipe):
         return
+    # ``ringx.files.write_folder`` refuses where another process has left its folder or is still
+    # writing.  Here a second process waits for the first one and finds the work done, and what a
+    # killed process has left is removed: that needs a lock on the folder that is written into.
     partial = target.with_name(target.name + ".partial")
     with locked_folder(partial):
-        complete = False
+        is_complete = False
         try:
             _remove_prepared_files(partial)
             if is_prepared(target, out, settings, recipe):  # another process was faster
@@ -92,22 +112,27 @@ def prepare(
                 "settings": settings,
                 "recipe": recipe,
             }
-            with _progress(sources) as watch:
-                write_tokens(partial, sources, index, settings, bring, watch)
+            with _progress(files) as start_pass:
+                write_tokens(partial, files, index, tokenizer_file, start_pass)
             os.rename(partial, target)  # over nothing or an empty folder, never over files
-            complete = True  # a folder of the old name is another process's now
+            is_complete = True  # a folder of the old name is another process's now
         finally:
-            if not complete:  # what a kill leaves behind, the next run removes
+            if not is_complete:  # what a kill leaves behind, the next run removes
                 _remove_prepared_files(partial)
                 partial.rmdir()
 
 
-def dataset_for(data: "str | None", cache: Path, *, vocab: int) -> Path:
+def dataset_for(data: str | None, cache: Path, *, vocab: int) -> Path:
     """The prepared folder of what --data names; one process calls it, then all open the folder.
 
-    A prepared folder is taken as it is (``Tokens.check_vocab`` says whether a model fits).  A file or folder of text, or the
-    default text for None, is prepared into `cache`, with a tokenizer trained on it of up to `vocab` tokens; a cache that holds
-    just that already is left as it is.  Raises ValueError with one line for the user."""
+    Args:
+        data: a prepared folder, which is taken as it is (``Tokens.check_vocab`` tells whether a
+            model fits); a file or folder of text; or None for the default text.
+        cache: the folder for prepared text.  Where it holds just this text, it is left as it is.
+        vocab: the most tokens of the tokenizer that is trained on the text.
+
+    Raises:
+        ValueError: with one line for the user."""
     if data is not None and (Path(data) / INDEX).exists():
         return Path(data)
     try:
@@ -118,66 +143,85 @@ def dataset_for(data: "str | None", cache: Path, *, vocab: int) -> Path:
 
 
 def _settings(
-    sources: "list[InputFile]",
-    vocab: "int | None",
-    tokenizer: "str | Path",
-    eos: "str | None",
-    text_key: "str | None",
+    files: list[InputFile],
+    *,
+    vocab: int | None,
+    tokenizer: str | Path,
+    eos: str | None,
+    text_key: str | None,
     val_fraction: float,
     shard_tokens: int,
-) -> "tuple[dict[str, Any], Path | None]":
-    """What decides the tokens besides the inputs, and the tokenizer.json that is brought along."""
+) -> tuple[dict[str, Any], Path | None]:
+    """What decides the tokens besides the inputs, and the tokenizer.json that the user gives."""
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction} must be at least 0 and below 1.")
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens={shard_tokens} must be at least 1.")
-    if text_key is not None and all(s.read is _read_text for s in sources):
+    if text_key is not None and all(file.kind == "text" for file in files):
         raise ValueError(
             f"text_key={text_key!r} is for JSONL and Parquet, and no input is either; leave it out."
-        )
-    if vocab is not None and tokenizer != "train":
-        raise ValueError(
-            f"vocab={vocab} is of a tokenizer that is trained, but tokenizer={str(tokenizer)!r} has its own; leave it out."
-        )
-    if eos is not None and tokenizer in ("train", "bytes"):
-        raise ValueError(
-            f"eos={eos!r} is for a tokenizer.json, but tokenizer={tokenizer!r} has its own; leave it out."
         )
     settings: dict[str, Any] = {
         "tokenizer": str(tokenizer),
         "eos": eos,
         "text_key": text_key or "text",
+        "val_fraction": float(val_fraction),
+        "shard_tokens": shard_tokens,
     }
-    settings.update(val_fraction=float(val_fraction), shard_tokens=shard_tokens)
+    _expect_tokenizer_options(tokenizer, vocab, eos)
     if tokenizer == "bytes":
         return settings, None
-    try:
-        import tokenizers  # noqa: F401
-    except ImportError:
-        raise ValueError(
-            f"tokenizer={str(tokenizer)!r} needs the library tokenizers: pip install tokenizers (or --tokenizer bytes)."
-        ) from None
+    _expect_tokenizers_library(tokenizer)
     if tokenizer == "train":
         settings["vocab"] = DEFAULT_VOCAB if vocab is None else vocab
         if settings["vocab"] < 257:
             raise ValueError(
-                f"vocab={vocab} must be at least 257: each byte and {END_OF_TEXT}; or take --tokenizer bytes."
+                f"vocab={vocab} must be at least 257: each byte and {END_OF_TEXT}; "
+                "or take --tokenizer bytes."
             )
         return settings, None
     file = Path(tokenizer)
-    file = file / "tokenizer.json" if file.is_dir() else file
-    JsonTokenizer(file, eos)  # it can be read, and knows how a text ends
+    if file.is_dir():
+        file = file / "tokenizer.json"
+    JsonTokenizer(file, eos)  # raises if it cannot be read, or does not say how a text ends
     settings["tokenizer"] = file_digest(file)
     return settings, file
 
 
-def is_prepared(target: Path, out: "str | Path", settings: dict[str, Any], recipe: str) -> bool:
-    """Whether just this was prepared before; ValueError if `out` holds anything else."""
+def _expect_tokenizer_options(tokenizer: str | Path, vocab: int | None, eos: str | None) -> None:
+    """ValueError for options that this tokenizer does not have."""
+    if vocab is not None and tokenizer != "train":
+        raise ValueError(
+            f"vocab={vocab} is of a tokenizer that is trained, but tokenizer={str(tokenizer)!r} "
+            "has its own; leave it out."
+        )
+    if eos is not None and tokenizer in ("train", "bytes"):
+        raise ValueError(
+            f"eos={eos!r} is for a tokenizer.json, but tokenizer={tokenizer!r} has its own; "
+            "leave it out."
+        )
+
+
+def _expect_tokenizers_library(tokenizer: str | Path) -> None:
+    try:
+        import tokenizers  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            f"tokenizer={str(tokenizer)!r} needs the library tokenizers: "
+            "pip install tokenizers (or --tokenizer bytes)."
+        ) from None
+
+
+def is_prepared(target: Path, out: str | Path, settings: dict[str, Any], recipe: str) -> bool:
+    """Whether `target` holds just these tokens; ValueError if it holds anything else.
+
+    Args:
+        target: the real path of `out`, which is named in errors.
+        recipe: the digest of settings and inputs."""
     if target.exists() and not target.is_dir():
         raise ValueError(f"{out} is a file; name a folder.")
-    names = (
-        os.listdir(target) if target.exists() else []
-    )  # once: another process may put the folder here at any moment
+    # Listed once: another process may put the folder here at any moment.
+    names = os.listdir(target) if target.exists() else []
     if not names:
         return False
     if INDEX not in names:
@@ -186,35 +230,42 @@ def is_prepared(target: Path, out: "str | Path", settings: dict[str, Any], recip
         )
     index = read_index(target)
     if index["recipe"] != recipe:
-        old = index["settings"]
-        changed = [
-            f"{k}={old.get(k)!r}, not {settings.get(k)!r}"
-            for k in {**old, **settings}
-            if old.get(k) != settings.get(k)
-        ]
+        difference = _describe_difference(index["settings"], settings)
         raise ValueError(
-            f"{out} holds tokens that were prepared {'with ' + ', '.join(changed) if changed else 'from other inputs'}; "
+            f"{out} holds tokens that were prepared {difference}; "
             f"name another folder, or delete this one to prepare it again."
         )
     for split in index["splits"]:
-        open_dataset(target, split)  # its files are there, too
+        open_dataset(target, split)  # raises if the files of the split are not there
     return True
+
+
+def _describe_difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """In what a prepared folder's settings differ from those of this call."""
+    changed = []
+    for key in {**old, **new}:
+        if old.get(key) != new.get(key):
+            changed.append(f"{key}={old.get(key)!r}, not {new.get(key)!r}")
+    if not changed:
+        return "from other inputs"
+    return f"with {', '.join(changed)}"
 
 
 def _remove_prepared_files(folder: Path) -> None:
     """Empties the folder that a killed run left; ValueError if it holds what no run has written."""
     files = list(folder.iterdir())
-    if others := [f.name for f in files if not PREPARED_NAME.fullmatch(f.name)]:
-        raise ValueError(
-            f"{folder}, needed to write into, holds something else ({others[0]}); move it away."
-        )
+    for file in files:
+        if not PREPARED_NAME.fullmatch(file.name):
+            raise ValueError(
+                f"{folder}, needed to write into, holds something else ({file.name}); move it away."
+            )
     for file in files:
         file.unlink()
 
 
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Makes the folder and holds it: a second process waits, then finds the work done.  A killed one's lock goes with it."""
+    """Makes the folder and locks it; a second process waits.  A killed process loses the lock."""
     handle = _lock(folder)
     while handle is None:
         handle = _lock(folder)
@@ -224,8 +275,8 @@ def locked_folder(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _lock(folder: Path) -> "int | None":
-    """The folder, open and locked; None if whoever had the lock has renamed or removed it meanwhile."""
+def _lock(folder: Path) -> int | None:
+    """The folder, open and locked; None if whoever had the lock has renamed or removed it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -236,9 +287,8 @@ def _lock(folder: Path) -> "int | None":
         handle = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:
         return None
-    with contextlib.suppress(
-        OSError
-    ):  # some network filesystems have no locks: there it is for the user to start one
+    # Some network file systems have no locks: there the user must start one process only.
+    with contextlib.suppress(OSError):
         fcntl.flock(handle, fcntl.LOCK_EX)
     with contextlib.suppress(FileNotFoundError):
         if os.path.samestat(os.fstat(handle), folder.stat()):
@@ -247,80 +297,7 @@ def _lock(folder: Path) -> "int | None":
     return None
 
 
-# ---- writing
-
-
-class SplitWriter:
-    """The files of one split."""
-
-    def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int):
-        self._folder, self._split, self._dtype, self._most = (
-            folder,
-            split,
-            TOKEN_DTYPES[dtype],
-            shard_tokens,
-        )
-        self._shards: list[dict[str, Any]] = []
-        self._starts = HashedFile(folder / f"{split}-documents.bin")
-        self._shard: HashedFile | None = None
-        self._begin = True  # the next token is a document's first
-        self.length = self.documents = 0
-
-    def write(self, ids: np.ndarray) -> None:
-        if self._begin:
-            self._starts.write(np.array([self.length], "<u8").tobytes())
-            self.documents += 1
-            self._begin = False
-        self.length += len(ids)
-        ids = ids.astype(self._dtype)
-        while len(ids):
-            if self._shard is None:
-                self._shard = HashedFile(
-                    self._folder / f"{self._split}-{len(self._shards):05d}.bin"
-                )
-            room = self._most - self._shard.size // self._dtype.itemsize
-            self._shard.write(ids[:room].tobytes())
-            ids = ids[room:]
-            if self._shard.size == self._most * self._dtype.itemsize:
-                self._close_shard()
-
-    def end_document(self) -> None:
-        self._begin = True
-
-    def _close_shard(self) -> None:
-        if self._shard is not None:
-            self._shards.append(
-                {**self._shard.close(), "tokens": self._shard.size // self._dtype.itemsize}
-            )
-            self._shard = None
-
-    def close(self) -> dict[str, Any]:
-        """What the index says of it."""
-        self._close_shard()
-        return {
-            "tokens": self.length,
-            "documents": self.documents,
-            "shards": self._shards,
-            "starts": self._starts.close(),
-        }
-
-
-class HashedFile:
-    def __init__(self, path: Path):
-        self.size, self._path, self._sha = 0, path, hashlib.sha256()
-        self._file = path.open("wb")
-
-    def write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._sha.update(data)
-        self.size += len(data)
-
-    def close(self) -> dict[str, Any]:
-        """Puts it on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return {"file": self._path.name, "sha256": self._sha.hexdigest()}
+# ---- where "train" ends and "val" begins
 
 
 @dataclass(frozen=True)
@@ -328,146 +305,304 @@ class SplitBoundary:
     """Where "train" ends and "val" begins."""
 
     documents: int  # in all
-    characters: int
-    train: int  # documents
-    cut: "int | None"  # where a single document is cut, in characters; None: between documents
+    characters: int  # in all
+    train_documents: int
+    cut: int | None  # where a single document is cut, in characters; None: between documents
 
     @classmethod
-    def make(cls, lengths: "list[int]", val_fraction: float) -> "SplitBoundary":
-        count, total = len(lengths), sum(lengths)
-        held = val_fraction * total  # characters
-        if not held or total == 1:
-            return cls(count, total, count, None)
+    def make(cls, lengths: list[int], val_fraction: float) -> "SplitBoundary":
+        """The boundary that holds back about `val_fraction` of documents of these lengths."""
+        count = len(lengths)
+        total = sum(lengths)
+        val_characters = val_fraction * total
+        if not val_characters or total == 1:
+            return cls(count, total, train_documents=count, cut=None)
         if count == 1:
-            return cls(count, total, count, max(1, int(total - held)))
-        behind = np.cumsum(
-            lengths[:0:-1]
-        )  # characters of the last 1, 2, ... documents, but not of all
-        return cls(count, total, count - 1 - int(np.argmin(abs(behind - held))), None)
+            cut = max(1, int(total - val_characters))
+            return cls(count, total, train_documents=count, cut=cut)
+        # Characters of the last 1, 2, ... documents; the first one is always in "train".
+        characters_held_back = np.cumsum(lengths[:0:-1])
+        nearest = int(np.argmin(abs(characters_held_back - val_characters)))
+        return cls(count, total, train_documents=count - 1 - nearest, cut=None)
 
-    def split(self, pieces: Iterable[TextPiece]) -> "Iterator[tuple[str, TextPiece]]":
+    def split(self, pieces: Iterable[TextPiece]) -> Iterator[tuple[str, TextPiece]]:
+        """(split, piece) for each piece of all documents.
+
+        Raises ValueError after the last one if the documents have changed since they were
+        counted."""
+        pieces = self._expect_unchanged(pieces)
+        if self.cut is None:
+            return self._split_between_documents(pieces)
+        return self._split_single_document(pieces, self.cut)
+
+    def _expect_unchanged(self, pieces: Iterable[TextPiece]) -> Iterator[TextPiece]:
         documents = characters = 0
-        split = "train"
         for piece in pieces:
-            text = piece.text
-            if self.cut is not None and split == "train" and characters + len(text) > self.cut:
-                end = (
-                    last_line_end(text, self.cut - characters) if self.cut > characters else 0
-                )  # 0: a piece ends there, as it is
-                yield split, TextPiece(text[:end], True)
-                split, piece = "val", TextPiece(text[end:], piece.last)
-            elif self.cut is None:
-                split = "train" if documents < self.train else "val"
-            yield split, piece
-            characters += len(text)
+            yield piece
+            characters += len(piece.text)
             documents += piece.last
         if (documents, characters) != (self.documents, self.characters):
             raise ValueError(
-                "the inputs have changed while they were read; start again when nothing writes them."
+                "the inputs have changed while they were read; "
+                "start again when nothing writes them."
             )
+
+    def _split_between_documents(
+        self, pieces: Iterable[TextPiece]
+    ) -> Iterator[tuple[str, TextPiece]]:
+        documents = 0
+        for piece in pieces:
+            yield "train" if documents < self.train_documents else "val", piece
+            documents += piece.last
+
+    def _split_single_document(
+        self, pieces: Iterable[TextPiece], cut: int
+    ) -> Iterator[tuple[str, TextPiece]]:
+        characters = 0
+        split = "train"
+        for piece in pieces:
+            text = piece.text
+            if split == "train" and characters + len(text) > cut:
+                # At a piece's start there is a line end already: nothing of the piece is cut off.
+                end = last_line_end(text, cut - characters) if cut > characters else 0
+                yield "train", TextPiece(text[:end], last=True)
+                yield "val", TextPiece(text[end:], piece.last)
+                split = "val"
+            else:
+                yield split, piece
+            characters += len(text)
+
+
+# ---- writing
+
+
+class SplitWriter:
+    """Writes the files of one split: shards of tokens, and where each document starts.
+
+    Args:
+        folder: to write into.
+        split: "train" or "val".
+        dtype: of TOKEN_DTYPES.
+        shard_tokens: the most tokens of a shard."""
+
+    def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int):
+        self._folder = folder
+        self._split = split
+        self._dtype = TOKEN_DTYPES[dtype]
+        self._shard_bytes = shard_tokens * self._dtype.itemsize
+        self._closed_shards: list[dict[str, Any]] = []
+        self._shard: HashedFile | None = None
+        self._starts = HashedFile(folder / f"{split}-documents.bin")
+        self._at_document_start = True
+        self.tokens = 0
+        self.documents = 0
+
+    def write(self, ids: np.ndarray) -> None:
+        """Appends tokens [n]."""
+        if self._at_document_start:
+            self._starts.write(np.array([self.tokens], "<u8").tobytes())
+            self.documents += 1
+            self._at_document_start = False
+        self.tokens += len(ids)
+        ids = ids.astype(self._dtype)
+        while len(ids):
+            if self._shard is None:
+                name = f"{self._split}-{len(self._closed_shards):05d}.bin"
+                self._shard = HashedFile(self._folder / name)
+            room = (self._shard_bytes - self._shard.size) // self._dtype.itemsize
+            self._shard.write(ids[:room].tobytes())
+            ids = ids[room:]
+            if self._shard.size == self._shard_bytes:
+                self._close_shard()
+
+    def end_document(self) -> None:
+        """The next token is the first one of another document."""
+        self._at_document_start = True
+
+    def _close_shard(self) -> None:
+        if self._shard is not None:
+            entry = self._shard.close()
+            entry["tokens"] = self._shard.size // self._dtype.itemsize
+            self._closed_shards.append(entry)
+            self._shard = None
+
+    def close(self) -> dict[str, Any]:
+        """Puts all on the disk and returns the split's entry in the index."""
+        self._close_shard()
+        return {
+            "tokens": self.tokens,
+            "documents": self.documents,
+            "shards": self._closed_shards,
+            "starts": self._starts.close(),
+        }
+
+
+class HashedFile:
+    """A new file that knows its size in bytes and the sha256 of what is written into it."""
+
+    def __init__(self, path: Path):
+        self.size = 0
+        self._path = path
+        self._sha256 = hashlib.sha256()
+        self._file = path.open("wb")
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._sha256.update(data)
+        self.size += len(data)
+
+    def close(self) -> dict[str, Any]:
+        """Puts it on the disk and returns its entry in the index."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return {"file": self._path.name, "sha256": self._sha256.hexdigest()}
 
 
 def write_tokens(
     folder: Path,
-    sources: list[InputFile],
+    files: list[InputFile],
     index: dict[str, Any],
-    settings: dict[str, Any],
-    bring: "Path | None",
-    watch: "Callable[[str], ReportPosition]",
+    tokenizer_file: Path | None,
+    start_pass: Callable[[str], ReportPosition],
 ) -> None:
-    """Everything into `folder`; the index last."""
+    """Writes tokenizer, shards and, last, the index into `folder`, and puts all on the disk.
 
-    def read(what: str) -> Iterator[TextPiece]:
-        seen, before = watch(what), 0
+    Args:
+        index: its entries "version", "source", "settings" and "recipe"; the others are added.
+        tokenizer_file: the tokenizer.json that the user gives.
+        start_pass: is called with the name of each pass over the files; returns whom to tell
+            how far it is."""
+    settings = index["settings"]
 
-        def at(position: int) -> None:
-            seen(before + position)
+    def read(pass_name: str) -> Iterator[TextPiece]:
+        return _read_files(files, settings["text_key"], start_pass(pass_name))
 
-        for source in sources:
-            with _reporting_read_errors(source.shown):
-                yield from source.read(source, settings["text_key"], at)
-            before += source.size
-            at(0)
+    lengths = _document_lengths(read("reading"))  # finds every mistake in the inputs
+    if not lengths:
+        raise ValueError(f"{index['source']}: no text in {len(files)} file(s).")
+    boundary = SplitBoundary.make(lengths, settings["val_fraction"])
 
-    lengths, length = [], 0
-    for piece in read("reading"):  # every mistake in the inputs is found here
+    tokenizer: TextTokenizer
+    if settings["tokenizer"] == "bytes":
+        tokenizer = ByteTokenizer()
+        index["tokenizer"] = "bytes"
+    else:
+        file = folder / "tokenizer.json"
+        if tokenizer_file is None:
+            split_pieces = boundary.split(read("training a tokenizer"))
+            train_texts = (piece.text for split, piece in split_pieces if split == "train")
+            train_tokenizer(train_texts, settings["vocab"], file)
+        else:
+            shutil.copyfile(tokenizer_file, file)
+        tokenizer = JsonTokenizer(file, settings["eos"])
+        index["tokenizer"] = file.name
+        index["tokenizer_sha256"] = file_digest(file)
+
+    dtype = "uint16" if tokenizer.vocab <= 2**16 else "uint32"
+    index.update(vocab=tokenizer.vocab, eos=tokenizer.eos, dtype=dtype)
+    index["documents"] = boundary.documents
+    index["splits"] = _write_splits(
+        folder,
+        boundary.split(read("tokenizing")),
+        tokenizer,
+        dtype=dtype,
+        shard_tokens=settings["shard_tokens"],
+    )
+    index["sha256"] = index_digest(index)
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    for path in (folder / "tokenizer.json", folder / INDEX, folder):
+        if path.exists():
+            _flush_to_disk(path)
+
+
+def _read_files(
+    files: list[InputFile], text_key: str, report_position: ReportPosition
+) -> Iterator[TextPiece]:
+    """The documents of all files; the position is that in all files one after another."""
+    finished_bytes = 0
+    for file in files:
+
+        def report(position: int, before: int = finished_bytes) -> None:
+            report_position(before + position)
+
+        yield from file.read(text_key, report)
+        finished_bytes += file.size
+        report_position(finished_bytes)
+
+
+def _document_lengths(pieces: Iterable[TextPiece]) -> list[int]:
+    """The number of characters of each document."""
+    lengths = []
+    length = 0
+    for piece in pieces:
         length += len(piece.text)
         if piece.last:
             lengths.append(length)
             length = 0
-    if not lengths:
-        raise ValueError(f"{index['source']}: no text in {len(sources)} file(s).")
-    plan = SplitBoundary.make(lengths, settings["val_fraction"])
+    return lengths
 
-    file = folder / "tokenizer.json"
-    tokenizer: ByteTokenizer | JsonTokenizer
-    if settings["tokenizer"] == "bytes":
-        tokenizer = ByteTokenizer()
-        index.update(tokenizer="bytes")
-    else:
-        if bring is None:
-            train = (
-                piece.text
-                for split, piece in plan.split(read("training a tokenizer"))
-                if split == "train"
-            )
-            train_tokenizer(train, settings["vocab"], file)
-        else:
-            shutil.copyfile(bring, file)
-        tokenizer = JsonTokenizer(file, settings["eos"])
-        index.update(tokenizer=file.name, tokenizer_sha256=file_digest(file))
-    dtype = "uint16" if tokenizer.vocab <= 2**16 else "uint32"
 
-    streams: dict[str, SplitWriter] = {}
-    for split, ids, last in _encoded(plan.split(read("tokenizing")), tokenizer):
-        if split not in streams:
-            streams[split] = SplitWriter(folder, split, dtype, settings["shard_tokens"])
-        streams[split].write(ids)
+def _write_splits(
+    folder: Path,
+    split_pieces: Iterable[tuple[str, TextPiece]],
+    tokenizer: TextTokenizer,
+    *,
+    dtype: str,
+    shard_tokens: int,
+) -> dict[str, Any]:
+    """Writes the files of each split; returns the splits' entries in the index."""
+    writers: dict[str, SplitWriter] = {}
+    for split, ids, last in _encode(split_pieces, tokenizer):
+        if split not in writers:
+            writers[split] = SplitWriter(folder, split, dtype, shard_tokens)
+        writer = writers[split]
+        writer.write(ids)
         if last:
-            streams[split].write(np.array([tokenizer.eos]))
-            streams[split].end_document()
-    index.update(vocab=tokenizer.vocab, eos=tokenizer.eos, dtype=dtype)
-    index.update(
-        documents=plan.documents,
-        splits={split: stream.close() for split, stream in streams.items()},
-    )
-    index["sha256"] = index_digest(index)
-    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    for path in (file, folder / INDEX, folder):  # on the disk before the folder gets its name
-        if path.exists():
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
+            writer.write(np.array([tokenizer.eos]))
+            writer.end_document()
+    return {split: writer.close() for split, writer in writers.items()}
 
 
-def _encoded(
-    pieces: "Iterable[tuple[str, TextPiece]]", tokenizer: "ByteTokenizer | JsonTokenizer"
+def _encode(
+    split_pieces: Iterable[tuple[str, TextPiece]], tokenizer: TextTokenizer
 ) -> Iterator[tuple[str, np.ndarray, bool]]:
-    """(split, ids, whether they end their document) of each piece; CHUNK_CHARACTERS characters are encoded at a time, by all cores."""
+    """(split, ids, whether they end their document) of each piece.
 
-    def encode() -> Iterator[tuple[str, np.ndarray, bool]]:
-        for (split, piece), ids in zip(
-            chunk, tokenizer.encode_many([piece.text for _, piece in chunk]), strict=True
-        ):
-            yield split, ids, piece.last
-
+    CHUNK_CHARACTERS are encoded at a time, by all cores."""
     chunk: list[tuple[str, TextPiece]] = []
     size = 0
-    for item in pieces:
-        chunk.append(item)
-        size += len(item[1].text)
+    for split, piece in split_pieces:
+        chunk.append((split, piece))
+        size += len(piece.text)
         if size >= CHUNK_CHARACTERS:
-            yield from encode()
-            chunk, size = [], 0
-    yield from encode()
+            yield from _encode_chunk(chunk, tokenizer)
+            chunk = []
+            size = 0
+    yield from _encode_chunk(chunk, tokenizer)
+
+
+def _encode_chunk(
+    chunk: list[tuple[str, TextPiece]], tokenizer: TextTokenizer
+) -> Iterator[tuple[str, np.ndarray, bool]]:
+    ids_of_pieces = tokenizer.encode_many([piece.text for _, piece in chunk])
+    for (split, piece), ids in zip(chunk, ids_of_pieces, strict=True):
+        yield split, ids, piece.last
+
+
+def _flush_to_disk(path: Path) -> None:
+    """Waits until a file's contents, or a folder's entries, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 # ---- progress
 
 
 @contextlib.contextmanager
-def _progress(sources: list[InputFile]) -> "Iterator[Callable[[str], ReportPosition]]":
-    """A bar for each pass over the files, by bytes; none where no one looks."""
+def _progress(files: list[InputFile]) -> Iterator[Callable[[str], ReportPosition]]:
+    """A bar for each pass over the files, by bytes; none where nobody looks at it."""
     from rich import progress
     from rich.console import Console
 
@@ -478,16 +613,15 @@ def _progress(sources: list[InputFile]) -> "Iterator[Callable[[str], ReportPosit
         progress.TransferSpeedColumn(),
         progress.TimeRemainingColumn(),
     )
-    seen_by_someone = sys.stdout.isatty() and sys.stderr.isatty()
-    with progress.Progress(
-        *columns, console=Console(stderr=True), disable=not seen_by_someone
-    ) as bar:
+    is_watched = sys.stdout.isatty() and sys.stderr.isatty()
+    total = sum(file.size for file in files)
+    with progress.Progress(*columns, console=Console(stderr=True), disable=not is_watched) as bar:
 
-        def watch(what: str) -> ReportPosition:
-            task = bar.add_task(what, total=sum(s.size for s in sources))
-            return lambda read: bar.update(task, completed=read)
+        def start_pass(name: str) -> ReportPosition:
+            task = bar.add_task(name, total=total)
+            return lambda position: bar.update(task, completed=position)
 
-        yield watch
+        yield start_pass
 
 
 # ---- the command line
@@ -537,22 +671,33 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: "list[str] | None" = None) -> int:
-    p = parser()
-    args = vars(p.parse_args(argv))
-    inputs, out = args.pop("inputs"), Path(args.pop("out"))
+def work(args: argparse.Namespace) -> int:
+    """Prepares what the command line names; prints what was made."""
+    out = Path(args.out)
     try:
-        prepare(inputs, out, **args)
-    except ValueError as e:
-        p.exit(2, f"{p.prog}: error: {e}\n")
+        prepare(
+            args.inputs,
+            out,
+            vocab=args.vocab,
+            tokenizer=args.tokenizer,
+            eos=args.eos,
+            text_key=args.text_key,
+            val_fraction=args.val_fraction,
+            shard_tokens=args.shard_tokens,
+        )
     except OSError as e:
-        p.exit(1, f"{p.prog}: error: {out} cannot be written: {e.strerror or e}\n")
-    except KeyboardInterrupt:
-        p.exit(130, f"{p.prog}: interrupted; the same command starts over\n")
+        raise CannotWrite(f"{out} cannot be written: {e.strerror or e}") from None
     index = read_index(out)
     print(
         f"{out}: {index['source']}, {index['documents']:,} documents, vocabulary {index['vocab']:,}"
     )
-    for split, about in index["splits"].items():
-        print(f"  {split:5s} {about['tokens']:,} tokens in {len(about['shards'])} file(s)")
+    for split, entry in index["splits"].items():
+        print(f"  {split:5s} {entry['tokens']:,} tokens in {len(entry['shards'])} file(s)")
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    return run_command(
+        parser(), argv, work, interrupted="interrupted; the same command starts over"
+    )

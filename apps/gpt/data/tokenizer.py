@@ -1,4 +1,4 @@
-"""The two tokenizers, the one of a prepared folder, and how one is trained."""
+"""Tokenizers: bytes, or a file of the `tokenizers` library; reading and training one."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,30 +25,38 @@ class ByteTokenizer:
         return [np.frombuffer(text.encode(), np.uint8).astype(np.uint16) + 1 for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text without its ends; bytes that are no UTF-8 become U+FFFD.  ValueError for an id that is no token."""
-        return bytes(i - 1 for i in _expect_ids(ids, self.vocab) if i != self.eos).decode(
-            errors="replace"
-        )
+        """The text without its ends; bytes that are not UTF-8 become U+FFFD.
+
+        Raises ValueError for an id that is no token."""
+        known_ids = _expect_ids(ids, self.vocab)
+        text_bytes = bytes(i - 1 for i in known_ids if i != self.eos)
+        return text_bytes.decode(errors="replace")
 
 
 class JsonTokenizer:
-    """A tokenizer.json of the `tokenizers` library.  Text is text: no special token is found in it or added to it.
+    """A tokenizer.json of the `tokenizers` library.
 
-    Raises ValueError if the file cannot be read or does not say which token ends a text (`eos` then names it)."""
+    Text is only text: no special token is recognized in it or added to it.
 
-    ENDS = ("<|end_of_text|>", "<|endoftext|>", "</s>")
+    Args:
+        file: the tokenizer.json.
+        eos: the token that ends a text; None looks for one of END_TOKENS.
 
-    def __init__(self, file: Path, eos: "str | None" = None):
-        from tokenizers import Tokenizer  # here: those who read tokens do not need it
+    Raises:
+        ValueError: the file cannot be read, or it does not say which token ends a text."""
+
+    END_TOKENS = (END_OF_TEXT, "<|endoftext|>", "</s>")
+
+    def __init__(self, file: Path, eos: str | None = None):
+        from tokenizers import Tokenizer  # imported here: reading tokens does not need it
 
         try:
-            text = file.read_text(encoding="utf-8")
+            contents = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
-            raise ValueError(
-                f"{file}: cannot be read: {getattr(e, 'strerror', None) or e}."
-            ) from None
+            reason = getattr(e, "strerror", None) or e
+            raise ValueError(f"{file}: cannot be read: {reason}.") from None
         try:
-            self._tokenizer = Tokenizer.from_str(text)
+            self._tokenizer = Tokenizer.from_str(contents)
         except Exception as e:  # noqa: BLE001 - the library raises nothing narrower
             raise ValueError(
                 f"{file}: is no tokenizer.json of the tokenizers library: {e}."
@@ -56,51 +64,53 @@ class JsonTokenizer:
         self._tokenizer.encode_special_tokens = True  # "</s>" within a document does not end it
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        special = {
-            t.content: i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special
-        }
+        self.eos: int = self._end_token(file, eos)
+        # One more than the largest id: some files leave ids out.
+        self.vocab: int = 1 + max(self._tokenizer.get_vocab().values())
+
+    def _end_token(self, file: Path, eos: str | None) -> int:
+        """The id of the token that ends a text."""
+        added_tokens = self._tokenizer.get_added_tokens_decoder()
+        special = {token.content: i for i, token in added_tokens.items() if token.special}
         if eos is None:
-            ends = [special[name] for name in self.ENDS if name in special]
-            if not ends:
+            known_ends = [special[name] for name in self.END_TOKENS if name in special]
+            if not known_ends:
                 raise ValueError(
-                    f"{file}: none of its special tokens ({', '.join(special) or 'it has none'}) is one of {', '.join(self.ENDS)}; "
-                    f"name with --eos the token that ends a text."
+                    f"{file}: none of its special tokens ({', '.join(special) or 'it has none'}) "
+                    f"is one of {', '.join(self.END_TOKENS)}; "
+                    "name with --eos the token that ends a text."
                 )
-            self.eos: int = ends[0]
-        else:
-            found = self._tokenizer.token_to_id(eos)
-            if found is None:
-                raise ValueError(
-                    f"eos={eos!r} is no token of {file}; its special tokens: {', '.join(special) or 'none'}."
-                )
-            self.eos = found
-        self.vocab: int = 1 + max(self._tokenizer.get_vocab().values())  # some files leave ids out
+            return known_ends[0]
+        end = self._tokenizer.token_to_id(eos)
+        if end is None:
+            raise ValueError(
+                f"eos={eos!r} is no token of {file}; "
+                f"its special tokens: {', '.join(special) or 'none'}."
+            )
+        return end
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encoded = self._tokenizer.encode_batch_fast(
-            list(texts), add_special_tokens=False
-        )  # fast: without offsets
-        return [np.array(e.ids, np.uint32) for e in encoded]
+        # "fast" leaves out the offsets of the tokens in the text
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text, without special tokens.  ValueError for an id that is no token."""
+        """The text without special tokens.  Raises ValueError for an id that is no token."""
         return self._tokenizer.decode(_expect_ids(ids, self.vocab), skip_special_tokens=True)
 
 
-def _expect_ids(ids: Sequence[int], vocab: int) -> list[int]:
-    ids = [int(i) for i in ids]
-    if bad := [i for i in ids if not 0 <= i < vocab]:
-        raise ValueError(f"token {bad[0]} is none of the tokenizer's {vocab} tokens.")
-    return ids
+TextTokenizer = ByteTokenizer | JsonTokenizer
 
 
-def load_tokenizer(folder: "str | Path") -> "ByteTokenizer | JsonTokenizer":
-    """The tokenizer of a prepared folder: encode(str) -> list[int], decode(list[int]) -> str, eos, vocab.
+def load_tokenizer(folder: str | Path) -> TextTokenizer:
+    """The tokenizer of a prepared folder.
 
-    Raises ValueError if the folder was not prepared, or its tokenizer is not the one that made the tokens."""
+    Raises:
+        ValueError: the folder was not prepared, or its tokenizer is not the one that made the
+            tokens."""
     folder = Path(folder)
     index = read_index(folder)
     if index["tokenizer"] == "bytes":
@@ -110,13 +120,16 @@ def load_tokenizer(folder: "str | Path") -> "ByteTokenizer | JsonTokenizer":
         raise ValueError(f"{file} is missing; {HOW_TO_REPAIR}.")
     if file_digest(file) != index["tokenizer_sha256"]:
         raise ValueError(
-            f"{file} is not the one that made these tokens (its sha256 differs from that in {INDEX}); {HOW_TO_REPAIR}."
+            f"{file} is not the one that made these tokens (its sha256 differs from that in "
+            f"{INDEX}); {HOW_TO_REPAIR}."
         )
     return JsonTokenizer(file, index["settings"]["eos"])
 
 
 def train_tokenizer(texts: Iterator[str], vocab: int, file: Path) -> None:
-    """Byte-level BPE: any text can be written with it, and decoded is itself again."""
+    """Trains byte-level BPE of at most `vocab` tokens and writes it to `file`.
+
+    Any text can be encoded with it, and decoding gives the same text again."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -124,10 +137,19 @@ def train_tokenizer(texts: Iterator[str], vocab: int, file: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
-        min_frequency=2,  # a pair seen once is no reason for a token
-        special_tokens=[END_OF_TEXT],  # id 0
+        min_frequency=2,  # a pair that occurs once is no reason for a token
+        special_tokens=[END_OF_TEXT],  # its id is 0
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.save(str(file))
+
+
+def _expect_ids(ids: Sequence[int], vocab: int) -> list[int]:
+    """The ids as a list of int.  Raises ValueError for one that is no token."""
+    ids = [int(i) for i in ids]
+    for i in ids:
+        if not 0 <= i < vocab:
+            raise ValueError(f"token {i} is none of the tokenizer's {vocab} tokens.")
+    return ids
