@@ -35,7 +35,7 @@ def gather(x: torch.Tensor, index: torch.Tensor, dim: int, world: int) -> torch.
 
 
 def outputs(rank: int, p: Problem, with_dlse=False, **options) -> dict[str, torch.Tensor]:
-    """Global out, lse, dq, dk, dv, where each rank calls ``ringx.attention(**options)`` on its part."""
+    """Global out, lse, dq, dk, dv of ``ringx.attention(**options)``, called on each rank's part."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     layout = options.setdefault("layout", ringx.Sharding(p.q.shape[1], world, "zigzag"))
     where = ringx.positions(p.q.shape[1], layout=layout)
@@ -54,7 +54,7 @@ def errors(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> dict[
 
 
 def check(rank: int, algorithm: str) -> int:
-    """Every layout, mask and overlap in fp64, for equal and prime lengths; returns how many cases."""
+    """Every layout, mask and overlap in fp64, for equal and prime lengths; the number of cases."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     cases = 0
     for seqlen, causal in itertools.product((8 * world, 53), (False, True)):

@@ -27,7 +27,7 @@ def problem(S, *, B=1, H=4, Hkv=2, D=16, dtype=torch.float64, seed=0) -> Problem
 def full_attention(
     p: Problem, *, causal=False, scale=None, with_dlse=False
 ) -> dict[str, torch.Tensor]:
-    """out, lse, dq, dk, dv of one process in fp64; the loss is sum(out * dout) (+ sum(lse * dlse))."""
+    """out, lse, dq, dk, dv in fp64; the loss is sum(out * dout), with_dlse + sum(lse * dlse)."""
     q, k, v = (x.double().detach().requires_grad_() for x in p[:3])
     h, hkv, d = q.shape[2], k.shape[2], q.shape[3]
     head = torch.arange(h) // (h // hkv)
