@@ -1,13 +1,14 @@
-"""What the configurations of all trainers share: frozen dataclasses, checked when made, and the way to and from YAML.
+"""What the configurations of all trainers share: dataclasses, checked when made, to and from YAML.
 
-Every field is a flag of the command line (``--global-batch 8``) and a key of a YAML file (``train: {global_batch: 8}``); its
-`help` is said here once.  An app adds the shape of its model, fields of its own and what must fit together.
+Every field is a flag of the command line (``--global-batch 8``) and a key of a YAML file
+(``train: {global_batch: 8}``); its `help` is written here once.  An app adds the shape of its
+model, fields of its own and what must fit together.
 """
 
 import argparse
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,8 +23,9 @@ from ringx.kernels import KERNELS
 from ringx.launch.mesh import ORDERS, Shape
 from ringx.layout import LAYOUTS
 
+# Torch's names, as configurations hold them; SHORT_DTYPES are those of ``python -m ringx bench``.
 TORCH_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
-SHORT_DTYPES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16"}  # as in ringx bench
+SHORT_DTYPES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16"}
 ENGINES = ("fsdp", "ddp", "zero1", "zero2", "zero3")
 CHECKPOINTING = ("none", "selective", "full")
 OPTIMIZERS = ("adamw", "lamb", "lamb_apex", "lamb_deepspeed")
@@ -35,19 +37,15 @@ def option(default: Any, help: str, choices: Any = None) -> Any:
 
 
 def require_at_least(config: Any, least: float, *names: str) -> None:
-    """ValueError naming the first of these fields that is no number of its type, not finite or below `least`."""
+    """ValueError naming the first of these fields that is no finite number or below `least`."""
     types = {f.name: f.type for f in dataclasses.fields(config)}
     for name in names:
         value = getattr(config, name)
-        whole = types[name] is int
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int if whole else (int, float))
-            or not math.isfinite(value)
-        ):
-            raise ValueError(
-                f"{name}={value!r} must be {'an integer' if whole else 'a finite number'}."
-            )
+        is_integer = types[name] is int
+        allowed: Any = int if is_integer else (int, float)
+        if isinstance(value, bool) or not isinstance(value, allowed) or not math.isfinite(value):
+            wanted = "an integer" if is_integer else "a finite number"
+            raise ValueError(f"{name}={value!r} must be {wanted}.")
         if value < least:
             raise ValueError(f"{name}={value} must be at least {least}.")
 
@@ -78,18 +76,20 @@ class MeshConfig:
         "fsdp", "FSDP2, DDP, or DeepSpeed ZeRO 1 to 3, over the dp x cp ranks", ENGINES
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_at_least(self, 0, "cp", "tp", "dp")
         require_at_least(self, 1, "dp_replicate")
         require_known_choices(self)
         if self.dp_engine != "fsdp" and self.dp_replicate > 1:
             raise ValueError(
-                f"dp_replicate={self.dp_replicate} is FSDP2's; --dp-engine {self.dp_engine} has no replicas of shards."
+                f"dp_replicate={self.dp_replicate} is FSDP2's; --dp-engine {self.dp_engine} has "
+                "no replicas of shards."
             )
 
-    def fit(self, world: int) -> Shape:
+    def fit(self, world_size: int) -> Shape:
+        """The mesh of that many ranks; ValueError where they cannot be cut so."""
         return Shape.fit(
-            world,
+            world_size,
             cp=self.cp,
             tp=self.tp,
             dp=self.dp,
@@ -100,7 +100,7 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class Training:
-    """How a model is trained; what is a sample is the app's to say (a sequence of text, a field at a time)."""
+    """How a model is trained; the app defines a sample (a sequence of text, a field at a time)."""
 
     global_batch: int = option(
         0, "samples of an optimizer step, over all ranks (0: one per dp group)"
@@ -159,31 +159,23 @@ class Training:
     )
     keep: int = option(2, "newest checkpoints that are kept (0: all)")
 
-    def __post_init__(self):
-        object.__setattr__(self, "dtype", SHORT_DTYPES.get(self.dtype, self.dtype))
-        object.__setattr__(
-            self, "reduce_dtype", SHORT_DTYPES.get(self.reduce_dtype, self.reduce_dtype)
-        )
+    def __post_init__(self) -> None:
+        for name in ("dtype", "reduce_dtype"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, SHORT_DTYPES.get(value, value))
         require_at_least(self, 1, "steps", "mlp_tiles", "val_batches")
-        require_at_least(
-            self,
-            0,
-            "global_batch",
-            "micro_batch",
-            "lr",
-            "warmup",
-            "decay",
-            "floor",
-            "weight_decay",
-            "beta1",
-            "beta2",
-            "eps",
-        )
+        require_at_least(self, 0, "global_batch", "micro_batch", "lr", "warmup", "decay", "floor")
+        require_at_least(self, 0, "weight_decay", "beta1", "beta2", "eps")
         require_at_least(self, 0, "clip", "seed", "val_every", "save_every", "keep")
         require_known_choices(self)
         for f in dataclasses.fields(self):
             if f.type is bool and not isinstance(getattr(self, f.name), bool):
                 raise ValueError(f"{f.name}={getattr(self, f.name)!r} must be true or false.")
+        self._require_bounds()
+        self._require_schedule()
+
+    def _require_bounds(self) -> None:
+        """ValueError for a number that is out of range in another way than being too small."""
         for name in ("lr", "eps"):
             if getattr(self, name) == 0:
                 raise ValueError(f"{name}=0 must be greater than 0.")
@@ -194,9 +186,13 @@ class Training:
             raise ValueError(f"floor={self.floor} must be at most 1.")
         if self.seed >= 2**31:
             raise ValueError(f"seed={self.seed} must be below 2**31.")
+
+    def _require_schedule(self) -> None:
+        """ValueError for phases of the schedule that do not fit."""
         if self.decay and self.schedule != "wsd":
             raise ValueError(
-                f"decay={self.decay} is for --schedule wsd; {self.schedule} decays from the warm-up to the end."
+                f"decay={self.decay} is for --schedule wsd; {self.schedule} decays from the "
+                "warm-up to the end."
             )
         if self.schedule == "wsd" and self.warmup + self.decay > self.steps:
             raise ValueError(
@@ -205,20 +201,22 @@ class Training:
 
 
 class RunConfig:
-    """All of a run: a frozen dataclass of `name` and parts, each a frozen dataclass.  Printed in full at its start, and kept beside
-    its results as config.yaml."""
+    """All of a run: a frozen dataclass of `name` and parts, each a frozen dataclass.
+
+    Printed in full at the run's start, and kept beside its results as config.yaml."""
 
     name: str
     model: Any
     train: Any
     mesh: MeshConfig
 
-    def __post_init__(self):
-        c, engine = self.train, self.mesh.dp_engine
-        if c.reduce_dtype != "float32" and (c.dtype != "bfloat16" or engine == "ddp"):
+    def __post_init__(self) -> None:
+        train, engine = self.train, self.mesh.dp_engine
+        if train.reduce_dtype != "float32" and (train.dtype != "bfloat16" or engine == "ddp"):
             raise ValueError(
-                f"reduce_dtype={c.reduce_dtype} is for dtype=bfloat16 with FSDP2 or ZeRO; with dtype={c.dtype} and {engine} "
-                "gradients are summed in their own dtype: leave it out."
+                f"reduce_dtype={train.reduce_dtype} is for dtype=bfloat16 with FSDP2 or ZeRO; "
+                f"with dtype={train.dtype} and {engine} gradients are summed in their own dtype: "
+                "leave it out."
             )
 
     def expect_fits(self, shape: Shape) -> None:
@@ -235,30 +233,36 @@ class RunConfig:
         """With these values in place of those of its options."""
         parts = {}
         for part, kind in parts_of(type(self)).items():
-            names = {f.name for f in dataclasses.fields(kind) if "help" in f.metadata}
-            if values := {k: v for k, v in flags.items() if k in names}:
+            options = {f.name for f in dataclasses.fields(kind) if "help" in f.metadata}
+            values = {name: value for name, value in flags.items() if name in options}
+            if values:
                 parts[part] = replace(getattr(self, part), **values)
         return replace(self, **parts)  # type: ignore[type-var]
 
     def plan_batch(self, shape: Shape) -> tuple[int, int, int]:
-        """(samples of a step, of a dp group in one pass, passes); ValueError where they do not divide."""
+        """(samples of a step, samples of a dp group in one pass, passes of a step).
+
+        Raises ValueError where they do not divide."""
         total = self.train.global_batch or shape.dp * (self.train.micro_batch or 1)
         if total % shape.dp:
             raise ValueError(
-                f"global_batch={total} must be a multiple of dp={shape.dp}: each group takes equally many samples."
+                f"global_batch={total} must be a multiple of dp={shape.dp}: each group takes "
+                "equally many samples."
             )
-        mine = total // shape.dp
-        micro = self.train.micro_batch or mine
-        if mine % micro:
+        per_group = total // shape.dp
+        micro_batch = self.train.micro_batch or per_group
+        if per_group % micro_batch:
             raise ValueError(
-                f"micro_batch={micro} must divide the {mine} samples of a dp group (global_batch={total}, dp={shape.dp})."
+                f"micro_batch={micro_batch} must divide the {per_group} samples of a dp group "
+                f"(global_batch={total}, dp={shape.dp})."
             )
-        return total, micro, mine // micro
+        return total, micro_batch, per_group // micro_batch
 
     def my_samples(self, shape: Shape, dp_rank: int) -> range:
         """Which of the global batch's samples this dp group takes."""
-        _, micro, passes = self.plan_batch(shape)
-        return range(dp_rank * micro * passes, (dp_rank + 1) * micro * passes)
+        _, micro_batch, passes = self.plan_batch(shape)
+        per_group = micro_batch * passes
+        return range(dp_rank * per_group, (dp_rank + 1) * per_group)
 
 
 C = TypeVar("C", bound=RunConfig)
@@ -270,42 +274,64 @@ def parts_of(kind: type[RunConfig]) -> dict[str, Any]:
 
 
 def from_dict(kind: type[C], values: Mapping[str, Any]) -> C:
-    """The inverse of ``to_dict``.  Raises TypeError, KeyError or ValueError for what is none."""
+    """The inverse of ``to_dict``.
+
+    Raises TypeError, KeyError or ValueError for what is no configuration of this kind."""
     parts = {name: part(**values[name]) for name, part in parts_of(kind).items()}
     return kind(name=values["name"], **parts)  # type: ignore[call-arg]
 
 
 def load(path: str, kind: type[C], presets: Mapping[str, C]) -> C:
-    """The configuration of a YAML file: `preset` to start from (or all of `model`), then what it changes.
+    """The configuration of a YAML file: `preset` to start from (or all of `model`), then changes.
 
     Raises ValueError naming the file and the key."""
-    types = parts_of(kind)
-    keys = ("preset", "name", *types)
+    given = _read_yaml(path, keys=("preset", "name", *parts_of(kind)))
+    base = None
+    if "preset" in given:
+        base = presets[require_name(given["preset"], presets, "preset")]
+    default_name = base.name if base else Path(path).stem
+    parts: dict[str, Any] = {"name": str(given.get("name", default_name))}
+    for part, part_type in parts_of(kind).items():
+        values = given.get(part) or {}
+        _require_fields(path, part, values, part_type)
+        try:
+            if base:
+                parts[part] = replace(getattr(base, part), **values)
+            else:
+                parts[part] = part_type(**values)
+        except (TypeError, ValueError) as e:
+            raise ValueError(f"--config {path}: {part}: {e}") from None
+    return kind(**parts)
+
+
+def _read_yaml(path: str, keys: Sequence[str]) -> dict[str, Any]:
+    """The mapping in a YAML file; ValueError for another key than these."""
     try:
         given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
         raise ValueError(f"--config {path}: cannot be read: {' '.join(str(e).split())}.") from None
     if not isinstance(given, dict):
         raise ValueError(f"--config {path}: it must be a mapping with the keys {', '.join(keys)}.")
-    if unknown := set(given) - set(keys):
+    unknown = set(given) - set(keys)
+    if unknown:
         raise ValueError(
             f"--config {path}: unknown key {sorted(unknown)[0]!r}; known: {', '.join(keys)}."
         )
-    base = presets[require_name(given["preset"], presets, "preset")] if "preset" in given else None
-    parts: dict[str, Any] = {"name": str(given.get("name", base.name if base else Path(path).stem))}
-    for part, type_ in types.items():
-        values = given.get(part) or {}
-        names = {f.name for f in dataclasses.fields(type_)}
-        if not isinstance(values, dict) or (unknown := set(values) - names):
-            bad = sorted(unknown)[0] if isinstance(values, dict) else values
-            raise ValueError(
-                f"--config {path}: {part} has no field {bad!r}; it has {', '.join(sorted(names))}."
-            )
-        try:
-            parts[part] = replace(getattr(base, part), **values) if base else type_(**values)
-        except (TypeError, ValueError) as e:
-            raise ValueError(f"--config {path}: {part}: {e}") from None
-    return kind(**parts)
+    return given
+
+
+def _require_fields(path: str, part: str, values: Any, kind: Any) -> None:
+    """ValueError if `values` is no mapping of fields of `kind`."""
+    names = {f.name for f in dataclasses.fields(kind)}
+    if not isinstance(values, dict):
+        unknown = values
+    elif set(values) <= names:
+        return
+    else:
+        unknown = sorted(set(values) - names)[0]
+    raise ValueError(
+        f"--config {path}: {part} has no field {unknown!r}; it has {', '.join(sorted(names))}."
+    )
 
 
 def add_flags(parser: argparse.ArgumentParser, title: str, kind: Any) -> None:
@@ -314,18 +340,13 @@ def add_flags(parser: argparse.ArgumentParser, title: str, kind: Any) -> None:
     for f in dataclasses.fields(kind):
         if "help" not in f.metadata:
             continue
-        flag, about, choices = (
-            "--" + f.name.replace("_", "-"),
-            f.metadata["help"],
-            f.metadata["choices"],
-        )
+        flag = "--" + f.name.replace("_", "-")
+        text, choices = f.metadata["help"], f.metadata["choices"]
         if f.type is bool:
-            group.add_argument(
-                flag, action=argparse.BooleanOptionalAction, default=None, help=about
-            )
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
             continue
         if choices:
-            about = f"{about}: {', '.join(choices)}"
-        group.add_argument(
-            flag, type=f.type, default=None, metavar=None if choices else "N", help=about
-        )  # type: ignore[arg-type]
+            text = f"{text}: {', '.join(choices)}"
+        metavar = None if choices else "N"
+        flag_type: Any = f.type
+        group.add_argument(flag, type=flag_type, default=None, metavar=metavar, help=text)

@@ -1,4 +1,4 @@
-"""A training run, as each of its ranks sees it: what is read, resumed, saved, logged and said, whatever is trained."""
+"""A training run as each rank sees it, whatever is trained: reading, resuming, saving, logging."""
 
 import abc
 import sys
@@ -33,26 +33,30 @@ class RunOptions:
 
 
 class TrainingRun(abc.ABC):
-    """One rank's part of a run.  An app says what its data and its model are."""
+    """One rank's part of a run.  An app adds what its data and its model are."""
 
     prog: str  # of messages
     loss_unit: str
-    # what a resumed run must have in common with its checkpoint's: (part of the configuration, field, what else would happen)
+    # What a resumed run must have in common with its checkpoint's:
+    # (part of the configuration, field, what else would happen)
     must_match: tuple[tuple[str, str, str], ...]
 
     config: Any  # global_batch is filled in once the mesh is known
     mesh: Mesh
     engine: Engine
 
-    def __init__(self, world: World, job: RunOptions):
-        self.world, self.options, self.config, self.out = world, job, job.config, Path(job.out)
-        self.is_main_rank = world.rank == 0  # rank 0 alone writes and prints
+    def __init__(self, world: World, options: RunOptions):
+        self.world = world
+        self.options = options
+        self.config = options.config
+        self.out = Path(options.out)
+        self.is_main_rank = world.rank == 0  # it alone writes and prints
 
     def print_on_main_rank(self, text: str) -> None:
         if self.is_main_rank:
             print(text, flush=True)
 
-    # ---- what an app says
+    # ---- what an app defines
 
     @abc.abstractmethod
     def open_data(self) -> None:
@@ -60,11 +64,11 @@ class TrainingRun(abc.ABC):
 
     @abc.abstractmethod
     def data_sha256(self) -> str:
-        """Of the data that ``open`` has opened."""
+        """The digest of the data that ``open_data`` has opened."""
 
     @abc.abstractmethod
     def data_metadata(self) -> dict[str, Any]:
-        """What run.json says of the data; "source" is its name for people."""
+        """What run.json holds of the data; "source" is its name for people."""
 
     @abc.abstractmethod
     def describe(self) -> str:
@@ -72,7 +76,7 @@ class TrainingRun(abc.ABC):
 
     @abc.abstractmethod
     def build_engine(self, weights: bool) -> Engine:
-        """The engine; weights: with first weights (else a checkpoint has them)."""
+        """The engine; weights: with first weights (otherwise a checkpoint has them)."""
 
     @abc.abstractmethod
     def train_steps(
@@ -82,174 +86,235 @@ class TrainingRun(abc.ABC):
 
     @abc.abstractmethod
     def describe_step(self) -> str:
-        """What a step is made of, such as "4 x 512 tokens"."""
+        """The samples of a step, such as "4 x 512 tokens"."""
 
-    def complete_config(self) -> None:  # noqa: B027 - as below
-        """Fills in what is known of `config` once its global batch is; called after ``open``, on all ranks."""
+    def complete_config(self) -> None:  # noqa: B027 - some apps have nothing to complete
+        """Fills in what of `config` follows from the data and the global batch.
+
+        Called after ``open_data``, on all ranks."""
 
     def write_extra_files(self) -> None:  # noqa: B027 - some apps have nothing to add
-        """More files in `out` that belong to the run; called on rank 0."""
+        """Writes more files that belong to the run into `out`; called on rank 0."""
 
     # ---- the run
 
     def main(self) -> int:
         """Runs it; returns the process's exit status."""
         ringx.launch.announce(self.world)
-        with (
-            Watch() as watch,
-            Checkpoints(
-                self.out / "checkpoints",
-                self.world,
-                keep=self.config.train.keep,
-                report=self.print_on_main_rank,
-            ) as checkpoints,
-        ):
+        with Watch() as watch, self._own_checkpoints() as checkpoints:
             try:
                 first = self._prepare(checkpoints)
-            except ValueError as e:  # of all ranks alike: what can only be known here
-                if self.is_main_rank:
-                    print(f"{self.prog}: error: {e}", file=sys.stderr, flush=True)
+            except ValueError as e:  # on all ranks: a mistake that only the ranks can find
+                self._print_error(e)
                 return 2
             return self._train(checkpoints, watch, first)
 
+    def _own_checkpoints(self) -> Checkpoints:
+        return Checkpoints(
+            self.out / "checkpoints",
+            self.world,
+            keep=self.config.train.keep,
+            report=self.print_on_main_rank,
+        )
+
+    def _print_error(self, error: Exception) -> None:
+        if self.is_main_rank:
+            print(f"{self.prog}: error: {error}", file=sys.stderr, flush=True)
+
+    # ---- before the first step
+
     def _prepare(self, checkpoints: Checkpoints) -> int:
-        """Everything before the first step, whose number it returns.  Raises ValueError on all ranks."""
+        """Everything before the first step, whose number it returns.
+
+        Raises ValueError on all ranks."""
         self.open_data()
         self.mesh = Mesh.make(self.config.mesh.fit(self.world.world_size), self.world.device.type)
-        total, *_ = self.config.plan_batch(self.mesh.shape)
-        self.config = replace(self.config, train=replace(self.config.train, global_batch=total))
+        global_batch, *_ = self.config.plan_batch(self.mesh.shape)
+        train = replace(self.config.train, global_batch=global_batch)
+        self.config = replace(self.config, train=train)
         self.complete_config()
-        found, source, resume = None, checkpoints, self.options.resume
-        if resume:
-            folder = Path(resume) / "checkpoints"
-            source = (
-                checkpoints
-                if Path(resume) == self.out
-                else Checkpoints(folder, self.world, report=self.print_on_main_rank)
-            )
-            found = source.newest()
-            if found:
-                ringx.launch.decide(self.world, lambda: self._expect_same(found[1]))
-            held = ringx.launch.decide(self.world, lambda: any(folder.glob("step-????????")))
-            if not found and (held or Path(resume) != self.out):
-                raise ValueError(
-                    f"--resume {resume}: there is no checkpoint in it that can be used; begin again with another --out."
-                )
+        source, existing = self._find_checkpoint(checkpoints)
         if self.is_main_rank:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
             self.write_extra_files()
         self.print_on_main_rank(self.config.to_yaml() + self.mesh.shape.describe())
         self.print_on_main_rank(self.describe())
-        self.engine = self.build_engine(weights=not found)
-        if not found:
-            if resume:
-                self.print_on_main_rank(f"{resume} holds no checkpoint yet: starting at step 0")
+        self.engine = self.build_engine(weights=existing is None)
+        if existing is None:
+            if self.options.resume:
+                self.print_on_main_rank(
+                    f"{self.options.resume} holds no checkpoint yet: starting at step 0"
+                )
             return 0
-        path, about = found
+        path, metadata = existing
         state = self.engine.state()
         source.load(path, state)
         self.engine.load(state)
-        self.print_on_main_rank(f"resumed from {path}, after {about['step']} steps")
-        return about["step"]
+        self.print_on_main_rank(f"resumed from {path}, after {metadata['step']} steps")
+        return metadata["step"]
 
-    def _expect_same(self, about: Record) -> None:
-        """ValueError naming what a checkpoint's run had that this one has not."""
-        if "data" not in about:
+    def _find_checkpoint(
+        self, checkpoints: Checkpoints
+    ) -> tuple[Checkpoints, tuple[Path, Record] | None]:
+        """(the folder's checkpoints, (path, metadata) of the one to go on from) of a resumed run.
+
+        None: the run begins at step 0."""
+        if not self.options.resume:
+            return checkpoints, None
+        run = Path(self.options.resume)
+        folder = run / "checkpoints"
+        in_place = run == self.out
+        source = checkpoints
+        if not in_place:
+            source = Checkpoints(folder, self.world, report=self.print_on_main_rank)
+        existing = source.newest()
+        if existing is not None:
+            _, metadata = existing
+            ringx.launch.decide(self.world, lambda: self._require_same_run(metadata))
+        has_folders = ringx.launch.decide(self.world, lambda: any(folder.glob("step-????????")))
+        if existing is None and (has_folders or not in_place):
             raise ValueError(
-                "--resume: the checkpoint holds weights alone, as convert.py writes; begin from them with --init."
+                f"--resume {self.options.resume}: there is no checkpoint in it that can be used; "
+                "begin again with another --out."
             )
-        then, now = about["config"], self.config.to_dict()
-        for part, k, why in self.must_match:
-            if (was := then.get(part, {}).get(k)) != now[part][k]:
+        return source, existing
+
+    def _require_same_run(self, metadata: Record) -> None:
+        """ValueError naming what the checkpoint's run had that this one has not."""
+        if "data" not in metadata:
+            raise ValueError(
+                "--resume: the checkpoint holds weights alone, as convert.py writes; begin from "
+                "them with --init."
+            )
+        saved, current = metadata["config"], self.config.to_dict()
+        for part, name, reason in self.must_match:
+            before, now = saved.get(part, {}).get(name), current[part][name]
+            if before != now:
                 raise ValueError(
-                    f"--resume: the checkpoint's run has {k} {was}, here it is {now[part][k]}: {why}; give "
-                    f"--{k.replace('_', '-')} {was}, or start a new run with another --out."
+                    f"--resume: the checkpoint's run has {name} {before}, here it is {now}: "
+                    f"{reason}; give --{name.replace('_', '-')} {before}, or start a new run with "
+                    "another --out."
                 )
-        for k, value in now["model"].items():
-            if then["model"].get(k) != value:
+        for name, now in current["model"].items():
+            before = saved["model"].get(name)
+            if before != now:
                 raise ValueError(
-                    f"--resume: the checkpoint is of another model: its {k} is {then['model'].get(k)}, here {value}."
+                    f"--resume: the checkpoint is of another model: its {name} is {before}, "
+                    f"here {now}."
                 )
-        if about["data"] != self.data_sha256():
+        if metadata["data"] != self.data_sha256():
             source = self.data_metadata()["source"]
             raise ValueError(
-                f"--resume: the checkpoint's run read other data than {source}; name the same with --data."
+                f"--resume: the checkpoint's run read other data than {source}; name the same "
+                "with --data."
             )
 
-    def _train(self, checkpoints: Checkpoints, watch: Watch, first: int) -> int:
-        config: RunConfig = self.config
-        c, as_dict, data = config.train, config.to_dict(), self.data_sha256()
-        saved = first
+    # ---- the steps
 
-        def save(step: int) -> None:
-            nonlocal saved
-            if step > saved:
-                checkpoints.save(
-                    step, self.engine.state(), {"step": step, "config": as_dict, "data": data}
-                )
-                saved = step
+    def _train(self, checkpoints: Checkpoints, watch: Watch, first: int) -> int:
+        """Runs the steps from `first` on; returns the process's exit status."""
+        train = self.config.train
+        saver = _Saver(checkpoints, self.engine, self.config, self.data_sha256(), saved=first)
+        records: list[Record] = []
 
         def before_step(step: int) -> None:
-            if step == c.steps or (c.save_every and step % c.save_every == 0):
-                save(step)
+            if step == train.steps or (train.save_every and step % train.save_every == 0):
+                saver.save(step)
             try:
                 watch.barrier_or_stop(self.world)
             except Stopped:
-                save(step)
+                saver.save(step)
                 raise
 
-        records: list[Record] = []
         if self.is_main_rank:
-            world = self.world
-            launch = {
-                "world": world.world_size,
-                "launcher": world.launcher,
-                "backend": world.backend,
-                "device": str(world.device),
-            }
-            header = {
-                "config": as_dict,
-                "launch": launch,
-                "data": self.data_metadata(),
-                "loss_unit": self.loss_unit,
-            }
-            write_header(self.out, header, start_step=first)
-        job, folder = self.options, self.out if self.is_main_rank else None
-        log = Metrics(
-            folder, start_step=first, tensorboard=job.tensorboard, wandb=job.wandb, config=as_dict
-        )
-        with log, progress(c.steps, first, config.name, is_main_rank=self.is_main_rank) as show:
+            write_header(self.out, self._header(), start_step=first)
+        stopped = False
+        bar = progress(train.steps, first, self.config.name, is_main_rank=self.is_main_rank)
+        with self._metrics(first) as metrics, bar as show:
 
             def on_step(record: Record) -> None:
                 records.append(record)
-                log.write(record)
+                metrics.write(record)
                 show(record)
 
             try:
                 self.train_steps(first, on_step, before_step)
-                stopped = False
             except Stopped:
-                stopped = saved < c.steps
+                stopped = saver.saved < train.steps
             except FloatingPointError as e:  # on all ranks
-                if self.is_main_rank:
-                    print(f"{self.prog}: error: {e}", file=sys.stderr, flush=True)
+                self._print_error(e)
                 return 1
         checkpoints.finish()
         if stopped:
             self.print_on_main_rank(
-                f"stopped by {watch.stop_signal or 'another rank'} after {saved} steps, all saved; go on with --resume {self.out}"
+                f"stopped by {watch.stop_signal or 'another rank'} after {saver.saved} steps, "
+                f"all saved; go on with --resume {self.out}"
             )
-            return AGAIN if saved > first else 1
-        if records:
-            rates = sorted(r["tokens_per_s"] for r in records)
-            self.print_on_main_rank(
-                f"{config.name}: steps {first} to {c.steps - 1} of {self.describe_step()}, {c.algorithm} on {self.world.world_size} "
-                f"rank(s), {c.dtype}: loss {records[0]['loss']:.4f} -> {records[-1]['loss']:.4f}, "
-                f"{rates[len(rates) // 2]:,.0f} tokens/s; in {self.out}"
-            )
-        else:
-            self.print_on_main_rank(
-                f"{config.name}: all {c.steps} steps were done already; in {self.out}"
-            )
+            return AGAIN if saver.saved > first else 1
+        self.print_on_main_rank(self._summary(first, records))
         return 0
+
+    def _header(self) -> dict[str, Any]:
+        """What run.json holds of this session."""
+        launch = {
+            "world": self.world.world_size,
+            "launcher": self.world.launcher,
+            "backend": self.world.backend,
+            "device": str(self.world.device),
+        }
+        return {
+            "config": self.config.to_dict(),
+            "launch": launch,
+            "data": self.data_metadata(),
+            "loss_unit": self.loss_unit,
+        }
+
+    def _metrics(self, first: int) -> Metrics:
+        return Metrics(
+            self.out if self.is_main_rank else None,
+            start_step=first,
+            tensorboard=self.options.tensorboard,
+            wandb=self.options.wandb,
+            config=self.config.to_dict(),
+        )
+
+    def _summary(self, first: int, records: list[Record]) -> str:
+        """One line about a run that has done all its steps."""
+        name, train = self.config.name, self.config.train
+        if not records:
+            return f"{name}: all {train.steps} steps were done already; in {self.out}"
+        rates = sorted(record["tokens_per_s"] for record in records)
+        median = rates[len(rates) // 2]
+        return (
+            f"{name}: steps {first} to {train.steps - 1} of {self.describe_step()}, "
+            f"{train.algorithm} on {self.world.world_size} rank(s), {train.dtype}: "
+            f"loss {records[0]['loss']:.4f} -> {records[-1]['loss']:.4f}, "
+            f"{median:,.0f} tokens/s; in {self.out}"
+        )
+
+
+class _Saver:
+    """Saves a run's checkpoints, each step at most once."""
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        engine: Engine,
+        config: RunConfig,
+        data_sha256: str,
+        saved: int,
+    ):
+        self.saved = saved  # the newest step of which there is a checkpoint (0: none is needed)
+        self._checkpoints = checkpoints
+        self._engine = engine
+        self._config = config.to_dict()
+        self._data_sha256 = data_sha256
+
+    def save(self, step: int) -> None:
+        """Saves the state before `step`, unless that has been done."""
+        if step <= self.saved:
+            return
+        metadata = {"step": step, "config": self._config, "data": self._data_sha256}
+        self._checkpoints.save(step, self._engine.state(), metadata)
+        self.saved = step
