@@ -9,7 +9,7 @@ import ringx
 from apps.common.checkpoint import Checkpoints
 from apps.common.config import MeshConfig
 from apps.gpt.config import Config, ModelConfig, TrainConfig
-from apps.gpt.model import first_weight
+from apps.gpt.model import initial_weight
 from apps.gpt.parallel import Attend, build
 from ringx.launch.mesh import Mesh, Shape
 
@@ -96,7 +96,7 @@ def newborn(world, engine: str, dtype: str):
     before = held(e.state())
     right = all(
         torch.equal(
-            before[name], first_weight(name, before[name].shape, config.model, config.train.seed)
+            before[name], initial_weight(name, before[name].shape, config.model, config.train.seed)
         )
         and float(before[f"{name} step"]) == 0
         and not before[f"{name} exp_avg"].any()
