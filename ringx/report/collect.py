@@ -3,29 +3,35 @@
     ringx collect runs/weak runs/strong --out results/scaling_here_202611
     ringx collect bench_out                                     # the tables beside the records
 
-Every folder is searched with all below it.  What is no valid record is named and left out; a record that turns up twice (the same
-case, host, time of writing and content) is taken once.  Writes to --out (default: the first folder)
+Every folder is searched with all below it.  What is no valid record is named and left out; a record
+that turns up twice (the same case, host, time of writing and content) is taken once.  Writes to
+--out (default: the first folder)
 
-    attention.parquet, .csv      a row per record of `ringx bench`: its case, times, bytes, efficiency, and where it comes from
+    attention.parquet, .csv      a row per record of `ringx bench`: its case, times, bytes,
+                                 efficiency, and where it comes from
     collectives.parquet, .csv    a row per collective and size of `ringx bench-comm`
     machine.json                 the alpha-beta fits of the collectives (``ringx.measure.machine``)
-    environment.json             the distinct machines, versions, commits, jobs and commands behind the rows
+    environment.json             the distinct machines, versions, commits, jobs and commands behind
+                                 the rows
 
-`ringx plot` draws from such a table as from a folder of records.  Needs pandas and pyarrow: pip install 'ringx[plot]'
+`ringx plot` draws from such a table as from a folder of records.
+Needs pandas and pyarrow: pip install 'ringx[plot]'
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import files
 from ..measure import machine, records
-from .tables import _pandas, rows_of
+from ..measure.records import Record
+from .tables import collectives_sent, require_pandas, rows_of
 
 TABLES = {"attention": "attention", "collective": "collectives"}  # kind -> name of its table
+Found = tuple[Path, Record]  # a record and its file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,112 +52,140 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    pandas = _pandas()
-    found, broken, twice = gather(args.folders)
+    require_pandas()
+    found, broken, copies = gather(args.folders)
     for fault in broken:
         print(f"left out: {fault}", file=sys.stderr)
     if not found:
         raise ValueError(
-            f"no valid record in {', '.join(map(str, args.folders))}; `ringx bench --out DIR` writes some."
+            f"no valid record in {', '.join(map(str, args.folders))};"
+            " `ringx bench --out DIR` writes some."
         )
     out = args.out or args.folders[0]
     records.expect_room(out, 2**16 + 2**12 * len(found))
-    collectives = [r for _, r in found if r["kind"] == "collective"]
-    names = records.collectives_sent([r for _, r in found if r["kind"] == "attention"])
-    fits = machine.of(collectives)["fits"]
+    of_collectives = [record for _, record in found if record["kind"] == "collective"]
+    fits = machine.of(of_collectives)["fits"]
     for kind, name in TABLES.items():
-        rows = [
-            row
-            for path, r in found
-            if r["kind"] == kind
-            for row in rows_of(r, path, fits, collectives=names)
-        ]
-        if rows:
-            frame = pandas.DataFrame(rows)
-            frame.to_parquet(out / f"{name}.parquet", index=False)
-            frame.to_csv(out / f"{name}.csv", index=False)
-            print(f"{out / name}.parquet, .csv: {len(rows)} rows")
-    if collectives:
-        print(machine.write(out, collectives))
-    files.write_text(
-        out / "environment.json",
-        json.dumps(environment([r for _, r in found]), indent=1) + "\n",
-        replace=True,
-    )
-    more = [f"{len(broken)} broken files, named above"] if broken else []
-    print(
-        "; ".join(
-            [f"{len(found)} records", *([f"{twice} copies taken once"] if twice else []), *more]
+        _write_table(
+            [entry for entry in found if entry[1]["kind"] == kind], fits=fits, path=out / name
         )
-    )
+    if of_collectives:
+        print(machine.write(out, of_collectives))
+    surroundings = json.dumps(environment([record for _, record in found]), indent=1) + "\n"
+    files.write_text(out / "environment.json", surroundings, replace=True)
+    summary = [f"{len(found)} records"]
+    if copies:
+        summary.append(f"{copies} copies taken once")
+    if broken:
+        summary.append(f"{len(broken)} broken files, named above")
+    print("; ".join(summary))
     return 0
 
 
-def gather(folders: Sequence[Path]) -> tuple[list[tuple[Path, dict[str, Any]]], list[str], int]:
-    """((file, record) of every valid record below the folders, what is wrong with each other JSON file, how many were copies).
+def _write_table(found: Sequence[Found], *, fits: Sequence[dict[str, Any]], path: Path) -> None:
+    """Writes the records of one kind as `path`.parquet and .csv; nothing if there are none."""
+    names = collectives_sent(record for _, record in found if record["kind"] == "attention")
+    rows = []
+    for source, record in found:
+        rows += rows_of(record, source, fits, collectives=names)
+    if not rows:
+        return
+    frame = require_pandas().DataFrame(rows)
+    frame.to_parquet(f"{path}.parquet", index=False)
+    frame.to_csv(f"{path}.csv", index=False)
+    print(f"{path}.parquet, .csv: {len(rows)} rows")
+
+
+def gather(folders: Sequence[Path]) -> tuple[list[Found], list[str], int]:
+    """((file, record) of every valid record below the folders, what is wrong with each other JSON
+    file, how many records were copies of others).
 
     Raises:
         FileNotFoundError: a folder is not there."""
-    found: dict[str, tuple[Path, dict[str, Any]]] = {}
-    broken, twice = [], 0
-    for folder in folders:
-        if not Path(folder).is_dir():
+    found: dict[str, Found] = {}  # by content
+    broken: list[str] = []
+    copies = 0
+    for folder in map(Path, folders):
+        if not folder.is_dir():
             raise FileNotFoundError(
                 f"{folder} is no directory; `ringx bench --out {folder}` writes records there."
             )
-        for path in sorted(Path(folder).rglob("*.json")):
-            if path.name in records.DERIVED or path.name.startswith("."):
+        for path in sorted(folder.rglob("*.json")):
+            if path.name in records.DERIVED_FILES or path.name.startswith("."):
                 continue
             try:
                 record = records.read(path)
-            except (ValueError, OSError) as e:
-                broken.append(str(e))
+            except (ValueError, OSError) as error:
+                broken.append(str(error))
                 continue
             content = json.dumps(record, sort_keys=True)
-            twice += content in found
-            found.setdefault(content, (path, record))
-        broken += [
-            f"{p}: set aside by a later run" for p in sorted(Path(folder).rglob("*.json.broken"))
-        ]
-    return list(found.values()), list(dict.fromkeys(broken)), twice
+            if content in found:
+                copies += 1
+            else:
+                found[content] = (path, record)
+        for path in sorted(folder.rglob("*.json.broken")):
+            broken.append(f"{path}: set aside by a later run")
+    return list(found.values()), list(dict.fromkeys(broken)), copies
 
 
-# ---- rows
-
-
-def environment(found: Iterable[dict[str, Any]]) -> dict[str, list]:
+def environment(found: Iterable[Record]) -> dict[str, list[dict[str, Any]]]:
     """The distinct surroundings of the records, and how many share each."""
-    what = {
-        "versions": lambda r: r["versions"],
-        "git": lambda r: r["git"],
-        "machine": lambda r: {
-            k: v for k, v in r["machine"].items() if k not in ("hosts", "load_average")
-        },
-        "launch": lambda r: {k: v for k, v in r["launch"].items() if k != "job"},
-        "job": lambda r: (
-            r["launch"]["job"]
-            and {k: v for k, v in r["launch"]["job"].items() if k not in ("array_task", "restart")}
-        ),
-        "labels": lambda r: r["labels"],
-        "command": lambda r: _without_folder(r["command"]["argv"]),
-    }
-    counts: dict[str, dict[str, int]] = {name: {} for name in what}
-    for r in found:
-        for name, of in what.items():
-            key = json.dumps(of(r), sort_keys=True)
+    counts: dict[str, dict[str, int]] = {name: {} for name in SURROUNDINGS}
+    for record in found:
+        for name, surroundings in SURROUNDINGS.items():
+            key = json.dumps(surroundings(record), sort_keys=True)
             counts[name][key] = counts[name].get(key, 0) + 1
     return {
-        name: [{"records": n, name: json.loads(key)} for key, n in seen.items()]
-        for name, seen in counts.items()
+        name: [{"records": n, name: json.loads(key)} for key, n in distinct.items()]
+        for name, distinct in counts.items()
     }
 
 
-def _without_folder(argv: Sequence[str]) -> list[str]:
-    """A command without the folder that its --out is in, which is nobody's business."""
-    return [
-        Path(word).name if before == "--out" else word
-        for before, word in zip(["", *argv], argv, strict=False)
-    ]
+def _versions(record: Record) -> Any:
+    return record["versions"]
 
 
-# ---- tables
+def _git(record: Record) -> Any:
+    return record["git"]
+
+
+def _machine(record: Record) -> Any:
+    return _without(record["machine"], "hosts", "load_average")
+
+
+def _launch(record: Record) -> Any:
+    return _without(record["launch"], "job")
+
+
+def _job(record: Record) -> Any:
+    job = record["launch"]["job"]
+    return _without(job, "array_task", "restart") if job else job
+
+
+def _labels(record: Record) -> Any:
+    return record["labels"]
+
+
+def _command(record: Record) -> list[str]:
+    """The command, without the folder that its --out is in: that is private."""
+    words = record["command"]["argv"]
+    shown = []
+    for i, word in enumerate(words):
+        follows_out = i > 0 and words[i - 1] == "--out"
+        shown.append(Path(word).name if follows_out else word)
+    return shown
+
+
+def _without(content: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if name not in names}
+
+
+SURROUNDINGS: dict[str, Callable[[Record], Any]] = {
+    "versions": _versions,
+    "git": _git,
+    "machine": _machine,
+    "launch": _launch,
+    "job": _job,
+    "labels": _labels,
+    "command": _command,
+}

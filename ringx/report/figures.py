@@ -1,4 +1,7 @@
-"""The figures of ``ringx plot``: scaling, efficiency, time, bytes and collectives, from rows of ``tables``."""
+"""The figures of ``ringx plot``: scaling, efficiency, time, bytes and collectives.
+
+They are drawn from flat rows (``ringx.report.tables``).  Other figures take their look from here.
+"""
 
 import csv
 import textwrap
@@ -10,9 +13,10 @@ from typing import Any
 from ..checks import DTYPES, MASKS, require_name
 from ..comm.collectives import BENCHMARKS
 from ..measure import records
+from ..measure.records import Row
 from ..patterns.registry import ALGORITHMS
 
-COLOURS = (
+COLOURS = (  # Okabe-Ito, yellow darkened
     "#0072B2",
     "#D55E00",
     "#009E73",
@@ -21,429 +25,13 @@ COLOURS = (
     "#56B4E9",
     "#000000",
     "#999933",
-)  # Okabe-Ito, yellow darkened
+)
 MARKERS = "os^DvPX*"
 STYLES = ("-", "--", "-.", ":")
+DASHES = (0, (2, 2))  # of lines of what is ideal
 PANELS = 4  # rows or columns of panels in a figure: the largest sizes are shown, the CSV holds all
-SETTING = (
-    "machine",
-    "device",
-    "dtype",
-    "kernel",
-    "batch",
-    "heads",
-    "kv_heads",
-    "head_dim",
-    "threads",
-    "labels",
-)
-WHERE = ("device", "backend", "dtype", "ranks_per_host", "labels")  # of collectives
-Row = dict[str, Any]
-
-
-class Lacking(Exception):
-    """There are no records for this figure; says which are needed."""
-
-
-def figure(name: str, rows: Sequence[Row]):
-    """One figure, for notebooks: a name of FIGURES or BANDWIDTH, and rows of one setting.
-
-    Raises:
-        ValueError: there is no such figure, or the rows lack what it needs; says what."""
-    require_name(name, [*FIGURES, *BANDWIDTH], "figure")
-    plt = pyplot(None)
-    with plt.rc_context(RC):
-        try:
-            fig, _ = (FIGURES | BANDWIDTH)[name](plt, _sorted(rows))
-        except Lacking as reason:
-            raise ValueError(f"{name}: {reason}.") from None
-    plt.close(fig)
-    return fig
-
-
-def _sorted(rows: Iterable[Row]) -> list[Row]:
-    """In the order in which figures show them."""
-    return sorted(
-        rows,
-        key=lambda r: (
-            (_index(r["algorithm"]), r["layout"], not r["overlap"], r["world"])
-            if "algorithm" in r
-            else (list(BENCHMARKS).index(r["collective"]), "", False, r["world"], r["bytes"])
-        ),
-    )
-
-
-def draw_figure(plt, figure, rows: Sequence[Row], path: Path) -> str:
-    try:
-        with plt.rc_context(RC):
-            fig, shown = figure(plt, rows)
-    except Lacking as reason:
-        return f"skipped {path.name}: {reason}"
-    for ending in ("png", "svg"):
-        fig.savefig(
-            f"{path}.{ending}", dpi=150, metadata={"Date": None} if ending == "svg" else None
-        )
-    plt.close(fig)
-    with open(f"{path}.csv", "w", newline="", encoding="utf-8") as f:
-        table = csv.DictWriter(f, fieldnames=list(shown[0]))
-        table.writeheader()
-        table.writerows(shown)
-    return f"{path}.png, .svg, .csv"
-
-
-# ---- figures: each returns (figure, the rows of its CSV) or raises Lacking
-
-
-def strong(plt, rows: Sequence[Row]):
-    """Time against N at a fixed length."""
-    panels = _with_several_ranks(
-        rows, "seqlen", "one sequence length on at least two numbers of ranks"
-    )
-    return _scaling(
-        plt, panels, "Strong scaling: the same sequence on more ranks", "seqlen", "S = {:,}"
-    )
-
-
-def weak(plt, rows: Sequence[Row]):
-    """Time against N at a fixed length per rank."""
-    panels = _with_several_ranks(
-        rows, "seqlen_per_rank", "the same tokens per rank on at least two numbers of ranks"
-    )
-    title = "Weak scaling: the sequence grows with the ranks, and a rank's work with it"
-    return _scaling(plt, panels, title, "seqlen_per_rank", "S / N = {:,}")
-
-
-def _scaling(plt, rows, title, by, text):
-    fig, axes = _panels(plt, rows, by, title)
-    for (value, mask), ax in axes.items():
-        here = [r for r in rows if r[by] == value and r["mask"] == mask]
-        ideal = {
-            n: median(t)
-            for n in _values(here, "world")
-            if (t := _ideals(r for r in here if r["world"] == n))
-        }
-        if ideal:
-            ax.plot(
-                *zip(*sorted(ideal.items()), strict=True),
-                color="0.55",
-                ls=(0, (2, 2)),
-                lw=1.2,
-                zorder=1,
-                label=IDEAL,
-            )
-        _lines(ax, here, rows, lambda r: r["total_s"], spread=("total_q1_s", "total_q3_s"))
-        ax.set(yscale="log", title=f"{mask}, {text.format(value)}")
-        _plain_log(ax)
-    return _finish(fig, axes, _values(rows, "world"), "forward + backward (s)"), _pick(
-        rows, "total_s", "total_q1_s", "total_q3_s", "total_ideal_s"
-    )
-
-
-def efficiency(plt, rows: Sequence[Row]):
-    """Percent of flash against N."""
-    rows = [r for r in rows if r["total_efficiency_percent"] is not None]
-    if not rows:
-        raise Lacking("it needs records with a baseline (bench without --no-baseline)")
-    fig, axes = _panels(plt, rows, "seqlen", "Parallel efficiency, forward + backward")
-    top = max(105, *(1.05 * r["total_efficiency_percent"] for r in rows))
-    for (seqlen, mask), ax in axes.items():
-        here = [r for r in rows if r["seqlen"] == seqlen and r["mask"] == mask]
-        ax.axhline(100, color="0.55", ls=(0, (2, 2)), lw=1.2, zorder=1, label=IDEAL)
-        _lines(ax, here, rows, lambda r: r["total_efficiency_percent"])
-        ax.set(ylim=(0, top), title=f"{mask}, S = {seqlen:,}")
-    columns = [f"{p}_efficiency_percent" for p in records.PHASES]
-    return _finish(fig, axes, _values(rows, "world"), "% of one-process flash / N"), _pick(
-        rows, *columns
-    )
-
-
-def times(plt, rows: Sequence[Row]):
-    """Time by algorithm and length, for one N."""
-    fitting = [r for r in rows if not r["oversubscribed"]] or rows
-    world = max(r["world"] for r in fitting)
-    shown = [r for r in fitting if r["world"] == world]
-    masks, lengths = _masks(shown), _values(shown, "seqlen")[-PANELS:]
-    names = list(dict.fromkeys(_series(r) for r in shown))
-    size = (max(WIDTH, 1.6 + 2.9 * len(lengths)), 1.5 + len(masks) * (0.55 + 0.34 * len(names)))
-    fig, grid = plt.subplots(len(masks), len(lengths), squeeze=False, sharey=True, figsize=size)
-    _title(fig, shown, f"Time by algorithm and sequence length, N = {world}")
-    for (i, mask), (j, seqlen) in ((m, s) for m in enumerate(masks) for s in enumerate(lengths)):
-        ax, here = grid[i][j], [r for r in shown if r["mask"] == mask and r["seqlen"] == seqlen]
-        for r in here:
-            y, colour = names.index(_series(r)), COLOURS[_index(r["algorithm"])]
-            forward, total = 1e3 * r["forward_s"], 1e3 * r["total_s"]
-            whisker = [[total - 1e3 * r["total_q1_s"]], [1e3 * r["total_q3_s"] - total]]
-            ax.barh(y, forward, color=colour, edgecolor="black", lw=0.6)
-            ax.barh(
-                y,
-                total - forward,
-                left=forward,
-                color=colour,
-                alpha=0.45,
-                edgecolor="black",
-                lw=0.6,
-                hatch="///",
-            )
-            ax.errorbar(total, y, xerr=_not_negative(whisker), color="black", capsize=2, lw=1)
-            ax.annotate(
-                f"{total:,.0f}" if total >= 100 else f"{total:.3g}",
-                (max(total, 1e3 * r["total_q3_s"]), y),
-                (4, 0),
-                textcoords="offset points",
-                va="center",
-                size=8,
-            )
-        end = 1.22 * max((1e3 * r["total_q3_s"] for r in here), default=1)
-        if ideal := _ideals(here):
-            ax.axvline(1e3 * median(ideal), color="0.35", ls=(0, (2, 2)), lw=1.2)
-            end = max(end, 1.05e3 * median(ideal))
-        ax.set(title=f"{mask}, S = {seqlen:,}", yticks=range(len(names)), yticklabels=names)
-        ax.set_xlim(0, end)
-        ax.grid(axis="y", visible=False)
-        if i == len(masks) - 1:
-            ax.set_xlabel("time (ms)")
-    grid[0][0].invert_yaxis()
-    patch, line = plt.matplotlib.patches.Patch, plt.matplotlib.lines.Line2D
-    handles = [
-        patch(facecolor="0.6", edgecolor="black", lw=0.6, label="forward"),
-        patch(facecolor="0.85", edgecolor="black", lw=0.6, hatch="///", label="backward"),
-        line([], [], color="0.35", ls=(0, (2, 2)), lw=1.2, label=IDEAL),
-    ]
-    fig.legend(handles=handles, loc="outside lower center", ncols=_columns(fig))
-    return fig, _pick(
-        shown, *(f"{p}_{q}" for p in records.PHASES for q in ("s", "q1_s", "q3_s", "ideal_s"))
-    )
-
-
-def traffic(plt, rows: Sequence[Row]):
-    """Bytes that a rank sends against N: counted points on closed-form lines."""
-    if max(r["world"] for r in rows) < 2:
-        raise Lacking("one rank sends nothing; it needs records of at least two ranks")
-    ranks_of = {
-        s: len({r["world"] for r in rows if r["seqlen"] == s and r["world"] > 1})
-        for s in _values(rows, "seqlen")
-    }
-    seqlen = max(ranks_of, key=lambda s: (ranks_of[s], s))
-    here = [r for r in rows if r["seqlen"] == seqlen]
-    shown = [
-        q
-        for r in here
-        for q in _bytes_rows(r, "counted", r["world"], (r["forward_bytes"], r["backward_bytes"]))
-    ]
-    series = {_series(r, r["mask"]): r for r in here}.values()
-    lines = [
-        q
-        for r in series
-        for n, sent in closed_form(r, here)
-        for q in _bytes_rows(r, "closed form", n, sent)
-    ]
-    masks = _masks(here)
-    fig, grid = plt.subplots(
-        len(masks), 2, squeeze=False, sharex=True, figsize=(9, 1.6 + 2.7 * len(masks))
-    )
-    _title(
-        fig, here, f"Bytes that a rank sends, S = {seqlen:,}: counted points on closed-form lines"
-    )
-    for i, mask in enumerate(masks):
-        for j, direction in enumerate(("forward", "backward")):
-            ax = grid[i][j]
-            for k, name in enumerate(dict.fromkeys(_series(r) for r in shown)):
-
-                def points(source, name=name, mask=mask, direction=direction):
-                    return [
-                        r
-                        for r in source
-                        if _series(r) == name and r["mask"] == mask and r["direction"] == direction
-                    ]
-
-                if points(lines):
-                    xy = [(r["world"], r["bytes_per_rank"] / 1e6) for r in points(lines)]
-                    look = _look(points(lines)[0], k, shown) | {"marker": "", "label": None}
-                    ax.plot(*zip(*xy, strict=True), **look)
-                if points(shown):
-                    xy = [(r["world"], r["bytes_per_rank"] / 1e6) for r in points(shown)]
-                    look = _look(points(shown)[0], k, shown) | {"mfc": "none", "mew": 1.6}
-                    ax.plot(
-                        *zip(*xy, strict=True), **look | {"ls": "", "label": None, "clip_on": False}
-                    )
-                    ax.plot([], [], **look)
-            ax.set_title(f"{mask}, {direction}")
-            ax.set_ylim(bottom=0)
-    axes = {(i, j): grid[i][j] for i in range(len(masks)) for j in range(2)}
-    return _finish(fig, axes, [r["world"] for r in (*shown, *lines)], "MB sent by a rank (mean)"), [
-        *shown,
-        *lines,
-    ]
-
-
-def wired(plt, rows: Sequence[Row]):
-    """Bytes on the wire against N: what the interfaces counted, and what the collectives' factors make of the closed form."""
-    shown = [r for r in rows if r["wire_bytes"] is not None]
-    if not shown:
-        raise Lacking(
-            "it needs records of ranks on several hosts over gloo, whose interfaces were read"
-        )
-    seqlen = max(r["seqlen"] for r in shown)
-    shown = [r for r in shown if r["seqlen"] == seqlen]
-    masks = _masks(shown)
-    fig, grid = plt.subplots(
-        1, len(masks), squeeze=False, sharey=True, figsize=(max(WIDTH, 1.2 + 3.9 * len(masks)), 4.3)
-    )
-    _title(
-        fig,
-        shown,
-        f"Bytes that left a host (points) over the closed form, S = {seqlen:,}\nlines: by each collective's own factor",
-    )
-
-    def over(r: Row, column: str) -> float:
-        return r[column] / (r["forward_bytes_closed_form"] + r["backward_bytes_closed_form"])
-
-    for mask, ax in zip(masks, grid[0], strict=True):
-        here = [r for r in shown if r["mask"] == mask]
-        for k, name in enumerate(dict.fromkeys(_series(r) for r in shown)):
-            mine = sorted((r for r in here if _series(r) == name), key=lambda r: r["world"])
-            if not mine:
-                continue
-            look = _look(mine[0], k, shown)
-            expected = [r for r in mine if r.get("wire_expected_bytes") is not None]
-            line = [
-                [r["world"] for r in expected],
-                [over(r, "wire_expected_bytes") for r in expected],
-            ]
-            ax.plot(*line, **look | {"marker": "", "label": None})
-            ax.plot(
-                [r["world"] for r in mine],
-                [over(r, "wire_bytes") for r in mine],
-                **look | {"ls": "", "label": None},
-            )
-            ax.plot([], [], **look)
-        ax.axhline(1, color="0.55", ls=(0, (2, 2)), lw=1.2, zorder=1)
-        ax.set(ylim=(0.9, 1.05 * max(over(r, "wire_bytes") for r in shown)), title=mask)
-    fig = _finish(
-        fig,
-        {(0, i): ax for i, ax in enumerate(grid[0])},
-        [r["world"] for r in shown],
-        "bytes on the wire / closed form",
-    )
-    return fig, [
-        r | {"seqlen": seqlen}
-        for r in _pick(
-            shown, "wire_bytes", "forward_bytes_closed_form", "backward_bytes_closed_form"
-        )
-    ]
-
-
-def bandwidth(plt, rows: Sequence[Row]):
-    """Bus bandwidth against size, a panel per collective, with the fits."""
-    names = [n for n in BENCHMARKS if any(r["collective"] == n for r in rows)]
-    columns = min(len(names), 4)
-    lines = -(-len(names) // columns)
-    size = (max(WIDTH, 1.0 + 2.7 * columns), 1.5 + 2.5 * lines)
-    fig, grid = plt.subplots(lines, columns, squeeze=False, sharex=True, sharey=True, figsize=size)
-    worlds = _values(rows, "world")
-    first = rows[0]
-    labels = f", {first['labels']}" if first["labels"] else ""
-    title = f"Bus bandwidth of collectives (points) and time = alpha + beta S (lines)\n{first['device']}, {first['backend']}{labels}"
-    fig.suptitle(title, fontsize=10.5)
-    for i, ax in enumerate(grid.flat):
-        if i >= len(names):
-            ax.set_visible(False)
-            continue
-        for k, world in enumerate(worlds):
-            here = [r for r in rows if (r["collective"], r["world"]) == (names[i], world)]
-            if not here:
-                continue
-            look = {
-                "color": COLOURS[k % len(COLOURS)],
-                "marker": MARKERS[k % len(MARKERS)],
-                "ms": 4.5,
-            }
-            bus = here[0]["busbw_bytes_per_s"] / here[0]["algbw_bytes_per_s"]
-            xs, ys = (
-                [r["bytes"] for r in here],
-                [bus * r["bytes"] / r["median_s"] / 1e9 for r in here],
-            )  # the fit is of medians
-            ax.plot(xs, ys, ls="", label=f"N = {world}", **look)
-            if here[0]["fit_alpha_s"] is not None:
-                fitted = [
-                    bus * x / (r["fit_alpha_s"] + r["fit_beta_s_per_byte"] * x) / 1e9
-                    for x, r in zip(xs, here, strict=True)
-                ]
-                ax.plot(xs, fitted, color=look["color"], lw=1.2)
-        ax.set(xscale="log", yscale="log", title=names[i])
-        ax.minorticks_off()
-        if i >= len(names) - columns:  # nothing below it
-            ax.set_xlabel("size (bytes)")
-            ax.tick_params(labelbottom=True)
-    for row in grid:
-        row[0].set_ylabel("busbw (GB/s)")
-    handles: dict[str, Any] = {}
-    for ax in grid.flat:
-        handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
-    keep = (
-        "collective",
-        "world",
-        "hosts",
-        "bytes",
-        "median_s",
-        "algbw_bytes_per_s",
-        "busbw_bytes_per_s",
-        "wire_factor",
-        *WHERE,
-    )
-    return fig, [{k: r[k] for k in (*keep, "fit_alpha_s", "fit_beta_s_per_byte")} for r in rows]
-
-
-def closed_form(r: Row, measured: Sequence[Row]) -> list[tuple[int, tuple[float, float]]]:
-    """[(N, (forward, backward) bytes)] of r's algorithm and sizes, for the measured N and powers of two up to 16."""
-    algorithm = ALGORITHMS.get(r["algorithm"])
-    counts = sorted({q["world"] for q in measured} | {1, 2, 4, 8, 16})
-    if algorithm is None:
-        return []
-    found = []
-    for n in counts:
-        try:
-            sizes = (
-                r["batch"],
-                r["seqlen"],
-                r["heads"],
-                r["kv_heads"],
-                r["head_dim"],
-                n,
-                DTYPES[r["dtype"]].itemsize,
-            )
-            found.append((n, algorithm.bytes(*sizes, r["mask"] == "causal", r["layout"])))
-        except ValueError:  # this many ranks cannot hold the sequence in equal shards
-            continue
-    return found
-
-
-def _bytes_rows(r: Row, kind: str, world: int, sent: Sequence[float]) -> list[Row]:
-    keep = ("algorithm", "layout", "overlap", "mask", "seqlen", *SETTING)
-    return [
-        {
-            **{k: r[k] for k in keep},
-            "world": world,
-            "direction": d,
-            "kind": kind,
-            "bytes_per_rank": b,
-        }
-        for d, b in zip(("forward", "backward"), sent, strict=True)
-    ]
-
-
-FIGURES: dict[str, Callable[[Any, Sequence[Row]], tuple[Any, list[Row]]]] = {
-    "strong_scaling": strong,
-    "weak_scaling": weak,
-    "efficiency": efficiency,
-    "time_by_algorithm": times,
-    "bytes": traffic,
-    "wire": wired,
-}
-BANDWIDTH = {"collectives": bandwidth}
-IDEAL = "ideal: one-process flash / N"
 WIDTH = 7.0  # inches, at least: title and legend must fit
+IDEAL = "ideal: one-process flash / N"
 RC = {
     "font.size": 9.5,
     "axes.titlesize": 10,
@@ -456,49 +44,565 @@ RC = {
     "legend.frameon": False,
     "svg.hashsalt": "ringx",  # the same records give the same file
 }
+# A figure takes matplotlib.pyplot and rows of one setting; it returns the figure and the rows of
+# its CSV, or raises Lacking.
+Figure = Callable[[Any, Sequence[Row]], tuple[Any, list[Row]]]
 
+
+class Lacking(Exception):
+    """There are no records for this figure; says which are needed."""
+
+
+def pyplot(backend: str | None = "agg") -> Any:
+    """The module matplotlib.pyplot; an ImportError with the remedy where matplotlib is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ImportError("ringx plot needs matplotlib: pip install 'ringx[plot]'") from None
+    if backend:
+        matplotlib.use(backend)
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def figure(name: str, rows: Sequence[Row]) -> Any:
+    """One figure, for notebooks: a name of FIGURES or BANDWIDTH, and rows of one setting.
+
+    Raises:
+        ValueError: there is no such figure, or the rows lack what it needs; says what."""
+    known = {**FIGURES, **BANDWIDTH}
+    require_name(name, known, "figure")
+    plt = pyplot(None)
+    with plt.rc_context(RC):
+        try:
+            fig, _ = known[name](plt, sort_rows(rows))
+        except Lacking as reason:
+            raise ValueError(f"{name}: {reason}.") from None
+    plt.close(fig)
+    return fig
+
+
+def draw_figure(plt: Any, figure: Figure, rows: Sequence[Row], path: Path) -> str:
+    """Writes a figure as `path`.png, .svg and .csv; a line about what was done."""
+    try:
+        with plt.rc_context(RC):
+            fig, shown = figure(plt, rows)
+    except Lacking as reason:
+        return f"skipped {path.name}: {reason}"
+    fig.savefig(f"{path}.png", dpi=150)
+    fig.savefig(f"{path}.svg", dpi=150, metadata={"Date": None})
+    plt.close(fig)
+    with open(f"{path}.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, fieldnames=list(shown[0]))
+        table.writeheader()
+        table.writerows(shown)
+    return f"{path}.png, .svg, .csv"
+
+
+def kind_of(row: Row) -> str:
+    """The kind of the record that a row is of."""
+    return "attention" if "algorithm" in row else "collective"
+
+
+def sort_rows(rows: Iterable[Row]) -> list[Row]:
+    """In the order in which figures show them."""
+    return sorted(rows, key=_order)
+
+
+def _order(row: Row) -> tuple:
+    if kind_of(row) == "attention":
+        return _index(row["algorithm"]), row["layout"], not row["overlap"], row["world"]
+    return list(BENCHMARKS).index(row["collective"]), row["world"], row["bytes"]
+
+
+# ---- scaling and efficiency
+
+
+def strong_scaling(plt: Any, rows: Sequence[Row]) -> tuple[Any, list[Row]]:
+    """Time against N at a fixed length."""
+    panels = _with_several_ranks(
+        rows, "seqlen", "one sequence length on at least two numbers of ranks"
+    )
+    return _scaling(
+        plt,
+        panels,
+        title="Strong scaling: the same sequence on more ranks",
+        by="seqlen",
+        panel_title="S = {:,}",
+    )
+
+
+def weak_scaling(plt: Any, rows: Sequence[Row]) -> tuple[Any, list[Row]]:
+    """Time against N at a fixed length per rank."""
+    panels = _with_several_ranks(
+        rows, "seqlen_per_rank", "the same tokens per rank on at least two numbers of ranks"
+    )
+    return _scaling(
+        plt,
+        panels,
+        title="Weak scaling: the sequence grows with the ranks, and a rank's work with it",
+        by="seqlen_per_rank",
+        panel_title="S / N = {:,}",
+    )
+
+
+def _scaling(
+    plt: Any, rows: Sequence[Row], *, title: str, by: str, panel_title: str
+) -> tuple[Any, list[Row]]:
+    fig, axes = _panels(plt, rows, by, title)
+    for (value, mask), ax in axes.items():
+        panel = [row for row in rows if row[by] == value and row["mask"] == mask]
+        ideal = _ideal_by_world(panel)
+        if ideal:
+            ax.plot(
+                list(ideal),
+                list(ideal.values()),
+                color="0.55",
+                ls=DASHES,
+                lw=1.2,
+                zorder=1,
+                label=IDEAL,
+            )
+        _plot_series(ax, panel, rows, "total_s", spread=("total_q1_s", "total_q3_s"))
+        ax.set(yscale="log", title=f"{mask}, {panel_title.format(value)}")
+        _plain_log(ax)
+    _finish(fig, axes, _values(rows, "world"), "forward + backward (s)")
+    return fig, _csv_rows(rows, "total_s", "total_q1_s", "total_q3_s", "total_ideal_s")
+
+
+def _ideal_by_world(rows: Sequence[Row]) -> dict[int, float]:
+    """{number of ranks: seconds that would be ideal}, the median where several are known."""
+    ideal = {}
+    for world in _values(rows, "world"):
+        seconds = _ideal_seconds(row for row in rows if row["world"] == world)
+        if seconds:
+            ideal[world] = median(seconds)
+    return ideal
+
+
+def efficiency(plt: Any, rows: Sequence[Row]) -> tuple[Any, list[Row]]:
+    """Percent of flash against N."""
+    column = "total_efficiency_percent"
+    rows = [row for row in rows if row[column] is not None]
+    if not rows:
+        raise Lacking("it needs records with a baseline (bench without --no-baseline)")
+    fig, axes = _panels(plt, rows, "seqlen", "Parallel efficiency, forward + backward")
+    top = max(105, *(1.05 * row[column] for row in rows))
+    for (seqlen, mask), ax in axes.items():
+        panel = [row for row in rows if row["seqlen"] == seqlen and row["mask"] == mask]
+        ax.axhline(100, color="0.55", ls=DASHES, lw=1.2, zorder=1, label=IDEAL)
+        _plot_series(ax, panel, rows, column)
+        ax.set(ylim=(0, top), title=f"{mask}, S = {seqlen:,}")
+    _finish(fig, axes, _values(rows, "world"), "% of one-process flash / N")
+    columns = [f"{phase}_efficiency_percent" for phase in records.PHASES]
+    return fig, _csv_rows(rows, *columns)
+
+
+# ---- time by algorithm
+
+
+def time_by_algorithm(plt: Any, rows: Sequence[Row]) -> tuple[Any, list[Row]]:
+    """Time by algorithm and length, for one N: the most ranks that have a core for each thread."""
+    fitting = [row for row in rows if not row["oversubscribed"]] or rows
+    world = max(row["world"] for row in fitting)
+    shown = [row for row in fitting if row["world"] == world]
+    masks, lengths = _masks(shown), _values(shown, "seqlen")[-PANELS:]
+    names = _series_names(shown)
+    width = max(WIDTH, 1.6 + 2.9 * len(lengths))
+    height = 1.5 + len(masks) * (0.55 + 0.34 * len(names))
+    fig, grid = plt.subplots(
+        len(masks), len(lengths), squeeze=False, sharey=True, figsize=(width, height)
+    )
+    _title(fig, shown, f"Time by algorithm and sequence length, N = {world}")
+    for mask, axes in zip(masks, grid, strict=True):
+        for seqlen, ax in zip(lengths, axes, strict=True):
+            panel = [row for row in shown if row["mask"] == mask and row["seqlen"] == seqlen]
+            _time_panel(ax, panel, names)
+            ax.set_title(f"{mask}, S = {seqlen:,}")
+            if mask == masks[-1]:
+                ax.set_xlabel("time (ms)")
+    grid[0][0].invert_yaxis()
+    fig.legend(handles=_time_legend(plt), loc="outside lower center", ncols=_legend_columns(fig))
+    statistics = ("s", "q1_s", "q3_s", "ideal_s")
+    columns = [f"{phase}_{name}" for phase in records.PHASES for name in statistics]
+    return fig, _csv_rows(shown, *columns)
+
+
+def _time_panel(ax: Any, rows: Sequence[Row], names: Sequence[str]) -> None:
+    """A bar for each series, at the place of its name."""
+    for row in rows:
+        _time_bar(ax, row, names.index(_series(row)))
+    end = 1.22 * max((1e3 * row["total_q3_s"] for row in rows), default=1)
+    ideal = _ideal_seconds(rows)
+    if ideal:
+        ax.axvline(1e3 * median(ideal), color="0.35", ls=DASHES, lw=1.2)
+        end = max(end, 1.05e3 * median(ideal))
+    ax.set(yticks=range(len(names)), yticklabels=names)
+    ax.set_xlim(0, end)
+    ax.grid(axis="y", visible=False)
+
+
+def _time_bar(ax: Any, row: Row, y: int) -> None:
+    """Forward and backward one after the other, the quartiles of both, and the number."""
+    colour = COLOURS[_index(row["algorithm"])]
+    forward, total = 1e3 * row["forward_s"], 1e3 * row["total_s"]
+    first_quartile, third_quartile = 1e3 * row["total_q1_s"], 1e3 * row["total_q3_s"]
+    ax.barh(y, forward, color=colour, edgecolor="black", lw=0.6)
+    ax.barh(
+        y,
+        total - forward,
+        left=forward,
+        color=colour,
+        alpha=0.45,
+        edgecolor="black",
+        lw=0.6,
+        hatch="///",
+    )
+    whisker = _not_negative([[total - first_quartile], [third_quartile - total]])
+    ax.errorbar(total, y, xerr=whisker, color="black", capsize=2, lw=1)
+    ax.annotate(
+        f"{total:,.0f}" if total >= 100 else f"{total:.3g}",
+        (max(total, third_quartile), y),
+        (4, 0),
+        textcoords="offset points",
+        va="center",
+        size=8,
+    )
+
+
+def _time_legend(plt: Any) -> list[Any]:
+    patch, line = plt.matplotlib.patches.Patch, plt.matplotlib.lines.Line2D
+    return [
+        patch(facecolor="0.6", edgecolor="black", lw=0.6, label="forward"),
+        patch(facecolor="0.85", edgecolor="black", lw=0.6, hatch="///", label="backward"),
+        line([], [], color="0.35", ls=DASHES, lw=1.2, label=IDEAL),
+    ]
+
+
+# ---- bytes
+
+
+def bytes_sent(plt: Any, rows: Sequence[Row]) -> tuple[Any, list[Row]]:
+    """Bytes that a rank sends against N: counted points on closed-form lines."""
+    if max(row["world"] for row in rows) < 2:
+        raise Lacking("one rank sends nothing; it needs records of at least two ranks")
+    seqlen = _length_on_most_ranks(rows)
+    rows = [row for row in rows if row["seqlen"] == seqlen]
+    counted = _counted(rows)
+    lines = _closed_form_lines(rows)
+    masks = _masks(rows)
+    fig, grid = plt.subplots(
+        len(masks), 2, squeeze=False, sharex=True, figsize=(9, 1.6 + 2.7 * len(masks))
+    )
+    _title(
+        fig, rows, f"Bytes that a rank sends, S = {seqlen:,}: counted points on closed-form lines"
+    )
+    axes = {}
+    for i, mask in enumerate(masks):
+        for j, direction in enumerate(records.DIRECTIONS):
+            ax = axes[i, j] = grid[i][j]
+            _bytes_panel(ax, counted, lines, mask=mask, direction=direction)
+            ax.set_title(f"{mask}, {direction}")
+            ax.set_ylim(bottom=0)
+    shown = counted + lines
+    _finish(fig, axes, [row["world"] for row in shown], "MB sent by a rank (mean)")
+    return fig, shown
+
+
+def _length_on_most_ranks(rows: Sequence[Row]) -> int:
+    """The sequence length that was measured on most numbers of ranks, the longest of these."""
+
+    def order(seqlen: int) -> tuple[int, int]:
+        several = {row["world"] for row in rows if row["seqlen"] == seqlen and row["world"] > 1}
+        return len(several), seqlen
+
+    return max(_values(rows, "seqlen"), key=order)
+
+
+def _counted(rows: Sequence[Row]) -> list[Row]:
+    counted: list[Row] = []
+    for row in rows:
+        sent = (row["forward_bytes"], row["backward_bytes"])
+        counted += _bytes_rows(row, "counted", row["world"], sent)
+    return counted
+
+
+def _closed_form_lines(rows: Sequence[Row]) -> list[Row]:
+    """What the closed forms give for each series and mask of the rows."""
+    one_of_each = {_series(row, row["mask"]): row for row in rows}.values()
+    lines: list[Row] = []
+    for row in one_of_each:
+        for world, sent in closed_form(row, rows):
+            lines += _bytes_rows(row, "closed form", world, sent)
+    return lines
+
+
+def _bytes_rows(row: Row, kind: str, world: int, sent: Sequence[float]) -> list[Row]:
+    """A row of the CSV for each direction; sent: bytes forward and backward."""
+    of_one_rank = ("world", "seqlen_per_rank", "oversubscribed")
+    columns = [column for column in records.CASE_COLUMNS if column not in of_one_rank]
+    columns += records.SETTING_COLUMNS["attention"]
+    return [
+        {
+            **{column: row[column] for column in columns},
+            "world": world,
+            "direction": direction,
+            "kind": kind,
+            "bytes_per_rank": size,
+        }
+        for direction, size in zip(records.DIRECTIONS, sent, strict=True)
+    ]
+
+
+def closed_form(row: Row, measured: Sequence[Row]) -> list[tuple[int, tuple[float, float]]]:
+    """[(N, (forward, backward) bytes)] of the row's algorithm and sizes, for the N that were
+    measured and powers of two up to 16."""
+    algorithm = ALGORITHMS.get(row["algorithm"])
+    if algorithm is None:
+        return []
+    by_world = []
+    for world in sorted({row["world"] for row in measured} | {1, 2, 4, 8, 16}):
+        try:
+            sent = algorithm.bytes(
+                B=row["batch"],
+                S=row["seqlen"],
+                H=row["heads"],
+                Hkv=row["kv_heads"],
+                D=row["head_dim"],
+                N=world,
+                itemsize=DTYPES[row["dtype"]].itemsize,
+                causal=row["mask"] == "causal",
+                layout=row["layout"],
+            )
+        except ValueError:  # so many ranks cannot hold the sequence in equal shards
+            continue
+        by_world.append((world, sent))
+    return by_world
+
+
+def _bytes_panel(
+    ax: Any, counted: Sequence[Row], lines: Sequence[Row], *, mask: str, direction: str
+) -> None:
+    for place, name in enumerate(_series_names(counted)):
+
+        def of_series(rows: Sequence[Row], name: str = name) -> list[Row]:
+            return [
+                row
+                for row in rows
+                if _series(row) == name and row["mask"] == mask and row["direction"] == direction
+            ]
+
+        line, points = of_series(lines), of_series(counted)
+        if line:
+            look = {**_look(line[0], place, counted), "marker": "", "label": None}
+            ax.plot(_column(line, "world"), _megabytes(line), **look)
+        if points:
+            look = {**_look(points[0], place, counted), "mfc": "none", "mew": 1.6}
+            hollow = {**look, "ls": "", "label": None, "clip_on": False}
+            ax.plot(_column(points, "world"), _megabytes(points), **hollow)
+            ax.plot([], [], **look)  # for the legend
+
+
+def _megabytes(rows: Sequence[Row]) -> list[float]:
+    return [row["bytes_per_rank"] / 1e6 for row in rows]
+
+
+def bytes_on_wire(plt: Any, rows: Sequence[Row]) -> tuple[Any, list[Row]]:
+    """Bytes on the wire against N: what the interfaces counted, and what the collectives' factors
+    make of the closed form."""
+    shown = [row for row in rows if row["wire_bytes"] is not None]
+    if not shown:
+        raise Lacking(
+            "it needs records of ranks on several hosts over gloo, whose interfaces were read"
+        )
+    seqlen = max(row["seqlen"] for row in shown)
+    shown = [row for row in shown if row["seqlen"] == seqlen]
+    masks = _masks(shown)
+    size = (max(WIDTH, 1.2 + 3.9 * len(masks)), 4.3)
+    fig, grid = plt.subplots(1, len(masks), squeeze=False, sharey=True, figsize=size)
+    title = f"Bytes that left a host (points) over the closed form, S = {seqlen:,}"
+    _title(fig, shown, f"{title}\nlines: by each collective's own factor")
+    axes = {(0, j): ax for j, ax in enumerate(grid[0])}
+    top = 1.05 * max(_over_closed_form(shown, "wire_bytes"))
+    for mask, ax in zip(masks, axes.values(), strict=True):
+        _wire_panel(ax, [row for row in shown if row["mask"] == mask], shown)
+        ax.set(ylim=(0.9, top), title=mask)
+    _finish(fig, axes, _column(shown, "world"), "bytes on the wire / closed form")
+    columns = ("wire_bytes", "forward_bytes_closed_form", "backward_bytes_closed_form")
+    return fig, _csv_rows(shown, *columns)
+
+
+def _wire_panel(ax: Any, rows: Sequence[Row], shown: Sequence[Row]) -> None:
+    for place, name in enumerate(_series_names(shown)):
+        series = _of_series(rows, name)
+        if not series:
+            continue
+        look = _look(series[0], place, shown)
+        expected = [row for row in series if row.get("wire_expected_bytes") is not None]
+        ax.plot(
+            _column(expected, "world"),
+            _over_closed_form(expected, "wire_expected_bytes"),
+            **{**look, "marker": "", "label": None},
+        )
+        ax.plot(
+            _column(series, "world"),
+            _over_closed_form(series, "wire_bytes"),
+            **{**look, "ls": "", "label": None},
+        )
+        ax.plot([], [], **look)  # for the legend
+    ax.axhline(1, color="0.55", ls=DASHES, lw=1.2, zorder=1)
+
+
+def _over_closed_form(rows: Sequence[Row], column: str) -> list[float]:
+    return [
+        row[column] / (row["forward_bytes_closed_form"] + row["backward_bytes_closed_form"])
+        for row in rows
+    ]
+
+
+# ---- collectives
+
+
+def bus_bandwidth(plt: Any, rows: Sequence[Row]) -> tuple[Any, list[Row]]:
+    """Bus bandwidth against size, a panel per collective, with the fits."""
+    measured = set(_values(rows, "collective"))
+    names = [name for name in BENCHMARKS if name in measured]
+    columns = min(len(names), 4)
+    lines = -(-len(names) // columns)
+    size = (max(WIDTH, 1.0 + 2.7 * columns), 1.5 + 2.5 * lines)
+    fig, grid = plt.subplots(lines, columns, squeeze=False, sharex=True, sharey=True, figsize=size)
+    fig.suptitle(_bandwidth_title(rows[0]), fontsize=10.5)
+    for i, ax in enumerate(grid.flat):
+        if i >= len(names):
+            ax.set_visible(False)
+            continue
+        _bandwidth_panel(ax, rows, names[i])
+        if i >= len(names) - columns:  # nothing below it
+            ax.set_xlabel("size (bytes)")
+            ax.tick_params(labelbottom=True)
+    for row_of_axes in grid:
+        row_of_axes[0].set_ylabel("busbw (GB/s)")
+    handles: dict[str, Any] = {}
+    for ax in grid.flat:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            handles[label] = handle
+    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
+    shown = [
+        "collective",
+        "world",
+        "hosts",
+        "bytes",
+        "median_s",
+        "algbw_bytes_per_s",
+        "busbw_bytes_per_s",
+        "wire_factor",
+        *records.SETTING_COLUMNS["collective"],
+        "fit_alpha_s",
+        "fit_beta_s_per_byte",
+    ]
+    return fig, [{column: row[column] for column in shown} for row in rows]
+
+
+def _bandwidth_title(row: Row) -> str:
+    labels = f", {row['labels']}" if row["labels"] else ""
+    return (
+        "Bus bandwidth of collectives (points) and time = alpha + beta S (lines)\n"
+        f"{row['device']}, {row['backend']}{labels}"
+    )
+
+
+def _bandwidth_panel(ax: Any, rows: Sequence[Row], collective: str) -> None:
+    """Points of the medians, of which the fit is, and the fit, for each number of ranks."""
+    for k, world in enumerate(_values(rows, "world")):
+        series = [row for row in rows if row["collective"] == collective and row["world"] == world]
+        if not series:
+            continue
+        first = series[0]
+        colour = COLOURS[k % len(COLOURS)]
+        bus = first["busbw_bytes_per_s"] / first["algbw_bytes_per_s"]
+        sizes = _column(series, "bytes")
+        ax.plot(
+            sizes,
+            [bus * row["bytes"] / row["median_s"] / 1e9 for row in series],
+            ls="",
+            label=f"N = {world}",
+            color=colour,
+            marker=MARKERS[k % len(MARKERS)],
+            ms=4.5,
+        )
+        if first["fit_alpha_s"] is not None:
+            fitted = [bus * row["bytes"] / _fitted_seconds(row) / 1e9 for row in series]
+            ax.plot(sizes, fitted, color=colour, lw=1.2)
+    ax.set(xscale="log", yscale="log", title=collective)
+    ax.minorticks_off()
+
+
+def _fitted_seconds(row: Row) -> float:
+    return row["fit_alpha_s"] + row["fit_beta_s_per_byte"] * row["bytes"]
+
+
+FIGURES: dict[str, Figure] = {
+    "strong_scaling": strong_scaling,
+    "weak_scaling": weak_scaling,
+    "efficiency": efficiency,
+    "time_by_algorithm": time_by_algorithm,
+    "bytes": bytes_sent,
+    "wire": bytes_on_wire,
+}
+BANDWIDTH: dict[str, Figure] = {"collectives": bus_bandwidth}
+OF_KIND = {"attention": FIGURES, "collective": BANDWIDTH}  # by the kind of the records
 
 # ---- parts of figures
 
 
-def _panels(plt, rows, by, title):
-    """{(value of `by`, mask): axes}: rows of panels by size, columns by mask."""
+def _panels(
+    plt: Any, rows: Sequence[Row], by: str, title: str
+) -> tuple[Any, dict[tuple[Any, str], Any]]:
+    """(figure, {(value of `by`, mask): axes}): rows of panels by size, columns by mask."""
     values, masks = _values(rows, by)[-PANELS:], _masks(rows)
     size = (max(WIDTH, 1.2 + 3.9 * len(masks)), 1.5 + 2.6 * len(values))
     fig, grid = plt.subplots(
         len(values), len(masks), squeeze=False, sharex=True, sharey="row", figsize=size
     )
     _title(fig, rows, title)
-    return fig, {(v, m): grid[i][j] for i, v in enumerate(values) for j, m in enumerate(masks)}
+    axes = {}
+    for value, row_of_axes in zip(values, grid, strict=True):
+        for mask, ax in zip(masks, row_of_axes, strict=True):
+            axes[value, mask] = ax
+    return fig, axes
 
 
-def _lines(ax, here, rows, y, spread=None):
-    """One line for each algorithm, layout and overlap; hollow points where threads outnumber cores."""
-    for k, name in enumerate(dict.fromkeys(_series(r) for r in rows)):
-        mine = sorted((r for r in here if _series(r) == name), key=lambda r: r["world"])
-        if not mine:
+def _plot_series(
+    ax: Any,
+    panel: Sequence[Row],
+    rows: Sequence[Row],
+    column: str,
+    spread: tuple[str, str] | None = None,
+) -> None:
+    """One line for each algorithm, layout and overlap; hollow points where threads outnumber cores.
+
+    panel: the rows to draw; rows: those of the whole figure, which decide about the looks; spread:
+    the columns of the ends of error bars."""
+    for place, name in enumerate(_series_names(rows)):
+        series = _of_series(panel, name)
+        if not series:
             continue
-        look = _look(mine[0], k, rows)
-        xs, ys = [r["world"] for r in mine], [y(r) for r in mine]
-        ax.plot(xs, ys, **look)
+        look = _look(series[0], place, rows)
+        ax.plot(_column(series, "world"), _column(series, column), **look)
         if spread:
-            ends = [
-                [v - r[spread[0]] for r, v in zip(mine, ys, strict=True)],
-                [r[spread[1]] - v for r, v in zip(mine, ys, strict=True)],
-            ]
-            ax.errorbar(
-                xs, ys, yerr=_not_negative(ends), fmt="none", ecolor=look["color"], capsize=2, lw=1
-            )
-        over = [(a, b) for a, b, r in zip(xs, ys, mine, strict=True) if r["oversubscribed"]]
-        if over:
-            hollow = look | {
+            _error_bars(ax, series, column, spread, colour=look["color"])
+        oversubscribed = [row for row in series if row["oversubscribed"]]
+        if oversubscribed:
+            hollow = {
+                **look,
                 "ls": "",
                 "mfc": "white",
                 "label": None,
                 "zorder": look["zorder"] + 0.1,
             }
-            ax.plot(*zip(*over, strict=True), **hollow)
-    if any(r["oversubscribed"] for r in here):
+            ax.plot(_column(oversubscribed, "world"), _column(oversubscribed, column), **hollow)
+    if any(row["oversubscribed"] for row in panel):
         ax.plot(
             [],
             [],
@@ -510,55 +614,77 @@ def _lines(ax, here, rows, y, spread=None):
         )
 
 
-def _look(r: Row, k: int, rows: Sequence[Row]) -> dict[str, Any]:
-    """Colour and marker by algorithm, the same in every figure; line style by its variants (layout, overlap).  Later series are
-    narrower, so that lines which coincide all show."""
-    variants = list(dict.fromkeys(_series(q) for q in rows if q["algorithm"] == r["algorithm"]))
-    i = _index(r["algorithm"])
-    shrink = min(k, 5)
+def _error_bars(
+    ax: Any, series: Sequence[Row], column: str, spread: tuple[str, str], *, colour: str
+) -> None:
+    low, high = spread
+    ends = _not_negative(
+        [
+            [row[column] - row[low] for row in series],
+            [row[high] - row[column] for row in series],
+        ]
+    )
+    worlds, values = _column(series, "world"), _column(series, column)
+    ax.errorbar(worlds, values, yerr=ends, fmt="none", ecolor=colour, capsize=2, lw=1)
+
+
+def _look(row: Row, place: int, rows: Sequence[Row]) -> dict[str, Any]:
+    """Colour and marker by algorithm, the same in every figure; line style by its variants (layout,
+    overlap).  Later series are narrower, so that lines which coincide all show.
+
+    place: of the series among those of the figure's `rows`."""
+    of_algorithm = [other for other in rows if other["algorithm"] == row["algorithm"]]
+    variant = _series_names(of_algorithm).index(_series(row))
+    i = _index(row["algorithm"])
+    shrink = min(place, 5)
     return {
         "color": COLOURS[i],
         "marker": MARKERS[i],
-        "ls": STYLES[variants.index(_series(r)) % len(STYLES)],
+        "ls": STYLES[variant % len(STYLES)],
         "lw": 3.0 - 0.4 * shrink,
         "ms": 9 - 0.9 * shrink,
-        "zorder": 3 + k,
-        "label": _series(r),
+        "zorder": 3 + place,
+        "label": _series(row),
     }
 
 
-def _finish(fig, axes, worlds, ylabel):
-    """Labels at the outer panels only, one legend below all of them."""
+def _finish(fig: Any, axes: dict[tuple[Any, Any], Any], worlds: Iterable[int], ylabel: str) -> None:
+    """Axes of ranks, labels at the outer panels only, one legend below all of them.
+
+    axes: by (row, column), in order."""
+    ticks = sorted(set(worlds))
     handles: dict[str, Any] = {}
-    last, first = list(axes)[-1][0], next(iter(axes))[1]
+    last_row, first_column = list(axes)[-1][0], next(iter(axes))[1]
     for (row, column), ax in axes.items():
-        _rank_axis(ax, sorted(set(worlds)))
-        if row == last:
+        _rank_axis(ax, ticks)
+        if row == last_row:
             ax.set_xlabel("ranks N")
-        if column == first:
+        if column == first_column:
             ax.set_ylabel(ylabel)
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     ordered = sorted(handles, key=lambda label: (label == IDEAL, label.startswith("hollow")))
     fig.legend(
-        [handles[n] for n in ordered], ordered, loc="outside lower center", ncols=_columns(fig)
+        [handles[label] for label in ordered],
+        ordered,
+        loc="outside lower center",
+        ncols=_legend_columns(fig),
     )
-    return fig
 
 
-def _columns(fig) -> int:
+def _legend_columns(fig: Any) -> int:
     """How many legend entries fit side by side."""
     return int(fig.get_figwidth() // 2.3)
 
 
-def _rank_axis(ax, worlds) -> None:
+def _rank_axis(ax: Any, worlds: Sequence[int]) -> None:
     ax.set_xscale("log", base=2)
-    ax.set_xticks(worlds, [str(w) for w in worlds])
+    ax.set_xticks(worlds, [str(world) for world in worlds])
     ax.minorticks_off()
     ax.set_xlim(worlds[0] / 1.25, worlds[-1] * 1.25)
 
 
-def _plain_log(ax) -> None:
+def _plain_log(ax: Any) -> None:
     """1, 2, 5 on a log axis as plain numbers."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
@@ -567,90 +693,92 @@ def _plain_log(ax) -> None:
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _title(fig, rows, title) -> None:
-    r = rows[0]
-    where = r["machine"] if r["device"] == "cpu" else r["device"]
-    threads = (
-        f", {r['threads']} thread{'s' if r['threads'] > 1 else ''} a rank"
-        if r["device"] == "cpu"
-        else ""
+def _title(fig: Any, rows: Sequence[Row], title: str) -> None:
+    """The title, and below it the setting of the rows."""
+    setting = "\n".join(textwrap.wrap(_setting_text(rows[0]), int(12 * fig.get_figwidth())))
+    fig.suptitle(f"{title}\n{setting}", fontsize=10.5)
+
+
+def _setting_text(row: Row) -> str:
+    processor = row["device"]
+    if row["device"] == "cpu":
+        plural = "s" if row["threads"] > 1 else ""
+        processor = f"{row['machine']}, {row['threads']} thread{plural} a rank"
+    names = {"B": "batch", "H": "heads", "Hkv": "kv_heads", "D": "head_dim"}
+    sizes = ", ".join(  # no line may break within a size
+        f"{name}\N{NO-BREAK SPACE}{row[column]}" for name, column in names.items()
     )
-    named = (("B", "batch"), ("H", "heads"), ("Hkv", "kv_heads"), ("D", "head_dim"))
-    sizes = ", ".join(
-        f"{name}\N{NO-BREAK SPACE}{r[field]}" for name, field in named
-    )  # not to be broken in two
-    labels = f", {r['labels']}" if r["labels"] else ""
-    how = f"{where}{threads}, {r['dtype']}, kernel {r['kernel']}, {sizes}{labels}"
-    fig.suptitle(
-        "\n".join([title, *textwrap.wrap(how, int(12 * fig.get_figwidth()))]), fontsize=10.5
-    )
+    labels = f", {row['labels']}" if row["labels"] else ""
+    return f"{processor}, {row['dtype']}, kernel {row['kernel']}, {sizes}{labels}"
 
 
 # ---- rows
 
 
-def _with_several_ranks(rows: Sequence[Row], by: str, what: str) -> list[Row]:
-    found = [v for v in _values(rows, by) if len({r["world"] for r in rows if r[by] == v}) > 1]
-    if not found:
-        raise Lacking(f"it needs records of {what}")
-    return [r for r in rows if r[by] in found]
+def _with_several_ranks(rows: Sequence[Row], by: str, needed: str) -> list[Row]:
+    """The rows whose value of `by` was measured on several numbers of ranks."""
+    values = set()
+    for value in _values(rows, by):
+        if len({row["world"] for row in rows if row[by] == value}) > 1:
+            values.add(value)
+    if not values:
+        raise Lacking(f"it needs records of {needed}")
+    return [row for row in rows if row[by] in values]
 
 
-def _pick(rows: Sequence[Row], *columns: str) -> list[Row]:
-    keep = (
-        "algorithm",
-        "layout",
-        "overlap",
-        "mask",
-        "world",
-        "seqlen",
-        "seqlen_per_rank",
-        "oversubscribed",
-        *SETTING,
-        *columns,
-    )
-    return [{k: r[k] for k in keep} for r in rows]
+def _csv_rows(rows: Sequence[Row], *columns: str) -> list[Row]:
+    """What the CSV of a figure holds of rows of attention: case, setting and these columns."""
+    shown = (*records.CASE_COLUMNS, *records.SETTING_COLUMNS["attention"], *columns)
+    return [{column: row[column] for column in shown} for row in rows]
 
 
-def _slug(name: str, value: object) -> str:
-    short = {"heads": "h", "kv_heads": "kv", "head_dim": "d", "batch": "b", "threads": "t"}.get(
-        name, ""
-    )
-    return short + "".join(c if c.isalnum() else "-" for c in str(value)).strip("-")
+def slug(column: str, value: object) -> str:
+    """A value of a column as part of a file's name."""
+    prefixes = {"heads": "h", "kv_heads": "kv", "head_dim": "d", "batch": "b", "threads": "t"}
+    text = "".join(c if c.isalnum() else "-" for c in str(value)).strip("-")
+    return prefixes.get(column, "") + text
 
 
-def _series(r: Row, *more: str) -> str:
-    return " ".join([r["algorithm"], r["layout"], *([] if r["overlap"] else ["no overlap"]), *more])
+def _series(row: Row, *more: str) -> str:
+    """The name of the line that a row is a point of."""
+    words = [row["algorithm"], row["layout"]]
+    if not row["overlap"]:
+        words.append("no overlap")
+    return " ".join([*words, *more])
+
+
+def _series_names(rows: Iterable[Row]) -> list[str]:
+    return list(dict.fromkeys(_series(row) for row in rows))
+
+
+def _of_series(rows: Iterable[Row], name: str) -> list[Row]:
+    """The rows of a series, by rising number of ranks."""
+    return sorted((row for row in rows if _series(row) == name), key=lambda row: row["world"])
 
 
 def _index(algorithm: str) -> int:
+    """Where the looks of an algorithm are among COLOURS and MARKERS."""
     names = list(ALGORITHMS)
-    return (names.index(algorithm) if algorithm in names else len(names)) % len(COLOURS)
+    place = names.index(algorithm) if algorithm in names else len(names)
+    return place % len(COLOURS)
 
 
-def _ideals(rows: Iterable[Row]) -> list[float]:
-    return [r["total_ideal_s"] for r in rows if r["total_ideal_s"]]
+def _ideal_seconds(rows: Iterable[Row]) -> list[float]:
+    return [row["total_ideal_s"] for row in rows if row["total_ideal_s"]]
 
 
-def _values(rows: Sequence[Row], name: str) -> list[Any]:
-    return sorted({r[name] for r in rows})
+def _column(rows: Iterable[Row], name: str) -> list[Any]:
+    return [row[name] for row in rows]
+
+
+def _values(rows: Iterable[Row], name: str) -> list[Any]:
+    """The distinct values of a column, rising."""
+    return sorted({row[name] for row in rows})
 
 
 def _masks(rows: Sequence[Row]) -> list[str]:
-    return [m for m in MASKS if any(r["mask"] == m for r in rows)]
+    return [mask for mask in MASKS if any(row["mask"] == mask for row in rows)]
 
 
-def _not_negative(ends):
-    return [[max(0.0, x) for x in side] for side in ends]
-
-
-def pyplot(backend: str | None = "agg"):
-    try:
-        import matplotlib
-    except ImportError:
-        raise ImportError("ringx plot needs matplotlib: pip install 'ringx[plot]'") from None
-    if backend:
-        matplotlib.use(backend)
-    import matplotlib.pyplot as plt
-
-    return plt
+def _not_negative(ends: Sequence[Sequence[float]]) -> list[list[float]]:
+    return [[max(0.0, value) for value in side] for side in ends]

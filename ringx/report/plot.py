@@ -1,17 +1,19 @@
-"""ringx plot: scaling, efficiency, time, bytes and collectives, drawn from records or from the tables of `ringx collect`.
+"""ringx plot: scaling, efficiency, time, bytes and collectives, drawn from records or from the
+tables of `ringx collect`.
 
     ringx plot results/here                    # PNG, SVG and CSV beside the records
     ringx plot results/here --out figures
-    ringx plot results/study/attention.parquet results/study/collectives.parquet --out results/study/plots
+    ringx plot results/study/attention.parquet results/study/collectives.parquet --out plots
 
-Each figure comes as PNG and SVG, with the numbers it shows as CSV.  Records that differ in machine, dtype, kernel or sizes of
-heads go to separate files.  Broken records are named and left out; a figure that lacks data is skipped with the reason.
+Each figure comes as PNG and SVG, with the numbers it shows as CSV.  Records that differ in machine,
+dtype, kernel or sizes of heads go to separate files.  Broken records are named and left out; a
+figure that lacks data is skipped with the reason.
 Needs matplotlib: pip install 'ringx[plot]'
 """
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ..measure import records
@@ -37,11 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    rows = [row for source in args.sources for row in rows_in(source)]
+    rows: list[Row] = []
+    for source in args.sources:
+        rows += rows_in(source)
     first = args.sources[0]
     if not rows:
         raise ValueError(f"{first} holds no valid record; `ringx bench --out {first}` writes some.")
-    for line in draw(rows, args.out or (first if first.is_dir() else first.parent)):
+    beside = first if first.is_dir() else first.parent
+    for line in draw(rows, args.out or beside):
         print(line)
     return 0
 
@@ -53,25 +58,32 @@ def rows_in(source: Path) -> list[Row]:
     good, broken = records.read_all(source)
     for fault in broken:
         print(f"left out: {fault}", file=sys.stderr)
-    return [row for r in good for row in tables.rows_of(r)]
+    rows: list[Row] = []
+    for record in good:
+        rows += tables.rows_of(record)
+    return rows
 
 
-def draw(rows: Iterable[Row], out: Path) -> Iterable[str]:
+def draw(rows: Iterable[Row], out: Path) -> Iterator[str]:
     """Draws every figure that the rows (of ``tables.rows_of``) allow; yields a line about each."""
     plt = figures.pyplot()
     out.mkdir(parents=True, exist_ok=True)
-    of_attention: list[Row] = []
-    of_collectives: list[Row] = []
+    of_kind: dict[str, list[Row]] = {"attention": [], "collective": []}
     for row in rows:
-        (of_attention if "algorithm" in row else of_collectives).append(row)
-    for drawn, these, setting in (
-        (figures.FIGURES, figures._sorted(of_attention), figures.SETTING),
-        (figures.BANDWIDTH, figures._sorted(of_collectives), figures.WHERE),
-    ):
-        kinds = list(dict.fromkeys(tuple(r[k] for k in setting) for r in these))
-        differ = [i for i in range(len(setting)) if len({kind[i] for kind in kinds}) > 1]
-        for kind in kinds:
-            same = [r for r in these if tuple(r[k] for k in setting) == kind]
-            suffix = "".join(f"_{figures._slug(setting[i], kind[i])}" for i in differ)
-            for name, figure in drawn.items():
-                yield figures.draw_figure(plt, figure, same, out / f"{name}{suffix}")
+        of_kind[figures.kind_of(row)].append(row)
+    for kind, figures_of_kind in figures.OF_KIND.items():
+        for suffix, group in by_setting(figures.sort_rows(of_kind[kind]), kind):
+            for name, figure in figures_of_kind.items():
+                yield figures.draw_figure(plt, figure, group, out / f"{name}{suffix}")
+
+
+def by_setting(rows: Sequence[Row], kind: str) -> Iterator[tuple[str, list[Row]]]:
+    """(what to add to the names of files, the rows) of each setting."""
+    columns = records.SETTING_COLUMNS[kind]
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[column] for column in columns), []).append(row)
+    differing = [column for column in columns if len({row[column] for row in rows}) > 1]
+    for group in groups.values():
+        parts = [figures.slug(column, group[0][column]) for column in differing]
+        yield "".join(f"_{part}" for part in parts), group

@@ -124,7 +124,7 @@ def test_figures_that_lack_data_say_what_they_need(tmp_path, capsys):
 
 
 def test_one_colour_an_algorithm(many):
-    shown = [tables.attention(r) for r in many[0]]
+    shown = [row for r in many[0] for row in tables.rows_of(r)]
     looks = [figures._look(r, k, shown) for k, r in enumerate(shown)]
     by_algorithm = {
         (r["algorithm"], look["color"], look["marker"])
