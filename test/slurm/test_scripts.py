@@ -244,7 +244,7 @@ def test_the_vit_job_takes_a_preset_or_a_configuration_by_its_name(slurm, words,
     )
     assert done.stdout.splitlines()[-1] == f"-m apps.vit.train {base} --out my run --resume my run"
     args = vit.parser().parse_args(base.split())
-    assert args.config == "my.yaml" or vit.base_of(args)
+    assert args.config == "my.yaml" or vit.base_config(args)
 
 
 # ---- the matrix of the vit
