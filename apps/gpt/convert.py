@@ -1,17 +1,19 @@
-"""Convert a model between a run of apps.gpt.train and a Hugging Face folder, without loss unless --dtype is narrower.
+"""Convert a model between a run of apps.gpt.train and a Hugging Face folder, without loss unless
+--dtype is narrower.
 
-    python -m apps.gpt.convert to-hf run hf --dtype bfloat16       # the run's newest checkpoint without damage
+    python -m apps.gpt.convert to-hf run hf --dtype bfloat16  # the newest checkpoint without damage
     python -m apps.gpt.convert to-hf run hf --step 1000
-    python -m apps.gpt.convert from-hf Llama-3.2-1B run            # run/checkpoints/step-00000000
+    python -m apps.gpt.convert from-hf Llama-3.2-1B run       # run/checkpoints/step-00000000
 
-What to-hf writes, transformers.LlamaForCausalLM.from_pretrained loads, and all that read its format.  What from-hf writes is a
-run's folder with the model alone: ``apps.gpt.train --init`` begins from it, as it does from the Hugging Face folder itself, and
-``apps.gpt.generate`` and ``apps.gpt.evaluate`` take both.  It takes twice the model in memory; to-hf takes one file's part.
+What to-hf writes, transformers.LlamaForCausalLM.from_pretrained loads, and all that read its
+format.  What from-hf writes is a run's folder with the model alone: ``apps.gpt.train --init``
+begins from it, as it does from the Hugging Face folder itself, and ``apps.gpt.generate`` and
+``apps.gpt.evaluate`` take both.  It takes twice the model in memory; to-hf takes one file's part.
 """
 
 import argparse
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -19,12 +21,12 @@ import torch
 if __package__ in (None, ""):  # run as a file, not as a module
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from apps.common.arguments import Parser
+from apps.common.arguments import CannotWrite, Parser, run_command
 from apps.common.checkpoint import Checkpoints
 from apps.common.config import SHORT_DTYPES, TORCH_DTYPES
 from apps.gpt.config import Config, TrainConfig
 from apps.gpt.huggingface import (
-    TOKENIZER_FILES,
+    TOKENIZER,
     StoredModel,
     copy_tokenizer,
     expect_new,
@@ -35,70 +37,81 @@ from apps.gpt.huggingface import (
 
 
 def to_hf(
-    model: "str | Path",
-    out: "str | Path",
+    model: str | Path,
+    out: str | Path,
     *,
-    dtype: "torch.dtype | None" = None,
+    dtype: torch.dtype | None = None,
     step: int | None = None,
-    max_shard_size: "int | str" = "5GB",
-    tokenizer: "str | Path | None" = None,
+    max_shard_size: int | str = "5GB",
+    tokenizer: str | Path | None = None,
 ) -> StoredModel:
     """Writes the Hugging Face folder `out` of a run or checkpoint; returns what was read.
 
     Args:
+        model: a run's folder, or a checkpoint.
+        out: a new or an empty folder.
         dtype: of the files; None: as in the checkpoint.
         step: of a run, the checkpoint; None: the newest without damage.
         max_shard_size: of a file, in bytes or as "5GB".
-        tokenizer: a tokenizer.json or its folder; None: the one that was kept with the run, if it is one.
+        tokenizer: a tokenizer.json or its folder; None: the one that was kept with the run.
 
-    Raises ValueError if there is no such checkpoint, or `out` holds something."""
+    Raises:
+        ValueError: there is no such checkpoint, or `out` holds something."""
     expect_new(Path(out))
-    source = open_model(model, step=step)
+    stored = open_model(model, step=step)
     if tokenizer is None:
-        tokenizer = _tokenizer_json(source.tokenizer)
+        tokenizer = _tokenizer_json(stored.tokenizer)
     save_hugging_face(
         out,
-        source.model,
-        source.weights,
-        dtype or source.weights.dtype,
+        stored.model,
+        stored.weights,
+        dtype or stored.weights.dtype,
         max_shard_size,
-        seqlen=source.seqlen,
-        bos=source.bos,
-        eos=source.eos,
+        seqlen=stored.seqlen,
+        bos=stored.bos,
+        eos=stored.eos,
         tokenizer=tokenizer,
     )
-    return source
+    return stored
 
 
-def from_hf(folder: "str | Path", out: "str | Path") -> StoredModel:
-    """Writes a run's folder `out` with one checkpoint, step 0, of the model alone, in its dtypes; returns what was read.
+def from_hf(folder: str | Path, out: str | Path) -> StoredModel:
+    """Writes a run's folder `out` with one checkpoint, step 0, of the model alone, in its dtypes.
 
-    Raises ValueError if apps/gpt cannot be that model, or `out` holds something; RuntimeError if it cannot be written."""
+    Returns what was read.
+
+    Raises:
+        ValueError: apps/gpt cannot be that model, or `out` holds something.
+        RuntimeError: it cannot be written."""
     out = Path(out)
     expect_new(out)
-    source = open_model(folder)
-    config = Config(
-        Path(folder).name or "converted", source.model, replace(TrainConfig(), seqlen=source.seqlen)
-    )
-    about = {"step": 0, "config": asdict(config), "bos": source.bos, "eos": list(source.eos)}
-    state = {
-        "model": {
-            name: source.weights(name, torch.Size(shape))
-            for name, shape in parameter_shapes(source.model).items()
-        }
+    stored = open_model(folder)
+    name = Path(folder).name or "converted"
+    config = Config(name, stored.model, TrainConfig(seqlen=stored.seqlen))
+    metadata = {
+        "step": 0,
+        "config": asdict(config),
+        "bos": stored.bos,
+        "eos": list(stored.eos),
+    }
+    parameters = {
+        name: stored.weights(name, torch.Size(shape))
+        for name, shape in parameter_shapes(stored.model).items()
     }
     out.mkdir(parents=True, exist_ok=True)
-    if tokenizer := _tokenizer_json(source.tokenizer):
+    if tokenizer := _tokenizer_json(stored.tokenizer):
         copy_tokenizer(tokenizer, out)
     with Checkpoints(out / "checkpoints") as checkpoints:
-        checkpoints.save(0, state, about)
-    return source
+        checkpoints.save(0, {"model": parameters}, metadata)
+    return stored
 
 
-def _tokenizer_json(path: "Path | None") -> "Path | None":
-    """The tokenizer.json of what ``open_tokenizer`` reads; bytes have none."""
-    file = path / TOKENIZER_FILES[0] if path is not None and path.is_dir() else path
-    return file if file is not None and file.exists() else None
+def _tokenizer_json(path: Path | None) -> Path | None:
+    """The tokenizer.json of what ``open_tokenizer`` reads; byte tokens have none."""
+    if path is None:
+        return None
+    file = path / TOKENIZER if path.is_dir() else path
+    return file if file.exists() else None
 
 
 # ---- the command line
@@ -142,13 +155,14 @@ def parser() -> Parser:
     return p
 
 
-def main(argv: "list[str] | None" = None) -> int:
-    p = parser()
-    args = p.parse_args(argv)
+def work(args: argparse.Namespace) -> int:
+    """Converts what the command line names; prints what was made."""
     try:
         if args.command == "to-hf":
-            dtype = TORCH_DTYPES[SHORT_DTYPES.get(args.dtype, args.dtype)] if args.dtype else None
-            source = to_hf(
+            dtype = None
+            if args.dtype:
+                dtype = TORCH_DTYPES[SHORT_DTYPES.get(args.dtype, args.dtype)]
+            stored = to_hf(
                 args.model,
                 args.out,
                 dtype=dtype,
@@ -157,17 +171,18 @@ def main(argv: "list[str] | None" = None) -> int:
                 tokenizer=args.tokenizer,
             )
         else:
-            source = from_hf(args.model, args.out)
-    except ValueError as e:
-        p.error(str(e))
+            stored = from_hf(args.model, args.out)
     except (OSError, RuntimeError) as e:
-        p.exit(1, f"{p.prog}: error: {args.out} cannot be written: {e}\n")
-    except KeyboardInterrupt:
-        p.exit(130, f"{p.prog}: interrupted\n")
-    print(
-        f"{source.folder} -> {args.out}: {sum(torch.Size(s).numel() for s in parameter_shapes(source.model).values()):,} parameters"
-    )
+        raise CannotWrite(f"{args.out} cannot be written: {e}") from None
+    shapes = parameter_shapes(stored.model).values()
+    parameters = sum(torch.Size(shape).numel() for shape in shapes)
+    print(f"{stored.folder} -> {args.out}: {parameters:,} parameters")
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    return run_command(parser(), argv, work)
 
 
 if __name__ == "__main__":
