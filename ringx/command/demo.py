@@ -1,5 +1,6 @@
-"""ringx demo: the main job in minutes.  The four algorithms are checked on 1, 2 and 4 ranks, measured, plotted, and train a
-small Llama whose sequence is cut over the ranks.  Run it from a checkout (it uses apps/gpt):
+"""ringx demo: the main job in minutes.  The four algorithms are checked on 1, 2 and 4 ranks,
+measured, plotted, and train a small Llama whose sequence is cut over the ranks.  Run it from a
+checkout (it uses apps/gpt):
 
     ringx demo --out demo_out
 """
@@ -11,17 +12,20 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+# (title, words after `python -m`)
 STEPS = (
     (
         "Exactness",
-        "ringx verify --nproc {ranks} --seqlens 256,251 --dtypes fp64,fp32 --json {out}/verify.json",
+        "ringx verify --nproc {ranks} --seqlens 256,251 --dtypes fp64,fp32"
+        " --json {out}/verify.json",
     ),
     (
         "Time and bytes",
-        "ringx bench --nproc {ranks} --seqlens 1024,2048 --masks causal --dtypes fp32 --heads 8 --kv-heads 8 --head-dim 64"
-        " --reps 3 --out {out}/bench --resume",
+        "ringx bench --nproc {ranks} --seqlens 1024,2048 --masks causal --dtypes fp32"
+        " --heads 8 --kv-heads 8 --head-dim 64 --reps 3 --out {out}/bench --resume",
     ),
     ("Plots", "ringx plot {out}/bench --out {out}/plots"),
 )
@@ -29,6 +33,7 @@ TRAIN = (
     "apps.gpt.train --preset tiny --nproc {n} --cp {n} --steps 10 --global-batch 2 --dtype float64"
     " --out {out}/gpt_cp{n} --resume {out}/gpt_cp{n}"
 )
+RESULTS = ("verify.json", "plots/*.png", "gpt_cp*/metrics.jsonl")  # that a user may look at
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,41 +52,61 @@ def main(args: argparse.Namespace) -> int:
     root = Path(__file__).resolve().parents[2]
     if not (root / "apps/gpt/train.py").exists():
         raise FileNotFoundError(
-            "apps/gpt, which the demo trains, is not beside this installation; use a checkout (make demo)."
+            "apps/gpt, which the demo trains, is not beside this installation; "
+            "use a checkout (make demo)."
         )
-    out = args.out
-    out.mkdir(parents=True, exist_ok=True)
-    ranks = args.ranks.split(",")
-    steps = [(title, _words(command, ranks=args.ranks, out=out)) for title, command in STEPS]
-    steps += [(f"A small Llama on {n} rank(s)", _words(TRAIN, n=n, out=out)) for n in ranks]
-    search = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": search}
+    args.out.mkdir(parents=True, exist_ok=True)
+    rank_counts = args.ranks.split(",")
     start = time.monotonic()
-    for title, words in steps:
+    for title, words in _steps(args.ranks, rank_counts, args.out):
         print(f"\n== {title}\n$ python -m {shlex.join(words)}", flush=True)
-        status = subprocess.run([sys.executable, "-m", *words], env=env, check=False).returncode
+        command = [sys.executable, "-m", *words]
+        status = subprocess.run(command, env=_environment(root), check=False).returncode
         if status:
             print(f"ringx demo: that step failed with exit status {status}", file=sys.stderr)
             return status
-    _compare_losses(out, ranks)
+    _compare_losses(args.out, rank_counts)
     print(f"\nDone in {time.monotonic() - start:.0f} s.  Look at:")
-    for path in sorted(
-        [*out.glob("verify.json"), *out.glob("plots/*.png"), *out.glob("gpt_cp*/metrics.jsonl")]
-    ):
+    paths: list[Path] = []
+    for pattern in RESULTS:
+        paths += args.out.glob(pattern)
+    for path in sorted(paths):
         print(f"  {path}")
     return 0
 
 
-def _words(command: str, **values: object) -> list[str]:
+def _steps(ranks: str, rank_counts: Sequence[str], out: Path) -> list[tuple[str, list[str]]]:
+    """(title, words after `python -m`) of each step."""
+    steps = [(title, _fill_in(command, ranks=ranks, out=out)) for title, command in STEPS]
+    for n in rank_counts:
+        steps.append((f"A small Llama on {n} rank(s)", _fill_in(TRAIN, n=n, out=out)))
+    return steps
+
+
+def _fill_in(command: str, **values: object) -> list[str]:
     """The command's words, filled in after splitting: a folder's name may hold spaces."""
     return [word.format(**values) for word in command.split()]
 
 
-def _compare_losses(out: Path, ranks: list[str]) -> None:
-    curves = []
-    for n in ranks:
+def _environment(root: Path) -> dict[str, str]:
+    """That of this process, in which the checkout can be imported."""
+    search_path = str(root)
+    if os.environ.get("PYTHONPATH"):
+        search_path += os.pathsep + os.environ["PYTHONPATH"]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": search_path}
+
+
+def _compare_losses(out: Path, rank_counts: Sequence[str]) -> None:
+    """Prints how far the losses fell, and how far they differ between numbers of ranks."""
+    curves: list[list[float]] = []
+    for n in rank_counts:
         lines = (out / f"gpt_cp{n}/metrics.jsonl").read_text().splitlines()
         curves.append([json.loads(line)["loss"] for line in lines])
-    apart = max(abs(a - b) for curve in curves for a, b in zip(curves[0], curve, strict=True))
-    fell = f"The loss fell from {curves[0][0]:.3f} to {curves[0][-1]:.3f}"
-    print(f"\n{fell}; on {', '.join(ranks)} ranks it differs by at most {apart:.1e}.")
+    reference = curves[0]
+    differences: list[float] = []
+    for curve in curves:
+        differences += [abs(a - b) for a, b in zip(reference, curve, strict=True)]
+    print(
+        f"\nThe loss fell from {reference[0]:.3f} to {reference[-1]:.3f}; "
+        f"on {', '.join(rank_counts)} ranks it differs by at most {max(differences):.1e}."
+    )

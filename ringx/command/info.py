@@ -21,6 +21,7 @@ PACKAGES = (
     "matplotlib",
     "safetensors",
 )
+BACKENDS = ("gloo", "nccl", "mpi", "ucc")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,61 +41,72 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    print("Versions")
-    _row("python", f"{platform.python_version()} on {platform.platform()}")
-    _row("ringx", ringx_version)
-    _row("torch", torch.__version__)
-    for name in PACKAGES:
-        _row(name, _version(name))
-    _row("CUDA, ROCm", f"{torch.version.cuda or 'none'}, {torch.version.hip or 'none'}")
-    print("\nDevices")
-    _row("cpu", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    for i in range(count):
-        p = torch.cuda.get_device_properties(i)
-        _row(f"cuda:{i}", f"{p.name}, {p.total_memory / 2**30:.0f} GiB")
-    if not count:
-        _row("cuda", "no GPU that this torch can use")
-    print("\nCommunication")
-    _row(
-        "backends",
-        ", ".join(b for b in ("gloo", "nccl", "mpi", "ucc") if _has_backend(b))
-        or "none: torch.distributed is missing",
-    )
-    for key, value in vars(launch.detect()).items():
-        _row(key, str(value))
-    device = torch.device("cuda", 0) if count else torch.device("cpu")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    _print_versions()
+    _print_devices(gpus)
+    _print_communication()
+    device = torch.device("cuda", 0) if gpus else torch.device("cpu")
     dtype = DTYPES[args.dtype or "bf16"]
-    for d in args.head_dim:
-        need = kernels.KernelRequest(device, dtype, d, grad=not args.forward_only)
-        what = "forward" if args.forward_only else "forward and backward"
-        print(
-            f"\nKernels for {str(dtype).removeprefix('torch.')}, head size {d}, {what} on {device.type}"
-        )
-        auto = kernels.choose("auto", need)
-        for name, entry in kernels.KERNELS.items():
-            reason = kernels.unsupported_reason(name, need)
-            _row(
-                name,
-                entry.description if reason is None else f"no: {reason}",
-                mark="*" if name == auto else " ",
-            )
-        print(
-            "  * what kernel='auto' takes; those above it cannot serve, those below it are slower or less preferred"
-        )
+    for head_dim in args.head_dim:
+        request = kernels.KernelRequest(device, dtype, head_dim, grad=not args.forward_only)
+        _print_kernels(request)
     return 0
 
 
-def _row(name: str, value: str, mark: str = " ") -> None:
-    print(f"{mark} {name:16}{value}")
+def _print_versions() -> None:
+    print("Versions")
+    _print_row("python", f"{platform.python_version()} on {platform.platform()}")
+    _print_row("ringx", ringx_version)
+    _print_row("torch", torch.__version__)
+    for name in PACKAGES:
+        _print_row(name, _version_of(name))
+    _print_row("CUDA, ROCm", f"{torch.version.cuda or 'none'}, {torch.version.hip or 'none'}")
 
 
-def _version(name: str) -> str:
+def _version_of(package: str) -> str:
     try:
-        return importlib.metadata.version(name)
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
 
 
-def _has_backend(name: str) -> bool:
-    return dist.is_available() and dist.is_backend_available(name)
+def _print_devices(gpus: int) -> None:
+    print("\nDevices")
+    _print_row("cpu", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
+    for index in range(gpus):
+        properties = torch.cuda.get_device_properties(index)
+        memory = properties.total_memory / 2**30
+        _print_row(f"cuda:{index}", f"{properties.name}, {memory:.0f} GiB")
+    if gpus == 0:
+        _print_row("cuda", "no GPU that this torch can use")
+
+
+def _print_communication() -> None:
+    print("\nCommunication")
+    available: list[str] = []
+    if dist.is_available():
+        available = [name for name in BACKENDS if dist.is_backend_available(name)]
+    _print_row("backends", ", ".join(available) or "none: torch.distributed is missing")
+    for name, value in vars(launch.detect()).items():
+        _print_row(name, str(value))
+
+
+def _print_kernels(request: kernels.KernelRequest) -> None:
+    dtype = str(request.dtype).removeprefix("torch.")
+    direction = "forward and backward" if request.grad else "forward"
+    print(
+        f"\nKernels for {dtype}, head size {request.head_dim}, {direction} on {request.device.type}"
+    )
+    preferred = kernels.choose("auto", request)
+    for name, entry in kernels.KERNELS.items():
+        reason = kernels.unsupported_reason(name, request)
+        description = entry.description if reason is None else f"no: {reason}"
+        _print_row(name, description, mark="*" if name == preferred else " ")
+    print(
+        "  * what kernel='auto' takes; those above it cannot serve, "
+        "those below it are slower or less preferred"
+    )
+
+
+def _print_row(name: str, value: str, mark: str = " ") -> None:
+    print(f"{mark} {name:16}{value}")
