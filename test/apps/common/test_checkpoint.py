@@ -220,7 +220,7 @@ def two_ranks(world, folder, expected):
     faults = [line for line in said if "has other bytes than were written" in line]
     assert len(said) == len(faults) == (2 if world.rank == 0 else 0), said
 
-    checkpoint.LEAVE = 1.0
+    checkpoint.EXIT_WAIT = 1.0
     began = time.monotonic()
     if world.rank == 0:
         with (
@@ -605,7 +605,7 @@ def test_killed_at_any_moment_there_is_a_whole_one(tmp_path):
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'test'}"},
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
