@@ -1,16 +1,17 @@
 """Does longer context help?  Loss and perplexity by position, on any number of ranks.
 
-    python -m apps.gpt.evaluate run --seqlen 8192 --contexts 1024,4096 --out eval               # on the run's own held-back text
+    python -m apps.gpt.evaluate run --seqlen 8192 --contexts 1024,4096 --out eval  # the run's data
     python -m apps.gpt.evaluate Llama-3.2-1B --data tokens --nproc 4 --seqlen 131072 --windows 4
     torchrun --nproc-per-node 8 apps/gpt/evaluate.py run --data tokens --seqlen 131072 --out eval
 
-The text is cut into windows of --seqlen tokens, and for each of --contexts, the same tokens into shorter windows.  Every token is
-predicted in each of them, from the tokens before it in its window alone.  A row of the table is the tokens at some positions of
-the long windows, the same ones in every column: where the model makes use of what came long before, they cost less in longer
-windows.  Positions are in buckets that double: 0, 1, 2-3, 4-7, and so on.
+The text is cut into windows of --seqlen tokens, and for each of --contexts, the same tokens into
+shorter windows.  Every token is predicted in each of them, from the tokens before it in its window
+alone.  A row of the table is the tokens at some positions of the long windows, the same ones in
+every column: where the model makes use of what came long before, they cost less in longer windows.
+Positions are in buckets that double: 0, 1, 2-3, 4-7, and so on.
 
-The ranks are one context-parallel group; each holds the whole model.  The result does not depend on their number.  Writes
-OUT/evaluation.json, and OUT/perplexity as PNG, SVG and CSV.
+The ranks are one context-parallel group; each holds the whole model.  The result does not depend
+on their number.  Writes OUT/evaluation.json, and OUT/perplexity as PNG, SVG and CSV.
 """
 
 import argparse
@@ -30,23 +31,24 @@ if __package__ in (None, ""):  # run as a file, not as a module
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import ringx
-from apps.common.arguments import Parser
+from apps.common.arguments import Parser, run_on_ranks
 from apps.common.config import SHORT_DTYPES, TORCH_DTYPES
 from apps.gpt.data.dataset import Tokens, expect_window, open_dataset, shard_rows
 from apps.gpt.data.tokenizer import load_tokenizer
-from apps.gpt.generate import replaced_attention
+from apps.gpt.generate import inference_dtype, replaced_attention
 from apps.gpt.huggingface import open_model, open_tokenizer
 from apps.gpt.loss import token_losses
-from apps.gpt.model import Llama
+from apps.gpt.model import Attend, Llama
 from ringx.checks import require_name
 from ringx.files import write_text
 from ringx.kernels import KERNELS
 from ringx.launch import World
 from ringx.layout import LAYOUTS
-from ringx.report import figures  # one look for all figures
+from ringx.report import figures
 
 PROG = "apps.gpt.evaluate"
-SAMPLE = 1000  # tokens by which two tokenizers are compared
+SAMPLE_TOKENS = 1000  # by which two tokenizers are compared
+Row = dict[str, Any]  # of ``summarize``
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ class EvaluateOptions:
     model: str
     step: int | None
     data: str | None
-    seqlen: int
-    windows: int
+    seqlen: int  # 0: as the model was trained
+    windows: int  # 0: 16, or all there are
     contexts: tuple[int, ...]
     out: str | None
     dtype: str | None
@@ -82,59 +84,89 @@ def evaluate(
     layout: str = "zigzag",
     kernel: str = "auto",
 ) -> dict[int, Tensor]:
-    """For each context, seqlen among them: the mean loss in nats of the tokens at each position of the long windows, [seqlen] fp64
-    on the CPU.  Every rank of `group` calls it with the same arguments and model, and has the result.
+    """The mean loss of the tokens at each position of the long windows, for each context.
+
+    Every rank of `group` calls it with the same arguments and model, and has the result.
 
     Args:
         model: whole on every rank; its attention is replaced meanwhile.
-        windows: how many of `seqlen` tokens, from the start of `tokens`.
+        tokens: the text.
+        seqlen: tokens of a long window.
+        windows: how many of them, from the start of `tokens`.
         contexts: lengths that divide seqlen: the same tokens in windows of these.
+        group: the ranks that share each window.
+        algorithm, layout, kernel: of ``ringx.attention``.
 
-    Raises ValueError for lengths that make no sense, or are too short for the ranks."""
+    Returns:
+        {context: [seqlen] fp64 on the CPU, in nats}; seqlen is among the contexts.
+
+    Raises:
+        ValueError: for lengths that make no sense, or are too short for the ranks."""
     device = model.norm.weight.device
-    peers = ringx.comm.Group.of(group)
-    expect_lengths(tokens, seqlen, windows, contexts, peers.world_size, layout)
+    world_size = ringx.comm.Group.of(group).world_size
+    expect_lengths(
+        tokens,
+        seqlen=seqlen,
+        windows=windows,
+        contexts=contexts,
+        world_size=world_size,
+        layout=layout,
+    )
     means = {}
     for context in sorted({*contexts, seqlen}):
-        sharding, pieces = ringx.Sharding(context, peers.world_size, layout), seqlen // context
-        checked = False
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, sharding: ringx.Sharding = sharding) -> Tensor:
-            nonlocal checked
-            check, checked = not checked, True  # wrong calls would be wrong in the first already
-            out = ringx.attention(
-                q,
-                k,
-                v,
-                group=group,
-                algorithm=algorithm,
-                causal=True,
-                layout=sharding,
-                kernel=kernel,
-                check=check,
-            )
-            assert isinstance(out, Tensor)
-            return out
-
-        sums = torch.zeros(pieces, context, dtype=torch.float64, device=device)
+        sharding = ringx.Sharding(context, world_size, layout)
+        attend = _make_attend(group, algorithm=algorithm, sharding=sharding, kernel=kernel)
+        # The tokens of a long window as `rows` short ones.
+        rows = seqlen // context
+        sums = torch.zeros(rows, context, dtype=torch.float64, device=device)
         with replaced_attention(model, lambda attend=attend: attend):  # type: ignore[misc]
             for i in range(windows):
-                rows = tokens.take(
-                    range(i * pieces, (i + 1) * pieces), context
-                )  # the same tokens as one long window
-                mine = shard_rows(rows, layout=sharding, group=group, device=device)
-                x = model.hidden(mine.tokens, mine.positions)
-                sums[:, mine.positions] += token_losses(
-                    x, model.head, mine.labels, chunk=model.loss_chunk
-                )
-        if peers.world_size > 1:
-            dist.all_reduce(sums, group=group)  # of each position, all but one are 0
+                short_windows = tokens.take(range(i * rows, (i + 1) * rows), context)
+                local = shard_rows(short_windows, layout=sharding, group=group, device=device)
+                x = model.hidden(local.tokens, local.positions)
+                losses = token_losses(x, model.head, local.labels, chunk=model.loss_chunk)
+                sums[:, local.positions] += losses
+        if world_size > 1:
+            dist.all_reduce(sums, group=group)  # each position is 0 on all ranks but one
         means[context] = sums.flatten().cpu() / windows
     return means
 
 
+def _make_attend(
+    group: "dist.ProcessGroup | None", *, algorithm: str, sharding: ringx.Sharding, kernel: str
+) -> Attend:
+    """Causal attention over sequences that are cut over the group's ranks."""
+    is_checked = False
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        nonlocal is_checked
+        check = not is_checked  # wrong calls would be wrong in the first one already
+        is_checked = True
+        out = ringx.attention(
+            q,
+            k,
+            v,
+            group=group,
+            algorithm=algorithm,
+            causal=True,
+            layout=sharding,
+            kernel=kernel,
+            check=check,
+        )
+        assert isinstance(out, Tensor)
+        return out
+
+    return attend
+
+
 def expect_lengths(
-    tokens: Tokens, seqlen: int, windows: int, contexts: tuple[int, ...], world: int, layout: str
+    tokens: Tokens,
+    *,
+    seqlen: int,
+    windows: int,
+    contexts: tuple[int, ...],
+    world_size: int,
+    layout: str,
 ) -> None:
     """ValueError naming the length that makes no sense."""
     if seqlen < 1 or windows < 1:
@@ -144,25 +176,31 @@ def expect_lengths(
             raise ValueError(
                 f"contexts={context} must divide seqlen={seqlen}: the windows hold the same tokens."
             )
-        ringx.Sharding(context, world, layout)
-    ringx.Sharding(seqlen, world, layout)
+        ringx.Sharding(context, world_size, layout)  # raises if it is too short for the ranks
+    ringx.Sharding(seqlen, world_size, layout)
     expect_window(tokens, seqlen)
-    if windows > tokens.num_windows(seqlen):
+    available = tokens.num_windows(seqlen)
+    if windows > available:
         raise ValueError(
-            f"windows={windows}: {tokens.folder} has {tokens.length} {tokens.split} tokens, which are {tokens.num_windows(seqlen)} "
-            f"windows of seqlen={seqlen}."
+            f"windows={windows}: {tokens.folder} has {tokens.length} {tokens.split} tokens, "
+            f"which are {available} windows of seqlen={seqlen}."
         )
+
+
+# ---- the result
 
 
 def buckets(seqlen: int) -> list[tuple[int, int]]:
     """[0, 1), [1, 2), [2, 4), [4, 8), ... up to seqlen."""
-    edges = [0, *(2**i for i in range(seqlen.bit_length()) if 2**i < seqlen), seqlen]
-    return list(itertools.pairwise(edges))
+    powers = [2**i for i in range(seqlen.bit_length()) if 2**i < seqlen]
+    return list(itertools.pairwise([0, *powers, seqlen]))
 
 
-def summarize(means: dict[int, Tensor], windows: int) -> list[dict[str, Any]]:
-    """A row for each context and bucket of positions, and one for each context over all: context, from, to (exclusive), tokens,
-    loss, perplexity."""
+def summarize(means: dict[int, Tensor], windows: int) -> list[Row]:
+    """A row for each context and bucket of positions, and one for each context over all.
+
+    Returns:
+        rows of context, from, to (exclusive), tokens, loss, perplexity."""
     rows = []
     for context, mean in means.items():
         for start, end in [*buckets(len(mean)), (0, len(mean))]:
@@ -173,56 +211,61 @@ def summarize(means: dict[int, Tensor], windows: int) -> list[dict[str, Any]]:
                 "to": end,
                 "tokens": (end - start) * windows,
                 "loss": loss,
+                "perplexity": math.exp(min(loss, 700.0)),  # above, exp overflows
             }
-            rows.append(row | {"perplexity": math.exp(min(loss, 700.0))})
+            rows.append(row)
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Row]) -> str:
     """Losses: positions down, contexts across; at most 100 columns."""
-    contexts = sorted({r["context"] for r in rows})
+    contexts = sorted({row["context"] for row in rows})
     shown = contexts if len(contexts) <= 6 else [*contexts[:2], *contexts[-4:]]
-    loss = {(r["context"], r["from"], r["to"]): r for r in rows}
+    row_of = {(row["context"], row["from"], row["to"]): row for row in rows}
     seqlen = contexts[-1]
+
+    def line(label: str, tokens: str, cells: list[str]) -> str:
+        return f"{label:>17}  {tokens:>12}" + "".join(f"{cell:>11}" for cell in cells)
+
     lines = ["Loss (nats per token) of the same tokens, by position and length of the windows"]
-    lines.append(f"{'positions':>17}  {'tokens':>12}" + "".join(f"{c:>11,}" for c in shown))
+    lines.append(line("positions", "tokens", [f"{context:,}" for context in shown]))
     for start, end in buckets(seqlen):
-        name = f"{start:,}" if end == start + 1 else f"{start:,}-{end - 1:,}"
-        line = f"{name:>17}  {loss[seqlen, start, end]['tokens']:>12,}"
-        lines.append(line + "".join(f"{loss[c, start, end]['loss']:>11.4f}" for c in shown))
-    whole = [loss[c, 0, seqlen] for c in shown]
-    lines.append(
-        f"{'all':>17}  {whole[-1]['tokens']:>12,}" + "".join(f"{r['loss']:>11.4f}" for r in whole)
-    )
-    lines.append(
-        f"{'perplexity of all':>17}  {'':>12}" + "".join(f"{r['perplexity']:>11.3f}" for r in whole)
-    )
+        label = f"{start:,}" if end == start + 1 else f"{start:,}-{end - 1:,}"
+        tokens = row_of[seqlen, start, end]["tokens"]
+        losses = [row_of[context, start, end]["loss"] for context in shown]
+        lines.append(line(label, f"{tokens:,}", [f"{loss:.4f}" for loss in losses]))
+    totals = [row_of[context, 0, seqlen] for context in shown]
+    total_tokens = f"{totals[-1]['tokens']:,}"
+    lines.append(line("all", total_tokens, [f"{row['loss']:.4f}" for row in totals]))
+    perplexities = [f"{row['perplexity']:.3f}" for row in totals]
+    lines.append(line("perplexity of all", "", perplexities))
     if len(shown) < len(contexts):
         lines.append(f"({len(contexts) - len(shown)} lengths in between: see evaluation.json)")
     return "\n".join(lines)
 
 
-def _figure(plt, rows: list[dict[str, Any]]):
-    """Perplexity against position, a line for each length of windows."""
-    contexts = sorted({r["context"] for r in rows})
+def _draw_perplexity(plt: Any, rows: list[Row]) -> tuple[Any, list[Row]]:
+    """Perplexity against position, a line for each length of windows: (figure, rows shown)."""
+    contexts = sorted({row["context"] for row in rows})
     seqlen = contexts[-1]
+    bucket_edges = set(buckets(seqlen))
     fig, ax = plt.subplots(figsize=(figures.WIDTH, 4.4))
     shown = []
     for k, context in enumerate(contexts):
-        mine = [
-            r
-            for r in rows
-            if r["context"] == context and (r["from"], r["to"]) in set(buckets(seqlen))
-        ]
-        xs = [
-            math.sqrt((r["from"] + 1) * r["to"]) for r in mine
-        ]  # the middle of a bucket, counted from 1
+        of_context = [row for row in rows if row["context"] == context]
+        line = [row for row in of_context if (row["from"], row["to"]) in bucket_edges]
         ax.plot(
-            xs, [r["perplexity"] for r in mine], label=f"windows of {context:,}", lw=1.8, ms=5, zorder=3 + k / 100,
-            color=figures.COLOURS[k % len(figures.COLOURS)], marker=figures.MARKERS[k % len(figures.MARKERS)],
+            [math.sqrt((row["from"] + 1) * row["to"]) for row in line],  # the middle, from 1 on
+            [row["perplexity"] for row in line],
+            label=f"windows of {context:,}",
+            lw=1.8,
+            ms=5,
+            zorder=3 + k / 100,
+            color=figures.COLOURS[k % len(figures.COLOURS)],
+            marker=figures.MARKERS[k % len(figures.MARKERS)],
             ls=figures.STYLES[k % len(figures.STYLES)],
-        )  # fmt: skip
-        shown += mine
+        )
+        shown += line
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
@@ -242,89 +285,98 @@ def _figure(plt, rows: list[dict[str, Any]]):
 
 def work(world: World, options: EvaluateOptions) -> int:
     """One rank's part; returns the process's exit status.  Rank 0 alone writes and prints."""
-    chief = world.rank == 0
+    is_main_rank = world.rank == 0
     ringx.launch.announce(world)
     try:
-        source = open_model(options.model, step=options.step, world=world)
-        folder = options.data or source.data
+        stored = open_model(options.model, step=options.step, world=world)
+        folder = options.data or stored.data
         if folder is None:
             raise ValueError(
-                f"--data is needed: {options.model} holds no prepared text; name a folder made by apps/gpt/prepare.py."
+                f"--data is needed: {options.model} holds no prepared text; "
+                "name a folder made by apps/gpt/prepare.py."
             )
         tokens = open_dataset(folder, "val")
-        tokens.check_vocab(source.model.vocab)
-        seqlen = options.seqlen or min(source.seqlen, tokens.length - 1)
+        tokens.check_vocab(stored.model.vocab)
+        seqlen = options.seqlen or min(stored.seqlen, tokens.length - 1)
         windows = options.windows or min(16, max(1, tokens.num_windows(seqlen)))
-        expect_lengths(tokens, seqlen, windows, options.contexts, world.world_size, options.layout)
-    except ValueError as e:  # of all ranks alike: what can only be known here
-        if chief:
+        expect_lengths(
+            tokens,
+            seqlen=seqlen,
+            windows=windows,
+            contexts=options.contexts,
+            world_size=world.world_size,
+            layout=options.layout,
+        )
+    except ValueError as e:  # raised by all ranks alike: what can only be known here
+        if is_main_rank:
             print(f"{PROG}: error: {e}", file=sys.stderr, flush=True)
         return 2
-    if chief and source.tokenizer and not same_tokenizer(tokens, source.tokenizer):
+    if is_main_rank and stored.tokenizer and not same_tokenizer(tokens, stored.tokenizer):
         print(
             f"{PROG}: warning: {folder} was not prepared with the tokenizer of {options.model}.",
             file=sys.stderr,
             flush=True,
         )
-    dtype = TORCH_DTYPES[
-        SHORT_DTYPES.get(
-            options.dtype or "",
-            options.dtype or ("bfloat16" if world.device.type == "cuda" else "float32"),
-        )
-    ]
-    model = source.make(lambda q, k, v: q, dtype=dtype, device=world.device)
+    dtype = inference_dtype(options.dtype, world.device)
+    # This attention is never called: ``evaluate`` replaces it.
+    model = stored.make(lambda q, k, v: q, dtype=dtype, device=world.device)
     means = evaluate(
-        model, tokens, seqlen=seqlen, windows=windows, contexts=options.contexts,
-        algorithm=options.algorithm, layout=options.layout, kernel=options.kernel,
-    )  # fmt: skip
-    if not chief:
+        model,
+        tokens,
+        seqlen=seqlen,
+        windows=windows,
+        contexts=options.contexts,
+        algorithm=options.algorithm,
+        layout=options.layout,
+        kernel=options.kernel,
+    )
+    if not is_main_rank:
         return 0
     rows = summarize(means, windows)
     print(
-        f"{source.folder}: {windows} windows of {seqlen:,} tokens of {tokens.source} ({tokens.split}), {world.world_size} rank(s)"
+        f"{stored.folder}: {windows} windows of {seqlen:,} tokens of {tokens.source} "
+        f"({tokens.split}), {world.world_size} rank(s)"
     )
     print(table(rows))
     if options.out:
-        for line in _write(Path(options.out), source.folder, tokens, dtype, world, windows, rows):
+        report = {
+            "model": str(stored.folder),
+            "data": {"source": tokens.source, "split": tokens.split, "sha256": tokens.sha256},
+            "dtype": str(dtype).removeprefix("torch."),
+            "world": world.world_size,
+            "windows": windows,
+            "loss_unit": "nats per token",
+            "rows": rows,
+        }
+        for line in _write_report(Path(options.out), report):
             print(line)
     return 0
 
 
 def same_tokenizer(tokens: Tokens, tokenizer: Path) -> bool:
-    """Does this tokenizer cut the first text as the one that made the tokens?  True, too, where that cannot be told."""
+    """Whether this tokenizer cuts the first text as the one that made the tokens did.
+
+    True, too, where that cannot be told."""
     try:
-        made, asked = load_tokenizer(tokens.folder), open_tokenizer(tokenizer)
+        original = load_tokenizer(tokens.folder)
+        other = open_tokenizer(tokenizer)
     except ValueError:
         return True
-    text = made.decode(tokens.take([0], min(SAMPLE, tokens.length - 1)).tokens[0].tolist())
-    return made.encode(text) == asked.encode(text)
+    sample = tokens.take([0], min(SAMPLE_TOKENS, tokens.length - 1)).tokens[0].tolist()
+    text = original.decode(sample)
+    return original.encode(text) == other.encode(text)
 
 
-def _write(
-    out: Path,
-    model: Path,
-    tokens: Tokens,
-    dtype: torch.dtype,
-    world: World,
-    windows: int,
-    rows: list,
-) -> list[str]:
-    what = {
-        "model": str(model),
-        "data": {"source": tokens.source, "split": tokens.split, "sha256": tokens.sha256},
-        "dtype": str(dtype).removeprefix("torch."),
-        "world": world.world_size,
-        "windows": windows,
-        "loss_unit": "nats per token",
-        "rows": rows,
-    }
+def _write_report(out: Path, report: dict[str, Any]) -> list[str]:
+    """Writes evaluation.json and the figure; returns a line for each."""
     file = out / "evaluation.json"
-    write_text(file, json.dumps(what, indent=1) + "\n", replace=True)
+    write_text(file, json.dumps(report, indent=1) + "\n", replace=True)
     try:
         plt = figures.pyplot()
     except ImportError as e:
         return [str(file), f"skipped perplexity: {e}"]
-    return [str(file), figures.draw_figure(plt, _figure, rows, out / "perplexity")]
+    drawn = figures.draw_figure(plt, _draw_perplexity, report["rows"], out / "perplexity")
+    return [str(file), drawn]
 
 
 # ---- the command line
@@ -407,7 +459,10 @@ def parser() -> Parser:
 
 
 def configure(args: argparse.Namespace) -> EvaluateOptions:
-    """What can be known to be wrong before ranks start raises ValueError here."""
+    """What each rank is given.
+
+    Raises:
+        ValueError: for what can be known to be wrong before ranks start."""
     try:
         contexts = tuple(int(c) for c in args.contexts.split(",") if c.strip())
     except ValueError:
@@ -420,7 +475,25 @@ def configure(args: argparse.Namespace) -> EvaluateOptions:
     require_name(args.algorithm, ringx.algorithms(), "algorithm")
     require_name(args.layout, LAYOUTS, "layout")
     require_name(args.kernel, [*KERNELS, "auto"], "kernel")
-    ringx.launch.world_size(args.nproc)
+    ringx.launch.world_size(args.nproc)  # raises if no such number of ranks can be started
+    _expect_folders(args)
+    return EvaluateOptions(
+        model=args.model,
+        step=args.step,
+        data=args.data,
+        seqlen=args.seqlen,
+        windows=args.windows,
+        contexts=contexts,
+        out=args.out,
+        dtype=args.dtype,
+        algorithm=args.algorithm,
+        layout=args.layout,
+        kernel=args.kernel,
+    )
+
+
+def _expect_folders(args: argparse.Namespace) -> None:
+    """Makes --out.  ValueError for folders that do not exist or cannot be made."""
     if not Path(args.model).is_dir():
         raise ValueError(
             f"{args.model} is no folder; name a run's, a checkpoint's, or a Hugging Face one."
@@ -436,22 +509,11 @@ def configure(args: argparse.Namespace) -> EvaluateOptions:
             raise ValueError(
                 f"--out {args.out} is no folder and cannot be made: {e.strerror}."
             ) from None
-    return EvaluateOptions(
-        args.model, args.step, args.data, args.seqlen, args.windows, contexts, args.out, args.dtype,
-        args.algorithm, args.layout, args.kernel,
-    )  # fmt: skip
 
 
-def main(argv: "list[str] | None" = None) -> int:
-    p = parser()
-    args = p.parse_args(argv)
-    try:
-        options = configure(args)
-    except (ValueError, NotImplementedError) as e:
-        p.error(str(e))
-    return max(
-        ringx.launch.run(work, args.nproc, options, device=args.device, timeout=args.timeout)
-    )
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the greatest exit status of its ranks."""
+    return run_on_ranks(parser(), argv, configure, work)
 
 
 if __name__ == "__main__":
