@@ -1,113 +1,92 @@
-"""The estimate's recorder: what each kind of message sends, and what attention receives.
+"""The estimate equals what a real step of the same configuration holds and sends.
 
-The estimates of whole steps are tested with the apps, whose real runs they must equal.
+The machinery is the same for all trainers; here it estimates the GPT.
+
+python -m pytest test/apps/common/test_estimate.py
 """
 
-from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
+from helpers.real_steps import expect_estimated, measured_steps
 
-from apps.common.estimate import _alone, _StepRecorder
-from ringx.comm.collectives import COLLECTIVES
-from ringx.launch.mesh import Mesh, Shape
+from apps.common.config import MeshConfig
+from apps.common.estimate import _alone
+from apps.gpt import parallel
+from apps.gpt.config import Config, ModelConfig, TrainConfig
+from apps.gpt.estimate import estimate_step
+from ringx.launch.mesh import Shape
 
-pytestmark = pytest.mark.fast
-
-RANKS, RANK = 4, 1
-SIZE = 4 * 24  # bytes of the message: 24 numbers in fp32
-
-
-def record(call: Callable[[torch.Tensor], object]) -> _StepRecorder:
-    """What is seen of call(message) inside attention, by rank 1 of 4."""
-    with _alone(RANKS, RANK):
-        recorder = _StepRecorder(Mesh.make(Shape(cp=RANKS)))
-        with FakeTensorMode(), recorder:
-            recorder.stage = "attention forward"
-            call(torch.zeros(24))
-    return recorder
+MODEL = ModelConfig(dim=128, layers=2, heads=4, kv_heads=2, ffn=384, vocab=512, tied=False)
 
 
-def exchange_with_neighbours(message: torch.Tensor) -> None:
-    received = torch.empty_like(message)
-    works = [dist.isend(message, RANK + 1), dist.irecv(received, RANK - 1)]
-    for work in works:
-        work.wait()
+def config(model=MODEL, **train) -> Config:
+    defaults = dict(seqlen=512, global_batch=2, dtype="float32", loss_chunk=128)
+    return Config("test", model, TrainConfig(**(defaults | train)), MeshConfig())
 
 
-def reduce_scatter(message: torch.Tensor) -> None:
-    dist.reduce_scatter_tensor(message.new_empty(24 // RANKS), message)
+def make_batch(config: Config, samples: int, tokens: int) -> tuple[torch.Tensor, ...]:
+    """Tokens, positions, labels."""
+    size = (samples, tokens)
+    return tuple(torch.zeros(n, dtype=torch.long) for n in (size, size[1:], size))
 
 
-def all_gather(message: torch.Tensor) -> None:
-    dist.all_gather_into_tensor(message.new_empty(24 * RANKS), message)
+def measured(c: Config, shape: Shape) -> list[tuple[int, float, float]]:
+    return measured_steps(c, shape, parallel, make_batch, c.train.seqlen)
 
 
-def all_to_all(message: torch.Tensor) -> None:
-    dist.all_to_all_single(torch.empty_like(message), message)
+@pytest.mark.parametrize(
+    ("shape", "changes"),
+    [
+        (Shape(), {}),
+        (Shape(2, 2), {"checkpointing": "selective", "mlp_tiles": 2}),
+        (Shape(2, 1, 2), {"checkpointing": "selective", "dp_engine": "ddp", "dtype": "bfloat16"}),
+        *(
+            pytest.param(shape, changes, marks=pytest.mark.slow)
+            for shape, changes in (
+                (Shape(), {"checkpointing": "selective", "mlp_tiles": 4, "dtype": "bfloat16"}),
+                (Shape(4), {"checkpointing": "selective", "mlp_tiles": 4}),
+                (Shape(4), {"checkpointing": "full", "dtype": "bfloat16", "algorithm": "ringx4"}),
+                (Shape(2, 1, 2, 2), {"mlp_tiles": 2, "global_batch": 8, "micro_batch": 2}),
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_peak_and_bytes_of_attention_are_those_of_a_real_run(shape, changes):
+    c = config().changed(changes)
+    expect_estimated(estimate_step(c, shape), measured(c, shape)[0])
 
 
-# For each row of the table: how it is called, and the bytes that this rank receives as they are.
-CALLS: dict[str, tuple[Callable[[torch.Tensor], object], int]] = {
-    "broadcast": (lambda message: dist.broadcast(message, 0), SIZE),
-    "reduce": (lambda message: dist.reduce(message, 0), 0),
-    "all_reduce": (dist.all_reduce, 0),
-    "all_gather": (all_gather, SIZE * RANKS),
-    "reduce_scatter": (reduce_scatter, 0),
-    "all_to_all": (all_to_all, SIZE),
-    "send_recv": (exchange_with_neighbours, SIZE),
-}
+def test_passes_are_multiplied():
+    once = estimate_step(config(global_batch=2), Shape(2))
+    many = estimate_step(config(global_batch=10, micro_batch=2), Shape(2))
+    assert many.passes == 5 and many.flops_full == pytest.approx(5 * once.flops_full)
+    for purpose in ("attention forward", "attention backward"):
+        assert sum(many.sent[purpose].values()) == 5 * sum(once.sent[purpose].values())
+    assert many.sent["gradients"] == once.sent["gradients"]
 
 
-@pytest.mark.parametrize("name", COLLECTIVES)
-def test_each_collective_sends_what_the_table_says(name):
-    call, received = CALLS[name]
-    recorder = record(call)
-    sent = COLLECTIVES[name].sent_bytes(SIZE, RANKS)
-    assert recorder.sent == {"attention forward": {name: sent}}
-    assert recorder.remote_peak == received
+def test_a_rank_of_four_holds_little_more_than_one_process_with_its_tokens():
+    """With four times the tokens on four ranks: memory per rank does not grow with the sequence."""
+    model = replace(MODEL, kv_heads=1)
+    alone, four = (
+        config(model, seqlen=s, global_batch=1, checkpointing="selective", mlp_tiles=2)
+        for s in (512, 2048)
+    )
+    assert max(r[0] for r in measured(four, Shape(4))) <= 1.15 * measured(alone, Shape())[0][0]
+    alone, four = (
+        config(model, seqlen=s, global_batch=1, checkpointing="selective", mlp_tiles=2)
+        for s in (2048, 8192)
+    )
+    assert (
+        estimate_step(four, Shape(4)).memory.peak
+        <= 1.15 * estimate_step(alone, Shape()).memory.peak
+    )
 
 
-def test_a_message_to_one_rank_is_sent_once_and_not_received():
-    recorder = record(lambda message: dist.isend(message, RANK + 1))
-    assert recorder.sent_bytes() == {"attention forward": {"send_recv": SIZE}}
-    assert recorder.remote_peak == 0
-
-
-def test_received_messages_count_until_they_are_freed():
-    def receive_from_three(message: torch.Tensor) -> None:
-        first, second = torch.empty_like(message), torch.empty_like(message)
-        dist.recv(first, 0)
-        dist.recv(second, 2)
-        del first
-        third = torch.empty_like(message)
-        dist.recv(third, 3)
-
-    recorder = record(receive_from_three)
-    assert recorder.sent_bytes() == {}
-    assert recorder.remote_peak == 2 * SIZE
-
-
-@pytest.mark.parametrize("splits", [(0, 24, 0, 0), (6, 0, 12, 6), (1, 2, 3, 18)])
-def test_an_all_to_all_of_unequal_parts_is_exact(splits):
-    def exchange(message: torch.Tensor) -> None:
-        received = message.new_empty(4 * splits[RANK])
-        dist.all_to_all_single(received, message, [splits[RANK]] * RANKS, list(splits))
-
-    sent = record(exchange).sent["attention forward"]["all_to_all"]
-    assert sent == pytest.approx(4 * (24 - splits[RANK]))
-
-
-def test_an_all_to_all_of_a_list_of_tensors_sends_all_but_its_own():
-    def exchange(message: torch.Tensor) -> None:
-        parts = list(message.split([2, 4, 8, 10]))
-        dist.all_to_all([torch.empty(4) for _ in range(RANKS)], parts)
-
-    assert record(exchange).sent["attention forward"]["all_to_all"] == pytest.approx(4 * 20)
-
-
-def test_an_unknown_collective_is_refused():
-    with pytest.raises(NotImplementedError, match="scatter_ is not known here"):
-        record(lambda message: dist.scatter(message, None, src=0))
+@pytest.mark.fast
+def test_it_is_made_outside_of_process_groups():
+    with _alone(2, 0), pytest.raises(RuntimeError, match="process of its own"):
+        estimate_step(config(), Shape(2))
