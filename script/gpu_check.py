@@ -639,7 +639,7 @@ def time_kernel(
     name: str, sizes: TimingSizes, seqlen: int, causal: bool, device: torch.device
 ) -> dict[str, Any]:
     """The record of one kernel, length and mask.  Prints a row."""
-    record = {
+    record: dict[str, Any] = {
         "kernel": name,
         "B": sizes.batch,
         "S": seqlen,
@@ -1045,13 +1045,13 @@ def vit_app(quick: bool) -> TrainingApp:
     from ringx.launch.mesh import Mesh, Shape
 
     channels = 20
-    widths = {"dim": 64, "layers": 2, "heads": 4}
-    if not quick:
-        widths = {"dim": 2048, "layers": 4, "heads": 16}
+    dim, layers, heads = (64, 2, 4) if quick else (2048, 4, 16)
 
     def model_of(grid: tuple[int, int]) -> ModelConfig:
         return ModelConfig(
-            **widths,
+            dim=dim,
+            layers=layers,
+            heads=heads,
             patch=1,
             height=grid[0],
             width=grid[1],
@@ -1060,6 +1060,7 @@ def vit_app(quick: bool) -> TrainingApp:
         )
 
     def make_step(dtype: str, checkpointing: str, device: torch.device, size: StepSize) -> Step:
+        assert size.grid is not None
         train = TrainConfig(global_batch=1, dtype=dtype, checkpointing=checkpointing)
         config = Config("check", model_of(size.grid), train=train)
         mesh = Mesh.make(Shape())
