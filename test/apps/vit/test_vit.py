@@ -1,4 +1,6 @@
-"""apps/vit: the same training on any mesh, with every engine, algorithm and way to save memory; and that of a plain ViT.
+"""apps/vit trains alike on any mesh, with every engine, algorithm and way to save memory.
+
+One process trains as a plain ViT does that is written out here.
 
 pytest test/apps/vit/test_vit.py
 """
@@ -40,8 +42,9 @@ MESHES = [
 
 
 def record(height, width, degrees=360.0, times=48):
-    """Waves that travel to the east, one across the grid, a quarter of a wave apart in u and v: how they change can be told
-    from where they are."""
+    """Waves that travel to the east, one across the grid, a quarter of a wave apart in u and v.
+
+    How they change follows from where they are."""
     lat, lon = np.linspace(70, -60, height), np.arange(width) * degrees / width
     time = np.datetime64("2001-01-01", "ns") + np.arange(times) * np.timedelta64(6, "h")
     angle = (
@@ -116,7 +119,8 @@ def trained(shape: Shape, c: Config, data, **how):
         engine = build(c, mesh, attend)
         train(c, data.train, mesh, engine, attend, on_step=records.append, **how)
         named = list(engine.module.named_parameters())
-        # cloned: what nobody looks at is never waited for, and keeps its process group (and threads) alive
+        # Cloned: the result of a collective that is never used is never waited for, and keeps its
+        # process group (and threads) alive
         whole = {
             n: (p.full_tensor().clone() if hasattr(p, "full_tensor") else p).detach()
             for n, p in named
@@ -134,7 +138,9 @@ def alone(c: Config, data, **how):
 
 
 def expect_same(a, b, tolerance=1e-9):
-    """Losses, gradient norms (AdamW itself would not notice a gradient scaled by the number of ranks) and every parameter."""
+    """Compares losses, gradient norms and every parameter.
+
+    AdamW alone would not notice a gradient that is scaled by the number of ranks."""
     assert len(a[0]) == len(b[0]) > 0
     for x, y in zip(a[0], b[0], strict=True):
         for what in ("loss", "grad_norm"):
@@ -153,7 +159,9 @@ def falls(result, to: float) -> bool:
 
 
 def plain_patches(x, patch, periodic):
-    """[B, C, H, W] -> [B, S, C patch^2], continued to the south by the last row, to the east by the first columns or the last."""
+    """[B, C, H, W] -> [B, S, C patch^2]
+
+    Extended to the south by the last row, to the east by the first columns or the last."""
     below, right = -x.shape[-2] % patch, -x.shape[-1] % patch
     x = F.pad(x, (0, right, 0, 0), mode="circular" if periodic else "replicate")
     x = F.pad(x, (0, 0, 0, below), mode="replicate")
@@ -206,7 +214,7 @@ def plain_vit(p, x, c: ModelConfig):
 
 
 def plain_errors(p, samples, t0s, m):
-    """[B, leads x channels, H, W]: squared errors of the normalised changes, weighted by latitude."""
+    """[B, leads x channels, H, W]: squared errors of normalised changes, weighted by latitude."""
     inputs, target = (torch.from_numpy(x).double() for x in samples.get(t0s))
     cosine = np.cos(np.linspace(70, -60, m.height) * np.pi / 180)
     weights = torch.from_numpy(cosine / cosine.mean())[:, None]
@@ -219,7 +227,7 @@ def plain_errors(p, samples, t0s, m):
     [("two_leads", 3, "learned"), ("small", 4, "sinusoidal"), ("region", 8, "learned")],
 )
 def test_equals_a_plain_vit(data, patch, positions, request):
-    """The whole recipe once more: patches, attention, loss, clipping and schedule written out, torch's own AdamW."""
+    """Patches, attention, loss, clipping and schedule are written out here, with torch's AdamW."""
     data = request.getfixturevalue(data)
     c = config(data, {"patch": patch, "positions": positions}, clip=0.2)
     m, t = c.model, c.train
@@ -300,7 +308,7 @@ def test_twenty_steps_of_1617_tokens_equal_one_process(sizes, region, region_alo
 
 @pytest.fixture(scope="module")
 def continued(small):
-    """(configuration, one process's training): 66 tokens of a grid that is continued, with positions of sines."""
+    """(configuration, one process's training): 66 tokens of an extended grid, sine positions."""
     c = config(small, {"patch": 3, "positions": "sinusoidal"})
     assert c.model.patch_grid().tokens == 66
     return c, alone(c, small)
@@ -338,7 +346,7 @@ def divided(small):
     ids=str,
 )
 def test_replicas_stay_bitwise_the_same_for_twenty_steps(shape, engine, small, divided):
-    """Of what several ranks hold: with DDP everything, with replicas of shards what has the same cp rank."""
+    """With DDP all ranks hold everything; with replicas of shards, those of the same cp rank do."""
     ranks = trained(shape, config(small, mesh={"dp_engine": engine}), small)
     places = {}
     for rank in ranks:
@@ -442,7 +450,7 @@ def test_fp32_and_bf16_keep_fp32_parameters(engine, small, monkeypatch):
 
 
 def test_validation_equals_that_of_a_plain_vit_on_any_mesh(two_leads):
-    """Of 4 samples in passes of one, of which the dp ranks take 2 each; and of 3, of which one takes only 1."""
+    """4 samples in passes of one, of which a dp rank takes 2; and 3, of which one takes only 1."""
     data, model = two_leads, {"patch": 3}
     c = config(data, model, steps=3, val_every=2, val_batches=4, micro_batch=1)
     one = alone(c, data, val=data.val)

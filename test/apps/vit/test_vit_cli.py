@@ -85,7 +85,7 @@ def test_what_a_run_leaves_behind(alone, data):
 
 
 def test_torchrun_as_the_issue_names_it(data, tmp_path):
-    """The file, not the module, on two ranks of one context: the losses are those of one process."""
+    """The file, not the module, on two cp ranks: the losses are those of one process."""
     out, one = tmp_path / "run", tmp_path / "one"
     words = [
         "--data",
@@ -104,19 +104,21 @@ def test_torchrun_as_the_issue_names_it(data, tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "apps/vit/train.py"]
     process = start(*torchrun, *words, "--cp", 2, "--tp", 1, "--dp", 1, "--out", out)
     assert train(*words, "--out", one) == 0
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == list(range(20)) and all(
         "tokens_per_s" in r for r in records
     )
     assert losses(out) == pytest.approx(losses(one), rel=1e-5)
-    assert "cp 2 x tp 1 x dp 1" in said and "60 times x 2 channels x 8 x 12 points" in said
-    assert f"loss {records[0]['loss']:.4f} -> {records[-1]['loss']:.4f}" in said
+    assert "cp 2 x tp 1 x dp 1" in output and "60 times x 2 channels x 8 x 12 points" in output
+    assert f"loss {records[0]['loss']:.4f} -> {records[-1]['loss']:.4f}" in output
 
 
 def test_a_resumed_run_ends_bitwise_as_the_unbroken_one(alone, tmp_path):
-    """The same data and configuration, without naming them (kills: test/apps/common/test_resume.py)."""
+    """With the same data and configuration, which the command need not name.
+
+    Runs that are killed are tested in test/apps/common/test_resume.py."""
     out = tmp_path / "run"
     shutil.copytree(alone, out)
     remove_checkpoints(out, after=6)
@@ -129,7 +131,7 @@ def test_a_resumed_run_ends_bitwise_as_the_unbroken_one(alone, tmp_path):
 
 
 def test_epochs(small, data, tmp_path):
-    """Steps are epochs times samples over the global batch, rounded up; each epoch ends with a validation."""
+    """Steps are epochs times samples over the global batch, rounded up; each epoch validates."""
     out = tmp_path / "run"
     times = ["--train-times", "0/20", "--val-times", "20/40", "--test-times", "40/60"]
     assert (
@@ -178,7 +180,7 @@ def test_without_data_the_default_record_is_read(small, data, tmp_path, monkeypa
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in CONFIGS.glob("*p*_ringx.yaml")) + ["dp_p8"])
 def test_configurations_by_name(name, capsys):
-    """What the large ones ask for, and the memory of one block's model (the estimate of all of them takes long)."""
+    """Their meshes, and the estimated memory of a model with one block (that of all takes long)."""
     c = load(name)
     base = PRESETS[f"2.6b-p{c.model.patch}"]
     assert c.name == name and (c.model, c.train) == (base.model, base.train)
@@ -196,13 +198,13 @@ def test_configurations_by_name(name, capsys):
     shape = configure(parser().parse_args(args))[1]
     assert (shape.cp, shape.tp, shape.dp) == (c.mesh.cp, c.mesh.tp, 1)
     assert main([*args, "--layers", "1"]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
-        f"{name}: " in said
-        and f"on {shape.world_size} ranks (fsdp)" in said
-        and "peak, of which" in said
+        f"{name}: " in output
+        and f"on {shape.world_size} ranks (fsdp)" in output
+        and "peak, of which" in output
     )
-    remote = next(line for line in said.splitlines() if "of other ranks' blocks" in line).split()
+    remote = next(line for line in output.splitlines() if "of other ranks' blocks" in line).split()
     assert (float(remote[0]) > 0) == (shape.cp > 1)
 
 
@@ -319,7 +321,8 @@ def bad(tmp_path_factory):
         ("rows.nc", "rows.nc: no dimension is a latitude"),
         (
             "nan.nc",
-            "nan.nc: channel u10 is missing (or infinite) at 96 of 96 points at 2001-01-30T00:00:00",
+            "nan.nc: channel u10 is missing (or infinite) at 96 of 96 points "
+            "at 2001-01-30T00:00:00",
         ),
         ("nan_later.nc --val-every 1", "channel u10 is missing (or infinite) at 96 of 96 points"),
         ("nan_later.nc --epochs 2", "channel u10 is missing (or infinite) at 96 of 96 points"),
@@ -383,7 +386,8 @@ def test_all_ranks_refuse_a_file_and_one_says_it(small, bad, tmp_path, capfd):
         ("--leads 12", "the checkpoint's run has leads 6, here it is 12"),
         (
             "--leads 6,24",
-            "the checkpoint's run has leads 6, here it is 6,24: the model would forecast something else; give --leads 6",
+            "the checkpoint's run has leads 6, here it is 6,24: the model would forecast something "
+            "else; give --leads 6",
         ),
         ("--variables t2m", "here it is t2m"),
         ("--seed 1", "give --seed 0"),

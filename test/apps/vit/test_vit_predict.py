@@ -1,4 +1,6 @@
-"""apps/vit/predict.py: fields, scores and spectra equal formulas written here, on any number of ranks; files, figures, mistakes.
+"""apps/vit/predict.py: fields, scores and spectra equal formulas written here, on any ranks.
+
+And files, figures, mistakes.
 
 python -m pytest test/apps/vit/test_vit_predict.py
 """
@@ -49,7 +51,7 @@ DIGITS = 5e-6  # the most that 6 significant digits are off
 
 
 def weather(times=240, lat=None, lon=None):
-    """Two channels, 6-hourly: a wave that moves to the east, one that moves to the west, a daily cycle, noise with memory."""
+    """Two channels, 6-hourly: waves to the east and the west, a daily cycle, noise with memory."""
     lat = np.linspace(84.375, -84.375, 16) if lat is None else lat
     lon = np.arange(32) * 11.25 if lon is None else lon
     noise = np.random.default_rng(0).standard_normal((2, times, len(lat), len(lon)))
@@ -111,7 +113,9 @@ def data(folder):
 
 @pytest.fixture(scope="module")
 def trained_run(folder, data):
-    """Trained on 2 tp ranks, in float64; a patch does not divide the grid; sees the past and corrects the damped anomaly."""
+    """Trained on 2 tp ranks, in float64, with history and the damped anomaly as base.
+
+    The patch does not divide the grid."""
     steps = [
         "--steps",
         24,
@@ -485,7 +489,7 @@ def test_a_roll_out_is_the_model_fed_with_its_forecasts(one, oracle, record, cli
 
 
 def test_the_second_step_of_a_roll_out_by_hand(one, oracle):
-    """From one initial time: inputs of 6 h later, with what is known of that time, and the saved 6 h forecast as the fields."""
+    """Its inputs are those of 6 h later, with the saved 6 h forecast as the fields."""
     saved, t0 = opened(one[0]).isel(time=[5], lead_time=0), np.array([TEST.start + 5])
     first = np.stack([saved[name].values for name in CHANNELS], 1)
     now, before, _ = oracle.past(t0)
@@ -566,10 +570,16 @@ def test_netcdf_is_as_cf_wants_it(one):
     with netCDF4.Dataset(one[0] / "forecasts.nc") as raw:
         units = {name: v.units for name, v in raw.variables.items()}
         assert units == {
-            "t2m": "K", "t2m_truth": "K", "u10": "m s-1", "u10_truth": "m s-1", "latitude": "degrees_north",
-            "longitude": "degrees_east", "time": "hours since 1970-01-01", "valid_time": "hours since 1970-01-01",
+            "t2m": "K",
+            "t2m_truth": "K",
+            "u10": "m s-1",
+            "u10_truth": "m s-1",
+            "latitude": "degrees_north",
+            "longitude": "degrees_east",
+            "time": "hours since 1970-01-01",
+            "valid_time": "hours since 1970-01-01",
             "lead_time": "hours",
-        }  # fmt: skip
+        }
         for name, v in raw.variables.items():
             if name in raw.dimensions:  # a coordinate: nothing missing, in order
                 assert (
@@ -686,8 +696,12 @@ def test_a_region_has_no_spectra(region, tmp_path, capsys):
 def test_without_matplotlib_all_but_the_figures_is_written(region, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     forecast(region, tmp_path, "--part", "val")
-    said = capsys.readouterr().out
-    assert "skipped maps: " in said and "pip install 'ringx[plot]'" in said and "maps/" not in said
+    output = capsys.readouterr().out
+    assert (
+        "skipped maps: " in output
+        and "pip install 'ringx[plot]'" in output
+        and "maps/" not in output
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["forecasts.nc", "scores.csv"]
 
 
@@ -785,12 +799,13 @@ def test_a_damaged_checkpoint_is_passed_over(trained_run, tmp_path, capsys):
     newest, older = (tmp_path / "run" / "checkpoints" / f"step-000000{n}" for n in (24, 12))
     name = damage(newest)
     forecast(tmp_path / "run", tmp_path / "out", "--no-maps")
-    said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith(
+    output = capsys.readouterr().out.splitlines()
+    assert output[0].startswith(
         f"checkpoint {newest} is damaged and passed over: {name} has other bytes"
     )
     assert (
-        said[1].startswith(f"{older}, ") and str(older) in opened(tmp_path / "out").attrs["source"]
+        output[1].startswith(f"{older}, ")
+        and str(older) in opened(tmp_path / "out").attrs["source"]
     )
     forecast(older, tmp_path / "same", "--no-maps", "--data", trained_run.parent / "weather.nc")
     xr.testing.assert_identical(opened(tmp_path / "same"), opened(tmp_path / "out"))
