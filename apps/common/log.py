@@ -1,4 +1,4 @@
-"""A run's folder: run.json says what was run, metrics.jsonl what came of each step; and what a person sees meanwhile.
+"""A run's folder: run.json records what was run, metrics.jsonl each step; and what a person sees.
 
     with Metrics(folder, start_step=k) as metrics, progress(steps, k, "a run") as show:
         write_header(folder, {"config": ...}, start_step=k)
@@ -7,8 +7,8 @@
             metrics.write(record)
             show(record)
 
-metrics.jsonl is the record: one JSON object a line, on its way to disk before the next step begins.  TensorBoard and W&B
-show the same numbers, and may lack the last seconds of a run that was killed.
+metrics.jsonl is the record: one JSON object a line, on its way to disk before the next step begins.
+TensorBoard and W&B show the same numbers, and may lack the last seconds of a run that was killed.
 """
 
 import contextlib
@@ -29,27 +29,31 @@ import ringx
 from ringx.files import write_text
 
 NEEDED = ("step", "loss", "tokens_per_s")  # in every record
-SHOWN = 20  # steps that have a line each where there is no terminal; then at most one line in
-PAUSE = 10.0  # seconds
+SHOWN = 20  # steps that have a line each where there is no terminal
+PAUSE = 10.0  # after these: seconds between two lines, at least
 Record = dict[str, Any]
 
 
 class Metrics:
-    """Appends a run's records to folder/metrics.jsonl, and their numbers to TensorBoard and W&B.  A context manager.
+    """Appends a run's records to folder/metrics.jsonl, and their numbers to TensorBoard and W&B.
 
-    A run that resumes at step k drops what it is going to redo, and nothing else: lines of step k and later, and a last line
-    that a kill cut short.  The rest is written aside and renamed, so that a kill meanwhile loses nothing.
+    A context manager.  A run that resumes at step k drops what it is going to redo, and nothing
+    else: lines of step k and later, and a last line that a kill cut short.  The rest is written
+    aside and renamed, so that a kill meanwhile loses nothing.
 
     Args:
         folder: made if need be; None swallows all records (ranks other than the first).
         start_step: the first step to come; 0 begins anew, and drops the records of an older run.
-        tensorboard: "auto": folder/tensorboard where the package is installed; True: likewise, or an error; False: no.
-        wandb: W&B project; None: no W&B.  A resumed run goes on in its W&B run, whose id is in folder/wandb.id; W&B keeps
-            the first values it saw of a step that is redone.
-        config: shown beside the curves by TensorBoard and W&B; ``write_header`` puts it in run.json.
+        tensorboard: "auto": folder/tensorboard where the package is installed; True: likewise, or
+            an error; False: no.
+        wandb: W&B project; None: no W&B.  A resumed run goes on in its W&B run, whose id is in
+            folder/wandb.id; W&B keeps the first values it saw of a step that is redone.
+        config: shown beside the curves by TensorBoard and W&B; ``write_header`` puts it in
+            run.json.
 
     Raises:
-        ValueError: TensorBoard or W&B is asked for but not installed (on every rank), or metrics.jsonl is broken."""
+        ValueError: TensorBoard or W&B is asked for but not installed (on every rank), or
+            metrics.jsonl is broken."""
 
     def __init__(
         self,
@@ -62,7 +66,7 @@ class Metrics:
     ):
         _expect_start(start_step)
         expect_loggers(tensorboard, wandb)
-        self._file = self._board = self._wandb = None
+        self._file = self._tensorboard = self._wandb = None
         self._next = start_step
         if folder is None:
             return
@@ -71,30 +75,25 @@ class Metrics:
         _keep_before(folder, start_step)
         self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         if tensorboard is True or (tensorboard == "auto" and _installed("tensorboard")):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(
-                str(folder / "tensorboard"), purge_step=start_step, flush_secs=10
-            )
-            if config:
-                self._board.add_text(
-                    "config", f"```\n{json.dumps(config, indent=1, default=str)}\n```", start_step
-                )
+            self._tensorboard = _start_tensorboard(folder, config, start_step)
         if wandb is not None:
             self._wandb = _start_wandb(folder, wandb, config, resumed=start_step > 0)
 
     def write(self, record: Record) -> None:
-        """One step's record: numbers by name, at least step, loss and tokens_per_s.  Not-a-numbers are written as Python's
-        json does (NaN, Infinity).
+        """One step's record: numbers by name, at least step, loss and tokens_per_s.
+
+        Not-a-numbers are written as Python's json does (NaN, Infinity).
 
         Raises:
             ValueError: a name is missing, or the step is not after the last one."""
-        if missing := [name for name in NEEDED if name not in record]:
+        missing = [name for name in NEEDED if name not in record]
+        if missing:
             raise ValueError(f"record={record!r} lacks {', '.join(missing)}.")
         step = record["step"]
         if step < self._next:
             raise ValueError(
-                f"step={step} was written already or lies before start_step; the next is {self._next}."
+                f"step={step} was written already or lies before start_step; "
+                f"the next is {self._next}."
             )
         self._next = step + 1
         if self._file is None:
@@ -102,25 +101,25 @@ class Metrics:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         numbers = {
-            k: v
-            for k, v in record.items()
-            if k != "step" and isinstance(v, (int, float)) and not isinstance(v, bool)
+            name: value
+            for name, value in record.items()
+            if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool)
         }
-        if self._board is not None:
+        if self._tensorboard is not None:
             for name, value in numbers.items():
-                self._board.add_scalar(name, value, step)
+                self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
 
     def close(self, failed: bool = False) -> None:
-        """Finishes all files; twice is as good as once.  `failed` is for W&B, which marks the run so."""
+        """Finishes all files; may be called twice.  `failed` is for W&B, which marks the run so."""
         if self._file is not None:
             self._file.close()
-        if self._board is not None:
-            self._board.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=int(failed))
-        self._file = self._board = self._wandb = None
+        self._file = self._tensorboard = self._wandb = None
 
     def __enter__(self) -> "Metrics":
         return self
@@ -138,7 +137,8 @@ def expect_loggers(tensorboard: bool | str = "auto", wandb: str | None = None) -
         raise ValueError(f"tensorboard={tensorboard!r} must be True, False or 'auto'.")
     if tensorboard is True and not _installed("tensorboard"):
         raise ValueError(
-            "tensorboard=True, but TensorBoard is not installed: pip install tensorboard, or leave it at 'auto'."
+            "tensorboard=True, but TensorBoard is not installed: pip install tensorboard, or leave "
+            "it at 'auto'."
         )
     if wandb == "":
         raise ValueError("wandb='' must name a W&B project, or be None.")
@@ -159,29 +159,35 @@ def read_metrics(folder: "str | Path") -> list[Record]:
     records = []
     lines = path.read_bytes().split(b"\n")  # the last one: nothing, or what was cut short
     for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            whole = isinstance(record["step"], int)
-        except (ValueError, TypeError, KeyError):
-            whole = False
-        if not whole:
-            if not any(lines[number:]):
-                break
-            raise ValueError(
-                f"{path} line {number} is no record of a step; mend or remove the line."
-            ) from None
+        record = _parse_record(line)
+        if record is None:
+            if any(lines[number:]):
+                raise ValueError(
+                    f"{path} line {number} is no record of a step; mend or remove the line."
+                )
+            break
         records.append(record)
     return records
 
 
-def write_header(folder: Path, header: dict[str, Any], *, start_step: int = 0) -> None:
-    """Puts what is being run into folder/run.json, at once or not at all: {"sessions": [the first start, each resumption]}.
+def _parse_record(line: bytes) -> Record | None:
+    """The record in a line; None if there is no whole one."""
+    try:
+        record = json.loads(line)
+        return record if isinstance(record["step"], int) else None
+    except (ValueError, TypeError, KeyError):
+        return None
 
-    A session is `header` (configuration, launch, data, ...; "loss_unit" labels the axis of ``apps.common.plot``) with
+
+def write_header(folder: Path, header: dict[str, Any], *, start_step: int = 0) -> None:
+    """Puts what is being run into folder/run.json, at once or not at all.
+
+    The file is {"sessions": [the first start, each resumption]}.  A session is `header`
+    (configuration, launch, data, ...; "loss_unit" labels the axis of ``apps.common.plot``) with
     "started", "start_step" and "versions".  start_step=0 begins a new list.
 
     Raises:
-        ValueError: run.json is there but is none."""
+        ValueError: run.json is there but holds no sessions."""
     _expect_start(start_step)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -238,21 +244,30 @@ def _keep_before(folder: Path, step: int) -> None:
     path = folder / "metrics.jsonl"
     if not path.exists():
         return
-    records = (
-        read_metrics(folder) if step > 0 else []
-    )  # a new run need not understand an older one's
-    kept = "".join(json.dumps(r) + "\n" for r in records if r["step"] < step)
+    # A new run need not understand the records of an older one.
+    records = read_metrics(folder) if step > 0 else []
+    kept = "".join(json.dumps(record) + "\n" for record in records if record["step"] < step)
     if kept.encode() != path.read_bytes():
         write_text(path, kept, replace=True)
+
+
+def _start_tensorboard(folder: Path, config: dict[str, Any] | None, start_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step, flush_secs=10)
+    if config:
+        text = json.dumps(config, indent=1, default=str)
+        writer.add_text("config", f"```\n{text}\n```", start_step)
+    return writer
 
 
 def _start_wandb(folder: Path, project: str, config: dict[str, Any] | None, resumed: bool) -> Any:
     import wandb
 
-    note = folder / "wandb.id"
-    if not (resumed and note.exists()):
-        write_text(note, uuid.uuid4().hex[:12] + "\n", replace=True)
-    identity = note.read_text(encoding="utf-8").strip()
+    id_file = folder / "wandb.id"
+    if not (resumed and id_file.exists()):
+        write_text(id_file, uuid.uuid4().hex[:12] + "\n", replace=True)
+    identity = id_file.read_text(encoding="utf-8").strip()
     return wandb.init(
         project=project,
         name=folder.resolve().name,
@@ -270,9 +285,11 @@ def _start_wandb(folder: Path, project: str, config: dict[str, Any] | None, resu
 def progress(
     total: int, first: int, title: str, *, is_main_rank: bool = True
 ) -> Iterator[Callable[[Record], None]]:
-    """What to call with each step's record.  At a terminal: a bar with loss, tokens/s and the time left.  Elsewhere: a line for
-    each of the first 20 steps, then at most one in 10 s, and always for the last step and for a validation.  Nothing where
-    not `is_main_rank` (ranks other than the first).
+    """What to call with each step's record.
+
+    At a terminal it shows a bar with loss, tokens/s and the time left.  Elsewhere it prints a line
+    for each of the first 20 steps, then at most one in 10 s, and always for the last step and for a
+    validation.  Nothing where not `is_main_rank`.
 
     Args:
         total: the run's steps.
@@ -316,13 +333,17 @@ def _bar(total: int, first: int, title: str) -> Iterator[Callable[[Record], None
 
 @contextlib.contextmanager
 def _lines() -> Iterator[Callable[[Record], None]]:
-    shown, last, waiting = 0, monotonic(), None
+    shown = 0  # lines
+    last = monotonic()  # when the last one was printed
+    waiting: Record | None = None  # the newest record that has no line
 
     def show(record: Record) -> None:
         nonlocal shown, last, waiting
         if shown < SHOWN or "val_loss" in record or monotonic() - last >= PAUSE:
             print(_line(record), flush=True)
-            shown, last, waiting = shown + 1, monotonic(), None
+            shown += 1
+            last = monotonic()
+            waiting = None
         else:
             waiting = record
 
@@ -333,13 +354,13 @@ def _lines() -> Iterator[Callable[[Record], None]]:
             print(_line(waiting), flush=True)
 
 
-def _line(r: Record) -> str:
-    parts = [f"step {r['step']:4d}", f"loss {r['loss']:.6f}"]
+def _line(record: Record) -> str:
+    parts = [f"step {record['step']:4d}", f"loss {record['loss']:.6f}"]
     for name, text in (
         ("val_loss", "val loss {:.6f}"),
         ("grad_norm", "grad norm {:.4f}"),
         ("lr", "lr {:.2e}"),
     ):
-        if name in r:
-            parts.append(text.format(r[name]))
-    return "  ".join([*parts, f"{r['tokens_per_s']:,.0f} tokens/s"])
+        if name in record:
+            parts.append(text.format(record[name]))
+    return "  ".join([*parts, f"{record['tokens_per_s']:,.0f} tokens/s"])
