@@ -20,8 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..comm import Group, Pending
-from ..consistency import cpu_group
+from ..comm import Group, Pending, cpu_group
 from .world import World
 
 AGAIN = 75  # exit status: stopped early, start it again (EX_TEMPFAIL of sysexits.h)
