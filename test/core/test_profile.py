@@ -1,7 +1,8 @@
-"""A profile reads as the algorithms' names: phases, collectives posted and waited for, local attention."""
+"""A profile reads as the algorithms' names: phases, collectives posted and waited for, local
+attention."""
 
 import torch
-from programs import ranks_do
+from programs import rank_functions
 
 import ringx
 from ringx import launch
@@ -15,7 +16,7 @@ def profiled(world):
     ranges = {}
     for algorithm in ALGORITHMS:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            ranks_do.attend(world, algorithm, backward=True)
+            rank_functions.attend(world, algorithm, backward=True)
         names = {event.key for event in profile.key_averages()}
         ranges[algorithm] = {name for name in names if name.startswith("ring")}
     return ranges

@@ -94,7 +94,7 @@ def wait_for(condition, timeout: float, explain=lambda: "") -> None:
         time.sleep(0.2)
 
 
-def why_not() -> str | None:
+def missing_requirement() -> str | None:
     if sys.platform != "linux":
         return "needs Linux's namespaces"
     if os.geteuid() != 0:

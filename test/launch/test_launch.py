@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.paths import PROGRAMS
-from programs import ranks_do
+from programs import rank_functions
 
 import ringx
 from ringx import launch
@@ -230,18 +230,18 @@ def test_ranks_have_their_own_gpu_or_say_why_not(monkeypatch):
     with pytest.raises(ValueError, match="4 ranks on this host would share 2 GPUs"):
         launch.detect(TORCHRUN)
     with pytest.raises(ValueError, match="3 ranks on this host would share 2 GPUs"):
-        launch.run(ranks_do.who, 3, "")
+        launch.run(rank_functions.describe_rank, 3, "")
 
 
 @pytest.mark.fast
 def test_bad_arguments(monkeypatch):
     for nproc in (0, -1, 2.0, True, "2"):
         with pytest.raises(ValueError, match="nproc="):
-            launch.run(ranks_do.who, nproc, "")
+            launch.run(rank_functions.describe_rank, nproc, "")
     with pytest.raises(ValueError, match="timeout=0"):
-        launch.run(ranks_do.who, 2, "", timeout=0)
+        launch.run(rank_functions.describe_rank, 2, "", timeout=0)
     with pytest.raises(ValueError, match="device='tpu'"):
-        launch.run(ranks_do.who, 2, "", device="tpu")
+        launch.run(rank_functions.describe_rank, 2, "", device="tpu")
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no GPU here"):
             launch.init(device="cuda")
@@ -250,7 +250,7 @@ def test_bad_arguments(monkeypatch):
     assert launch.launched()
     assert launch.world_size() == 7
     with pytest.raises(ValueError, match="nproc=2, but this process was started as one of 7 ranks"):
-        launch.run(ranks_do.who, 2, "")
+        launch.run(rank_functions.describe_rank, 2, "")
 
 
 # ---- ranks started here
@@ -258,7 +258,7 @@ def test_bad_arguments(monkeypatch):
 
 @pytest.mark.parametrize("nproc", [None, 1, 2, 3])
 def test_run_gives_results_by_rank(nproc, capfd):
-    results = launch.run(ranks_do.who, nproc, "hello")
+    results = launch.run(rank_functions.describe_rank, nproc, "hello")
     n = nproc or 1
     launcher = "plain" if n == 1 else "ringx"
     got = [
@@ -271,7 +271,7 @@ def test_run_gives_results_by_rank(nproc, capfd):
         f"hello from rank {r}\n" for r in range(n)
     ]
     assert not launch.launched()
-    assert launch.run(ranks_do.threads, nproc, threads=2) == [2] * n
+    assert launch.run(rank_functions.number_of_threads, nproc, threads=2) == [2] * n
 
 
 def failure(call, *args, nproc=3, timeout=30):
@@ -283,25 +283,25 @@ def failure(call, *args, nproc=3, timeout=30):
 
 
 def test_the_rank_that_raised_is_named_and_the_others_end():
-    message, seconds = failure(ranks_do.fail, 1)
+    message, seconds = failure(rank_functions.raise_on, 1)
     assert message.startswith(
         "rank 1 of 3 raised KeyError: 'rank 1 has no such thing'\n\nTraceback"
     )
-    assert "in fail" in message
+    assert "in raise_on" in message
     assert seconds < 10
-    message, seconds = failure(ranks_do.refuse, 2)
+    message, seconds = failure(rank_functions.pass_bool_on, 2)
     assert message.startswith("rank 2 of 3 raised TypeError: q.dtype=torch.bool")
     assert seconds < 10
-    message, _ = failure(ranks_do.leave, 0)
+    message, _ = failure(rank_functions.exit_on, 0)
     assert message.startswith("rank 0 of 3 ended with status 3 before it had a result")
-    message, _ = failure(ranks_do.unpicklable, nproc=2)
+    message, _ = failure(rank_functions.return_lambda, nproc=2)
     assert "raised" in message
     assert "pickle" in message
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_a_rank_killed_in_a_collective(direction):
-    message, seconds = failure(ranks_do.die_in, 1, direction, "kill")
+    message, seconds = failure(rank_functions.stop_in_attention, 1, direction, "kill")
     assert message.startswith("rank 1 of 3 was ended by SIGKILL. Rank ")
     assert re.search(
         rf"ringx4 {direction}: broadcast from rank [01] failed on rank", message
@@ -311,7 +311,7 @@ def test_a_rank_killed_in_a_collective(direction):
 
 @pytest.mark.parametrize("direction", ["forward", pytest.param("backward", marks=pytest.mark.slow)])
 def test_a_rank_that_never_comes(direction):
-    message, seconds = failure(ranks_do.die_in, 2, direction, "sleep", timeout=2)
+    message, seconds = failure(rank_functions.stop_in_attention, 2, direction, "sleep", timeout=2)
     assert "waited for its peers in vain; rank 2 is still at work." in message
     assert f"ringx4 {direction}: broadcast from rank 2 failed on rank" in message
     assert "Timed out" in message
@@ -446,11 +446,11 @@ def test_the_variables_of_srun_and_an_error_that_ends_all_ranks():
 
 
 def test_absent_ranks_and_a_wrong_host_are_named_within_the_timeout():
-    absent = [start(sys.executable, PROGRAMS / "meet.py", **step(r, 4, job=1)) for r in (0, 2)]
+    absent = [start(sys.executable, PROGRAMS / "join.py", **step(r, 4, job=1)) for r in (0, 2)]
     port = environ.read(step(0, 4, job=1)).port
     nowhere = start(
         sys.executable,
-        PROGRAMS / "meet.py",
+        PROGRAMS / "join.py",
         **step(1, 2, job=2, MASTER_ADDR="no-such-host.invalid"),
     )
     for process in absent:
@@ -476,7 +476,7 @@ linux = pytest.mark.skipif(
 
 
 def await_ranks(path, n=2):
-    """The process ids that ranks_do.pids writes."""
+    """The process ids that rank_functions.write_pid writes."""
     files = [Path(f"{path}.{r}") for r in range(n)]
     wait_for(lambda: all(f.exists() and f.read_text() for f in files), 60)
     return [f.read_text() for f in files]
@@ -491,7 +491,7 @@ def wait_for(condition, seconds):
 
 @linux
 def test_no_rank_outlives_a_killed_parent(tmp_path):
-    parent = start(sys.executable, PROGRAMS / "start.py", tmp_path / "pid")
+    parent = start(sys.executable, PROGRAMS / "start_two_ranks.py", tmp_path / "pid")
     pids = await_ranks(tmp_path / "pid")
     parent.kill()
     wait_for(lambda: all(gone(p) for p in pids), 10)
@@ -507,7 +507,7 @@ def test_an_interrupt_ends_all_ranks_at_once(tmp_path):
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
-        launch.run(ranks_do.pids, 2, tmp_path / "pid")
+        launch.run(rank_functions.write_pid, 2, tmp_path / "pid")
     thread.join()
     wait_for(lambda: all(gone(p) for p in await_ranks(tmp_path / "pid")), 5)
 

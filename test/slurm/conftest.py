@@ -3,12 +3,12 @@
 import re
 
 import pytest
-from helpers.slurm_cluster import Cluster, why_not
+from helpers.slurm_cluster import Cluster, missing_requirement
 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
-    if reason := why_not():
+    if reason := missing_requirement():
         pytest.skip(f"no Slurm cluster: {reason}")
     made = Cluster(tmp_path_factory.mktemp("slurm"))
     try:

@@ -40,7 +40,7 @@ def limited(cluster):
     script = cluster.folder / "limited.sbatch"
     script.write_text(
         "#!/bin/bash\n#SBATCH -N2 --ntasks-per-node=1 --time=1 --signal=B:USR1@10 --requeue --open-mode=append\n"
-        f"#SBATCH --output={out}\ncd {ROOT}\nsource script/job.sh generic-cpu\nranks python3 {PROGRAMS / 'told.py'}\njob_end\n"
+        f"#SBATCH --output={out}\ncd {ROOT}\nsource script/job.sh generic-cpu\nranks python3 {PROGRAMS / 'await_signal.py'}\njob_end\n"
     )
     return cluster.sbatch(script), out
 
@@ -221,7 +221,7 @@ def test_a_real_time_limit_reaches_the_ranks(cluster, limited):
     first, again = said.split("back into the queue")
     assert (
         len(set(re.findall(r"up (n\d) 0", first))) == 2
-        and len(set(re.findall(r"told (n\d)", first))) == 2
+        and len(set(re.findall(r"received (n\d)", first))) == 2
     )
     assert len(set(re.findall(r"up (n\d) 1", again))) == 2
 

@@ -127,8 +127,8 @@ def test_two_jobs_on_one_node_take_different_ports(cluster):
 
 
 def test_a_rank_that_never_starts_is_named_within_the_timeout(cluster):
-    """meet.py waits for 3 seconds."""
-    late = f'[ "$SLURM_PROCID" = 1 ] && exec sleep 8; exec {PYTHON} {PROGRAMS / "meet.py"}'
+    """join.py waits for 3 seconds."""
+    late = f'[ "$SLURM_PROCID" = 1 ] && exec sleep 8; exec {PYTHON} {PROGRAMS / "join.py"}'
     said = cluster("exec", "srun", "-N3", "bash", "-c", late)
     lines = [line for line in said.splitlines() if "not all of 3 ranks came to n1:" in line]
     assert len(lines) == 2 and all(

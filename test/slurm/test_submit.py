@@ -347,7 +347,7 @@ def test_least_memory_is_below_what_is_measured(tmp_path):
     found, _ = records.read_all(tmp_path)
     assert len(found) == 2 * len(ringx.algorithms())
     for r in found:
-        case = attention_cases.Case(**r["case"])
+        case = attention_cases.AttentionCase(**r["case"])
         inputs = 4 * 512 // 2 * 4 * case.head_dim * (4 if case.dtype == "fp32" else 2)
         held = r["memory"]["peak_bytes"] + inputs
         assert least_memory(case) <= held <= 4 * least_memory(case), case.id

@@ -18,7 +18,7 @@ from apps.common import zero
 from ringx.launch.mesh import Shape
 
 sys.path.insert(0, str(PROGRAMS))
-import zero_does
+import zero_rank_functions
 
 KINDS = ("zero1", "zero2", "zero3")
 CP2, DP2 = Shape(cp=2), Shape(dp=2)
@@ -29,12 +29,14 @@ needs_deepspeed = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def imports(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(zero_does.__file__).parent), prepend=":")
+    monkeypatch.setenv("PYTHONPATH", str(Path(zero_rank_functions.__file__).parent), prepend=":")
 
 
 def on(shape, engine, *args, **changed):
     return ringx.launch.run(
-        partial(zero_does.train, shape=shape, engine=engine, **changed), shape.world_size, *args
+        partial(zero_rank_functions.train, shape=shape, engine=engine, **changed),
+        shape.world_size,
+        *args,
     )
 
 
@@ -101,7 +103,7 @@ def test_bfloat16_is_what_fsdp_does(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_first_weights_are_those_of_the_seed_and_nan_changes_nothing(kind, dtype):
     for right, norm, kept, kind_of in ringx.launch.run(
-        partial(zero_does.newborn, engine=kind, dtype=dtype), 3
+        partial(zero_rank_functions.check_initial_state, engine=kind, dtype=dtype), 3
     ):
         assert right and kept and not math.isfinite(norm) and kind_of is getattr(torch, dtype)
 

@@ -10,7 +10,7 @@ import torch
 import ringx
 
 
-def who(world, word):
+def describe_rank(world, word):
     """Rank, thread count and arguments; what is printed passes through."""
     sys.stdout.write(
         f"{word} from rank {world.rank}\n"
@@ -29,20 +29,20 @@ def attend(world, algorithm="ringx4", backward=False, seqlen=24):
     return out.detach()
 
 
-def fail(world, culprit):
+def raise_on(world, culprit):
     """One rank raises while the others wait for it in a collective."""
     if world.rank == culprit:
         raise KeyError(f"rank {culprit} has no such thing")
     return attend(world)
 
 
-def refuse(world, culprit):
+def pass_bool_on(world, culprit):
     """One rank passes what attention refuses: all ranks raise, but the culprit's own words count."""
     x = torch.zeros(1, 4, 2, 8)
     return ringx.attention(x.bool() if world.rank == culprit else x, x, x)
 
 
-def die_in(world, culprit, direction, how):
+def stop_in_attention(world, culprit, direction, how):
     """One rank is killed, or sleeps, in the middle of an attention's forward or backward."""
     if world.rank == culprit:
         from ringx import comm
@@ -62,7 +62,7 @@ def die_in(world, culprit, direction, how):
     return attend(world, backward=direction == "backward")
 
 
-def leave(world, culprit):
+def exit_on(world, culprit):
     """One rank ends without a word."""
     if world.rank == culprit:
         sys.stdout.flush()
@@ -70,16 +70,16 @@ def leave(world, culprit):
     return attend(world)
 
 
-def pids(world, path):
+def write_pid(world, path):
     """Writes this rank's process id to a file and waits to be ended."""
     with open(f"{path}.{world.rank}", "w") as f:
         f.write(str(os.getpid()))
     time.sleep(600)
 
 
-def threads(world):
+def number_of_threads(world):
     return torch.get_num_threads()
 
 
-def unpicklable(world):
+def return_lambda(world):
     return lambda: None

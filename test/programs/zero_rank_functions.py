@@ -71,10 +71,10 @@ def train(
     if save:
         with Checkpoints(save, peers) as checkpoints:
             checkpoints.save(steps, state, {})
-    return records, held(state)
+    return records, checkpointed_values(state)
 
 
-def held(state) -> dict[str, torch.Tensor]:
+def checkpointed_values(state) -> dict[str, torch.Tensor]:
     values = dict(state["model"])
     for name, moments in state["optimizer"]["state"].items():
         values |= {f"{name} {key}": value for key, value in moments.items()}
@@ -90,10 +90,10 @@ def held(state) -> dict[str, torch.Tensor]:
     }
 
 
-def newborn(world, engine: str, dtype: str):
+def check_initial_state(world, engine: str, dtype: str):
     """Are the first masters those of the seed, to the bit?  What does a gradient of NaN do?"""
     config, mesh, _, e = begin(Shape(cp=world.world_size), engine, dtype=dtype)
-    before = held(e.state())
+    before = checkpointed_values(e.state())
     right = all(
         torch.equal(
             before[name], initial_weight(name, before[name].shape, config.model, config.train.seed)
@@ -107,6 +107,6 @@ def newborn(world, engine: str, dtype: str):
     with e.accumulate(last=True):
         e.backward(e(tokens, positions, tokens) * float("nan"))
     norm = float(e.step(1.0, 1.0))
-    after = held(e.state())
+    after = checkpointed_values(e.state())
     kept = all(torch.equal(before[name], after[name]) for name, _ in e.module.named_parameters())
     return right, norm, kept, next(e.module.parameters()).dtype
