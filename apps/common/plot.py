@@ -3,23 +3,68 @@
     python -m apps.common.plot RUN [RUN ...] --out DIR
     python -m apps.common.plot RUN --out DIR --smooth 20
 
-Writes DIR/loss, loss_by_tokens, throughput, memory and mfu: each as PNG and SVG, with the numbers it shows as CSV.  A figure
-that no run has numbers for is skipped with the reason.  Needs matplotlib: pip install 'ringx[plot]'
+Writes DIR/loss, loss_by_tokens, throughput, memory and mfu: each as PNG and SVG, with the numbers
+it shows as CSV.  A figure that no run has numbers for is skipped with the reason.  Needs
+matplotlib: pip install 'ringx[plot]'
 """
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from apps.common.arguments import MISTAKES, run_command
 from apps.common.log import read_metrics, read_sessions
-from ringx.report import figures as house  # one look for all figures
+from ringx.report import figures as shared  # one look for all figures
 from ringx.report.figures import Lacking, Row
 
 MARKED = 9  # markers on a line, enough to tell lines apart in black and white
 GIB = 2**30
+HOLLOW = {"ls": "", "mfc": "white", "mew": 1.4, "ms": 7, "zorder": 9}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A figure: one number of the records against the steps, or against the tokens seen."""
+
+    y: str  # name in the records
+    ylabel: str
+    title: str
+    x: str = "step"
+    points: str = ""  # name of a number that is shown as hollow points; "": none
+    unit: float = 1.0  # what 1 on the y axis is in the records' unit
+    from_zero: bool = False  # whether the y axis begins at 0
+    smoothed: bool = True  # whether `smooth` applies
+
+
+def curves(loss: str) -> dict[str, Curve]:
+    """The figures by the names of their files; loss: its label."""
+    return {
+        "loss": Curve(y="loss", ylabel=loss, title="Loss", points="val_loss"),
+        "loss_by_tokens": Curve(
+            y="loss", ylabel=loss, title="Loss by training data", points="val_loss", x="tokens"
+        ),
+        "throughput": Curve(
+            y="tokens_per_s", ylabel="throughput (tokens/s)", title="Throughput", from_zero=True
+        ),
+        "memory": Curve(
+            y="peak_memory_bytes",
+            ylabel="peak memory of a rank (GiB)",
+            title="Memory",
+            unit=GIB,
+            from_zero=True,
+            smoothed=False,
+        ),
+        "mfu": Curve(
+            y="mfu",
+            ylabel="model FLOPs utilisation (%)",
+            title="Model FLOPs utilisation",
+            unit=0.01,
+            from_zero=True,
+        ),
+    }
 
 
 def plot_runs(runs: "Sequence[str | Path]", out: "str | Path", *, smooth: int = 0) -> list[str]:
@@ -27,7 +72,8 @@ def plot_runs(runs: "Sequence[str | Path]", out: "str | Path", *, smooth: int = 
 
     Args:
         runs: folders that hold a metrics.jsonl; one named twice counts once.
-        smooth: draw the mean of each `smooth` records up to a step over the pale raw curve (not of memory); 0: raw only.
+        smooth: draw the mean of each `smooth` records up to a step over the pale raw curve (not of
+            memory); 0: raw only.
 
     Returns:
         A line about each figure: its files, or why it was skipped.
@@ -40,46 +86,30 @@ def plot_runs(runs: "Sequence[str | Path]", out: "str | Path", *, smooth: int = 
     folders = list({Path(run).resolve(): Path(run) for run in runs}.values())
     if not folders:
         raise ValueError("runs is empty; name at least one folder that holds a metrics.jsonl.")
-    records = dict(zip(names_of(folders), map(read_metrics, folders), strict=True))
-    units = {(read_sessions(folder) or [{}])[-1].get("loss_unit") for folder in folders}
-    unit = units.pop() if len(units) == 1 else None
+    rows: list[Row] = []
+    for name, folder in zip(names_of(folders), folders, strict=True):
+        rows += [{"run": name, **record} for record in read_metrics(folder)]
+    loss_unit = _loss_unit(folders)
     out = Path(out)
-    plt = house.pyplot()
+    plt = shared.pyplot()
     out.mkdir(parents=True, exist_ok=True)
-    loss = f"loss ({unit})" if unit else "loss"
-    figures: dict[str, dict[str, Any]] = {
-        "loss": dict(y="loss", ylabel=loss, title="Loss", points="val_loss"),
-        "loss_by_tokens": dict(
-            y="loss", ylabel=loss, title="Loss by training data", points="val_loss", x="tokens"
-        ),
-        "throughput": dict(
-            y="tokens_per_s", ylabel="throughput (tokens/s)", title="Throughput", from_zero=True
-        ),
-        "memory": dict(
-            y="peak_memory_bytes",
-            ylabel="peak memory of a rank (GiB)",
-            title="Memory",
-            per=GIB,
-            from_zero=True,
-        ),
-        "mfu": dict(
-            y="mfu",
-            ylabel="model FLOPs utilisation (%)",
-            title="Model FLOPs utilisation",
-            per=0.01,
-            from_zero=True,
-        ),
-    }
-    said = []
-    for name, kind in figures.items():
-        how = kind | {"smooth": 0 if name == "memory" else smooth}
+    lines = []
+    for name, curve in curves(f"loss ({loss_unit})" if loss_unit else "loss").items():
 
-        def figure(plt, rows, how=how):
-            return _curves(plt, rows, **how)
+        def figure(plt: Any, rows: Sequence[Row], curve: Curve = curve) -> tuple[Any, list[Row]]:
+            return _draw_curves(plt, rows, curve, smooth if curve.smoothed else 0)
 
-        rows = [{"run": run, **r} for run, mine in records.items() for r in mine]
-        said.append(house.draw_figure(plt, figure, rows, out / name))
-    return said
+        lines.append(shared.draw_figure(plt, figure, rows, out / name))
+    return lines
+
+
+def _loss_unit(folders: Sequence[Path]) -> str | None:
+    """The unit of the runs' losses, if all name the same."""
+    units = set()
+    for folder in folders:
+        sessions = read_sessions(folder)
+        units.add(sessions[-1].get("loss_unit") if sessions else None)
+    return units.pop() if len(units) == 1 else None
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
@@ -93,85 +123,104 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 
 def mean_of_last(values: Sequence[float], n: int) -> list[float]:
     """Of each value and the n - 1 before it (fewer at the start)."""
-    return [
-        sum(part) / len(part)
-        for part in (values[max(0, i + 1 - n) : i + 1] for i in range(len(values)))
-    ]
+    means = []
+    for end in range(1, len(values) + 1):
+        part = values[max(0, end - n) : end]
+        means.append(sum(part) / len(part))
+    return means
 
 
-def _curves(
-    plt,
-    rows: Iterable[Row],
-    *,
-    y: str,
-    ylabel: str,
-    title: str,
-    smooth: int,
-    x="step",
-    points=None,
-    per=1.0,
-    from_zero=False,
-):
-    """One line for each run that has y (hollow points: `points`); and the rows of its CSV, in the records' own units."""
-    rows = [
-        r
-        for r in rows
-        if r.get(x) is not None and (r.get(y) is not None or (points and r.get(points) is not None))
-    ]
-    if not any(r.get(y) is not None for r in rows):
-        raise Lacking(f"it needs records with {y!r}" + (f" and {x!r}" if x != "step" else ""))
-    fig, ax = plt.subplots(figsize=(house.WIDTH, 4.4))
-    runs = list(dict.fromkeys(r["run"] for r in rows))
-    shown, hollow = [], None
+def _draw_curves(plt: Any, rows: Sequence[Row], curve: Curve, smooth: int) -> tuple[Any, list[Row]]:
+    """(the figure: a line for each run that has y; the rows of its CSV, in the records' units)."""
+    rows = [row for row in rows if _has(row, curve.x) and _has_any(row, curve)]
+    if not any(_has(row, curve.y) for row in rows):
+        needed = f"it needs records with {curve.y!r}"
+        raise Lacking(needed if curve.x == "step" else f"{needed} and {curve.x!r}")
+    figure, axes = plt.subplots(figsize=(shared.WIDTH, 4.4))
+    runs = list(dict.fromkeys(row["run"] for row in rows))
+    shown: list[Row] = []
     for k, run in enumerate(runs):
-        mine = [r for r in rows if r["run"] == run and r.get(y) is not None]
-        xs, ys = [r[x] for r in mine], [r[y] / per for r in mine]
-        look = _look(k, len(xs))
-        smoothed: Sequence[float | None] = [None] * len(ys)
-        if smooth > 1:
-            ax.plot(xs, ys, color=look["color"], lw=0.8, alpha=0.35, zorder=2)
-            smoothed = ys = mean_of_last(ys, smooth)
-        ax.plot(xs, ys, label=run, **look)
-        marks = [r for r in rows if points and r["run"] == run and r.get(points) is not None]
-        if marks:
-            hollow = {"ls": "", "mfc": "white", "mew": 1.4, "ms": 7, "zorder": 9}
-            ax.plot(
-                [r[x] for r in marks],
-                [r[points] / per for r in marks],
-                color=look["color"],
-                marker=look["marker"],
-                **hollow,
-            )
-        means = {id(r): None if v is None else v * per for r, v in zip(mine, smoothed, strict=True)}
-        for r in (r for r in rows if r["run"] == run):
-            row = {"run": run, "step": r["step"], **({x: r[x]} if x != "step" else {}), y: r.get(y)}
-            row |= {f"{y}_mean_of_{smooth}": means.get(id(r))} if smooth > 1 else {}
-            shown.append(row | ({points: r.get(points)} if points else {}))
-    if hollow:
-        ax.plot([], [], color="0.3", marker="o", label="hollow: validation", **hollow)
-    ax.set(title=title, xlabel={"step": "step", "tokens": "training tokens seen"}[x])
-    ax.set_ylabel(ylabel + (f", mean of {smooth} records" if smooth > 1 else ""))
-    if from_zero:
-        ax.margins(y=0.1)
-        ax.set_ylim(bottom=0)
-    if x == "step":
-        ax.xaxis.get_major_locator().set_params(integer=True)
-    for axis, what in ((ax.xaxis, x), (ax.yaxis, y)):
-        if what in ("tokens", "tokens_per_s"):  # 200M, not 2.0 and 1e8 in a corner
+        rows_of_run = [row for row in rows if row["run"] == run]
+        shown += _draw_run(axes, k, run, rows_of_run, curve, smooth)
+    if any(_has(row, curve.points) for row in rows):
+        axes.plot([], [], color="0.3", marker="o", label="hollow: validation", **HOLLOW)
+    _label(plt, axes, curve, smooth)
+    longest = max(len(run) for run in runs)
+    columns = max(1, min(3, int(60 // longest)))
+    figure.legend(loc="outside lower center", ncols=columns)
+    return figure, shown
+
+
+def _has(row: Row, name: str) -> bool:
+    return row.get(name) is not None
+
+
+def _has_any(row: Row, curve: Curve) -> bool:
+    """Whether there is something to show of a record."""
+    return _has(row, curve.y) or _has(row, curve.points)
+
+
+def _draw_run(
+    axes: Any, k: int, run: str, rows: Sequence[Row], curve: Curve, smooth: int
+) -> list[Row]:
+    """Draws the k-th run, and returns its rows of the CSV."""
+    with_y = [row for row in rows if _has(row, curve.y)]
+    xs = [row[curve.x] for row in with_y]
+    ys = [row[curve.y] / curve.unit for row in with_y]
+    look = _look(k, len(xs))
+    means: dict[int, float] = {}  # by the row's id
+    if smooth > 1:
+        axes.plot(xs, ys, color=look["color"], lw=0.8, alpha=0.35, zorder=2)
+        ys = mean_of_last(ys, smooth)
+        means = {id(row): y * curve.unit for row, y in zip(with_y, ys, strict=True)}
+    axes.plot(xs, ys, label=run, **look)
+    marked = [row for row in rows if _has(row, curve.points)]
+    if marked:
+        axes.plot(
+            [row[curve.x] for row in marked],
+            [row[curve.points] / curve.unit for row in marked],
+            color=look["color"],
+            marker=look["marker"],
+            **HOLLOW,
+        )
+    return [_csv_row(row, curve, smooth, means.get(id(row))) for row in rows]
+
+
+def _csv_row(row: Row, curve: Curve, smooth: int, mean: float | None) -> Row:
+    shown = {"run": row["run"], "step": row["step"]}
+    shown[curve.x] = row[curve.x]
+    shown[curve.y] = row.get(curve.y)
+    if smooth > 1:
+        shown[f"{curve.y}_mean_of_{smooth}"] = mean
+    if curve.points:
+        shown[curve.points] = row.get(curve.points)
+    return shown
+
+
+def _label(plt: Any, axes: Any, curve: Curve, smooth: int) -> None:
+    xlabels = {"step": "step", "tokens": "training tokens seen"}
+    axes.set(title=curve.title, xlabel=xlabels[curve.x])
+    mean = f", mean of {smooth} records" if smooth > 1 else ""
+    axes.set_ylabel(curve.ylabel + mean)
+    if curve.from_zero:
+        axes.margins(y=0.1)
+        axes.set_ylim(bottom=0)
+    if curve.x == "step":
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    for axis, name in ((axes.xaxis, curve.x), (axes.yaxis, curve.y)):
+        if name in ("tokens", "tokens_per_s"):  # 200M, not 2.0 and 1e8 in a corner
             axis.set_major_formatter(plt.matplotlib.ticker.EngFormatter(sep=""))
-    columns = max(1, min(3, int(60 // max(len(run) for run in runs))))
-    fig.legend(loc="outside lower center", ncols=columns)
-    return fig, shown
 
 
 def _look(k: int, n: int) -> dict[str, Any]:
-    """Colour, marker and line of the k-th run, all three another than its neighbours'; its n points get a few markers, shifted
-    so that those of runs which coincide do not."""
-    colours, styles = house.COLOURS, house.STYLES
+    """Colour, marker and line of the k-th run: all three differ from its neighbours'.
+
+    Its n points get a few markers, shifted so that those of runs which coincide do not."""
+    colours, styles = shared.COLOURS, shared.STYLES
     every = max(1, n // MARKED)
     return {
         "color": colours[k % len(colours)],
-        "marker": house.MARKERS[k % len(house.MARKERS)],
+        "marker": shared.MARKERS[k % len(shared.MARKERS)],
         "ls": styles[(k + k // len(colours)) % len(styles)],
         "lw": 1.8,
         "ms": 5,
@@ -204,7 +253,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: "Sequence[str] | None" = None) -> int:
-    """Draws the figures and prints a line about each; a user's mistake is one line on stderr and exit status 2."""
+    """Draws the figures and prints a line about each; returns the exit status."""
     return run_command(parser(), argv, _draw, mistakes=(*MISTAKES, OSError))
 
 
