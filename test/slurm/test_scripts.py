@@ -100,7 +100,7 @@ def test_setup_dist_vars_says_what_ringx_would(nodes):
         )
         assert int(got["MASTER_PORT"]) == want.port and got["MASTER_ADDR"] == hosts[0]
         assert (
-            environ.read(slurm | got).world == want.world_size
+            environ.read(slurm | got).world_size == want.world_size
         )  # and ringx accepts what the script has set
 
 

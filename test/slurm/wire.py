@@ -11,7 +11,7 @@ from ringx.command import cli
 if __name__ == "__main__":
     ringx.launch.init(timeout=60)
     out = ("--out", sys.argv[1])
-    names = "broadcast,reduce,all_reduce,all_gather,all_to_all"
+    names = "broadcast,reduce,all_reduce,all_gather,all_to_all,ring"
     sizes = (
         "--min-bytes",
         "256K",
