@@ -1,8 +1,10 @@
-"""ringx: exact attention over sequences too long for one GPU, cut over the ranks of a context-parallel group.
+"""ringx: exact attention over sequences too long for one GPU, cut over the ranks of a
+context-parallel group.
 
     out = ringx.attention(q, k, v, group=cp, algorithm="ringx3", causal=True)
 
-The whole public surface is on this screen; ``ringx.launch`` starts ranks, ``python -m ringx`` is the command line.
+The whole public surface is on this screen; ``ringx.launch`` starts ranks, ``python -m ringx`` is
+the command line.
 """
 
 from . import comm, launch

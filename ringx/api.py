@@ -1,4 +1,5 @@
-"""attention(q, k, v): the public entry, the checks of its arguments, and the operator that autograd sees."""
+"""attention(q, k, v): the public entry, the checks of its arguments, and the operator that autograd
+sees."""
 
 import math
 from typing import Any
@@ -36,32 +37,44 @@ def attention(
     check: bool = True,
     return_lse: bool = False,
 ) -> "torch.Tensor | tuple[torch.Tensor, torch.Tensor]":
-    """Exact softmax attention of a sequence that is cut over the ranks of `group`.  Collective: every rank calls it.
+    """Exact softmax attention of a sequence that is cut over the ranks of `group`.  Collective:
+    every rank calls it.
 
     Args:
-        q: [B, S_local, H, D], this rank's queries in layout order (see ``shard``); fp16, bf16, fp32 or fp64.
-        k, v: [B, S_local, Hkv, D], like q; H a multiple of Hkv (query head h uses key/value head h // (H / Hkv)).
-        group: the context-parallel process group; None is the default group, or one lone rank where none is initialised.
-        algorithm: a name of ``algorithms()``: how the ranks exchange their blocks.  All give the same result.
-        causal: a token sees itself and the tokens before it in the *global* sequence; False: every token sees all.
-        layout: which tokens this rank holds: "zigzag", "contiguous" or "striped" for equal shards, or a ``Sharding``.
+        q: [B, S_local, H, D], this rank's queries in layout order (see ``shard``); fp16, bf16, fp32
+            or fp64.
+        k, v: [B, S_local, Hkv, D], like q; H a multiple of Hkv (query head h uses key/value head h
+            // (H / Hkv)).
+        group: the context-parallel process group; None is the default group, or one lone rank where
+            none is initialised.
+        algorithm: a name of ``algorithms()``: how the ranks exchange their blocks.  All give the
+            same result.
+        causal: a token sees itself and the tokens before it in the *global* sequence; False: every
+            token sees all.
+        layout: which tokens this rank holds: "zigzag", "contiguous" or "striped" for equal shards,
+            or a ``Sharding``.
         scale: factor on q . k; None is D ** -0.5.
-        kernel: local attention kernel (``ringx info`` lists them); "auto" takes the fastest that can do the job.
-        overlap: post the next collective before the current block is computed (needs one more block of memory).
-        deterministic: have the kernel's backward give bitwise the same result every time (a kernel that cannot refuses).
-        check: compare the call with the other ranks' first, so that bad input or ranks that disagree raise on every rank
-            instead of hanging; one small message, no GPU synchronisation.  All ranks must pass the same value.
+        kernel: local attention kernel (``ringx info`` lists them); "auto" takes the fastest that
+            can do the job.
+        overlap: post the next collective before the current block is computed (needs one more block
+            of memory).
+        deterministic: have the kernel's backward give bitwise the same result every time (a kernel
+            that cannot refuses).
+        check: compare the call with the other ranks' first, so that bad input or ranks that
+            disagree raise on every rank instead of hanging; one small message, no GPU
+            synchronisation.  All ranks must pass the same value.
         return_lse: also return the log-sum-exp.
 
     Returns:
-        out like q; with return_lse also lse [B, H, S_local], natural logarithm, fp32 (fp64 for fp64).  Both differentiable
-        (once).  NaN in the inputs is passed through, not hidden.
+        out like q; with return_lse also lse [B, H, S_local], natural logarithm, fp32 (fp64 for
+        fp64).  Both differentiable (once).  NaN in the inputs is passed through, not hidden.
 
     Raises:
         TypeError, ValueError: an argument is wrong, named with its value and the remedy.
         NotImplementedError: the kernel cannot do this.
         ValueError (``comm.Disagreement``): another rank refused this call, or made a different one.
-        RuntimeError (``comm.PeerError``): a peer failed or timed out; the message names algorithm, direction and step.
+        RuntimeError (``comm.PeerError``): a peer failed or timed out; the message names algorithm,
+        direction and step.
     """
     transport = connect(group)
     plan: Plan | None = None
@@ -108,7 +121,8 @@ def plan_call(
     overlap: bool,
     deterministic: bool,
 ) -> Plan:
-    """The plan of one call, with the arguments of ``attention``.  Checks each; whatever is not supported is refused here."""
+    """The plan of one call, with the arguments of ``attention``.  Checks each; whatever is not
+    supported is refused here."""
     _check_tensors(q, k, v)
     _expect_bool("causal", causal)
     _expect_bool("overlap", overlap)
@@ -157,8 +171,9 @@ def call_signature(
     }
 
 
-# The forward is one operator of the dispatcher, so that selective activation checkpointing can keep its result instead of
-# attending (and communicating) again: name torch.ops.ringx.attention.default in the policy.  `plan` is a key of _plans.
+# The forward is one operator of the dispatcher, so that selective activation checkpointing can keep
+# its result instead of attending (and communicating) again: name torch.ops.ringx.attention.default
+# in the policy.  `plan` is a key of _plans.
 _library = torch.library.Library("ringx", "DEF")
 _library.define("attention(Tensor q, Tensor k, Tensor v, int plan) -> (Tensor, Tensor)")
 _plans: dict[int, Plan] = {}
@@ -184,7 +199,8 @@ torch.library.register_fake("ringx::attention", _attention_shapes, lib=_library)
 
 
 class SeesInside(TorchDispatchMode):
-    """A dispatch mode that is shown (by ``see``) what happens inside ringx's attention, where others see one operator."""
+    """A dispatch mode that is shown (by ``see``) what happens inside ringx's attention, where
+    others see one operator."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.ringx.attention.default:

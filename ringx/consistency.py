@@ -1,7 +1,8 @@
 """Do all ranks make the same call?  One small all-gather on the CPU before anything large is sent.
 
-It runs on every checked call: a remembered answer would itself hang when one rank remembers and another does not.  Where the
-group cannot move CPU tensors (NCCL alone) a gloo group of the same ranks carries it, so that the GPU is never waited for.
+It runs on every checked call: a remembered answer would itself hang when one rank remembers and
+another does not.  Where the group cannot move CPU tensors (NCCL alone) a gloo group of the same
+ranks carries it, so that the GPU is never waited for.
 """
 
 import json
@@ -15,7 +16,8 @@ MESSAGE_BYTES = 1024  # that each rank sends
 
 
 def check_consistency(group: Group, signature: dict[str, object], error: Exception | None) -> None:
-    """Raises on every rank if some rank has an `error` (its own as it is) or another `signature`; returns otherwise.
+    """Raises on every rank if some rank has an `error` (its own as it is) or another `signature`;
+    returns otherwise.
 
     Raises:
         Disagreement: names the rank, and what differs."""
@@ -56,7 +58,8 @@ def _raise_disagreement(group: Group, messages: list[bytes]) -> None:
         signature = _decode(message)
         if "error" in signature:
             raise Disagreement(
-                f"rank {rank} of the group (global rank {group.global_ranks[rank]}) refused this call: {signature['error']}"
+                f"rank {rank} of the group (global rank {group.global_ranks[rank]}) "
+                f"refused this call: {signature['error']}"
             )
         signatures.append(signature)
     for what, local_value in signatures[group.rank].items():
@@ -64,7 +67,8 @@ def _raise_disagreement(group: Group, messages: list[bytes]) -> None:
             if signature.get(what) != local_value:
                 raise Disagreement(
                     f"ranks disagree on {what}: rank {group.rank} has {local_value!r}, "
-                    f"rank {rank} has {signature.get(what)!r}; every rank of the group must make the same call."
+                    f"rank {rank} has {signature.get(what)!r}; "
+                    "every rank of the group must make the same call."
                 )
 
 

@@ -1,8 +1,8 @@
-"""Which global tokens a rank holds, and what of (queries) x (keys) must be computed.
+"""Which global tokens a rank holds.
 
-A layout says which *runs* of global positions a rank holds; ``tiles`` turns runs of queries and runs of keys into
-the rectangles that a mask leaves of them.  It is the only place that knows about masks: every layout, length, window
-and document boundary goes through it, for single ranks and for sets of ranks alike.
+A layout says which *runs* of global positions each rank holds; a ``Sharding`` is a layout bound to
+one sequence and number of ranks.  What of queries x keys must then be computed is decided in
+``ringx.tiles``.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,14 @@ from .checks import require_name
 LAYOUTS = {
     "contiguous": "rank r holds the r-th of N equal parts; causal work grows with the rank",
     "zigzag": "rank r holds chunks r and 2N-1-r of 2N: causal work is equal on all ranks",
-    "striped": "rank r holds tokens r, r+N, r+2N, ... (Brandon et al., arXiv 2311.09431); causal work is nearly equal",
+    "striped": "rank r holds tokens r, r+N, r+2N, ... (Brandon et al., arXiv 2311.09431); "
+    "causal work is nearly equal",
 }
 
 
 class TokenRange(NamedTuple):
-    """`length` tokens at the global positions start, start+step, ...; they are local rows at, at+1, ..."""
+    """`length` tokens at the global positions start, start+step, ...; they are local rows at, at+1,
+    ..."""
 
     start: int
     length: int
@@ -35,13 +37,15 @@ class TokenRange(NamedTuple):
 
 @dataclass(frozen=True)
 class Sharding:
-    """A layout bound to one sequence: any `seqlen` >= `world`, shards (zigzag: chunks) that differ by at most one token.
+    """A layout bound to one sequence: any `seqlen` >= `world`, shards (zigzag: chunks) that differ
+    by at most one token.
 
-    Pass it as ``layout=`` wherever a layout's name is accepted when the sequence does not divide equally.  Rank r's
-    local tensors then have ``sharding.size(r)`` tokens, in ascending order of their global positions.
+    Pass it as ``layout=`` wherever a layout's name is accepted when the sequence does not divide
+    equally.  Rank r's local tensors then have ``sharding.size(r)`` tokens, in ascending order of
+    their global positions.
 
-    Raises TypeError or ValueError, naming the argument, for sizes that are no positive integers, seqlen < world, or an
-    unknown layout.
+    Raises TypeError or ValueError, naming the argument, for sizes that are no positive integers,
+    seqlen < world, or an unknown layout.
     """
 
     seqlen: int
@@ -60,24 +64,29 @@ class Sharding:
         require_name(self.layout, LAYOUTS, "layout")
         if self.seqlen < self.world:
             raise ValueError(
-                f"Sharding: seqlen={self.seqlen} is shorter than world={self.world}: some rank would hold no token; "
+                f"Sharding: seqlen={self.seqlen} is shorter than world={self.world}: "
+                "some rank would hold no token; "
                 f"use at most {self.seqlen} ranks."
             )
 
     @classmethod
     def equal(cls, seqlen: int, world: int, layout: str) -> "Sharding":
-        """The sharding that a layout's *name* stands for: every rank (zigzag: every chunk) holds equally many tokens."""
+        """The sharding that a layout's *name* stands for: every rank (zigzag: every chunk) holds
+        equally many tokens."""
         sharding = cls(seqlen, world, layout)
         parts = 2 * world if layout == "zigzag" and world > 1 else world
         if seqlen % parts:
             raise ValueError(
-                f"layout={layout!r} on {world} ranks cuts the sequence in {parts} equal parts, which {seqlen} tokens do not "
-                f"divide into; pass layout=ringx.Sharding({seqlen}, {world}, {layout!r}) for uneven shards, or pad the sequence."
+                f"layout={layout!r} on {world} ranks cuts the sequence in {parts} equal parts, "
+                f"which {seqlen} tokens do not divide into; pass "
+                f"layout=ringx.Sharding({seqlen}, {world}, {layout!r}) for uneven shards, "
+                "or pad the sequence."
             )
         return sharding
 
     def runs(self, rank: int) -> list[TokenRange]:
-        """The runs of global positions that `rank` holds, in the order of its local rows (ascending positions)."""
+        """The runs of global positions that `rank` holds, in the order of its local rows (ascending
+        positions)."""
         if not 0 <= rank < self.world:
             raise ValueError(
                 f"Sharding: rank={rank} is not one of the {self.world} ranks 0..{self.world - 1}."
@@ -109,7 +118,8 @@ class Sharding:
 
 
 def resolve_sharding(layout: "str | Sharding", world: int, seqlen: int) -> Sharding:
-    """What a `layout` argument means on `world` ranks: a Sharding as it is, a name as equal shards of `seqlen` tokens."""
+    """What a `layout` argument means on `world` ranks: a Sharding as it is, a name as equal shards
+    of `seqlen` tokens."""
     if isinstance(layout, Sharding):
         if layout.world != world:
             raise ValueError(
@@ -130,14 +140,15 @@ def resolve_local_sharding(
     sharding = resolve_sharding(layout, world, tokens * world)
     if sharding.size(rank) != tokens:
         raise ValueError(
-            f"{sharding} gives rank {rank} {sharding.size(rank)} tokens, but its tensor has {tokens}; "
-            "cut it with ringx.shard and the same Sharding."
+            f"{sharding} gives rank {rank} {sharding.size(rank)} tokens, "
+            f"but its tensor has {tokens}; cut it with ringx.shard and the same Sharding."
         )
     return sharding
 
 
 def pack(runs: Sequence[TokenRange]) -> list[TokenRange]:
-    """The same tokens in the same order, laid out row after row from 0; runs that continue each other become one."""
+    """The same tokens in the same order, laid out row after row from 0; runs that continue each
+    other become one."""
     out: list[TokenRange] = []
     at = 0
     for run in runs:
@@ -150,7 +161,8 @@ def pack(runs: Sequence[TokenRange]) -> list[TokenRange]:
 
 
 def clip(runs: Sequence[TokenRange], rows: slice) -> list[TokenRange]:
-    """The runs of local rows [rows.start, rows.stop), as they stand in a tensor that holds only those rows."""
+    """The runs of local rows [rows.start, rows.stop), as they stand in a tensor that holds only
+    those rows."""
     out = []
     for run in runs:
         a, b = max(rows.start, run.at), min(rows.stop, run.at + run.length)

@@ -1,7 +1,8 @@
 """One call of attention: everything about it that does not depend on the values in q, k and v.
 
-A Plan is what a pattern may ask: which tokens this rank and others hold, which rows another rank needs, and local attention of
-some queries against some keys, cut into what the mask leaves and merged.
+A Plan is what a pattern may ask: which tokens this rank and others hold, which rows another rank
+needs, and local attention of some queries against some keys, cut into what the mask leaves and
+merged.
 """
 
 import itertools
@@ -98,7 +99,8 @@ class Plan:
         q_runs: list[TokenRange],
         k_runs: list[TokenRange],
     ) -> OnlineSoftmax:
-        """Merges attention of q [B, Sq, H, D] over k and v [B, Sk, Hkv, D] into `online`, and returns it.
+        """Merges attention of q [B, Sq, H, D] over k and v [B, Sk, Hkv, D] into `online`, and
+        returns it.
 
         The runs say which tokens the rows of q and of k and v are."""
         for tile in self._subtiles(q_runs, k_runs, by_keys=False):
@@ -125,8 +127,9 @@ class Plan:
         q_runs: list[TokenRange],
         k_runs: list[TokenRange],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds to dq (in the accumulator's dtype); returns dk, dv like k, v (in the accumulator's dtype where several tiles add
-        up).  `out` and `lse` are those of the whole rows of q, over the keys of all ranks."""
+        """Adds to dq (in the accumulator's dtype); returns dk, dv like k, v (in the accumulator's
+        dtype where several tiles add up).  `out` and `lse` are those of the whole rows of q, over
+        the keys of all ranks."""
         subtiles = self._subtiles(q_runs, k_runs, by_keys=True)
         if len(subtiles) == 1 and subtiles[0].k == slice(0, k.shape[1]):
             return self._differentiate(subtiles[0], dq, dout, q, k, v, out, lse)
@@ -179,8 +182,9 @@ class Plan:
         out: torch.Tensor,
         lse: torch.Tensor,
     ) -> None:
-        """The own block's share of dq and of dkv [2, B, S, Hkv, D], for one half of the heads: half 0 hides the first block's
-        arrival, half 1 the last gradients' way home.  Without overlap, or with one key/value head, half 0 is all."""
+        """The own block's share of dq and of dkv [2, B, S, Hkv, D], for one half of the heads: half
+        0 hides the first block's arrival, half 1 the last gradients' way home.  Without overlap, or
+        with one key/value head, half 0 is all."""
         kv_heads = k.shape[2]
         late_heads = kv_heads // 2 if self.overlap and self.group.world_size > 1 else 0
         early_heads = kv_heads - late_heads

@@ -14,9 +14,11 @@ from .layout import Sharding, resolve_local_sharding, resolve_sharding
 def positions(
     seqlen: int, *, group: "dist.ProcessGroup | None" = None, layout: "str | Sharding" = "zigzag"
 ) -> torch.Tensor:
-    """[S_local] int64 on the CPU: the global position of each of this rank's tokens, for RoPE, labels and masks.
+    """[S_local] int64 on the CPU: the global position of each of this rank's tokens, for RoPE,
+    labels and masks.
 
-    `seqlen` is the global length.  Local, no communication.  Raises ValueError if the layout cannot hold the sequence."""
+    `seqlen` is the global length.  Local, no communication.  Raises ValueError if the layout cannot
+    hold the sequence."""
     own_group = Group.of(group)
     return _resolve(layout, own_group, seqlen).positions(own_group.rank)
 
@@ -30,8 +32,8 @@ def shard(
 ) -> torch.Tensor:
     """This rank's tokens of a global `x` (the same on every rank), in layout order, along `dim`.
 
-    Local, no communication.  Its gradient is that of indexing: zero at the tokens of other ranks, so the sum over ranks of the
-    gradients is the gradient of the sum of the ranks' losses."""
+    Local, no communication.  Its gradient is that of indexing: zero at the tokens of other ranks,
+    so the sum over ranks of the gradients is the gradient of the sum of the ranks' losses."""
     own_group = Group.of(group)
     dim = _check(x, dim)
     index = _resolve(layout, own_group, x.shape[dim]).positions(own_group.rank)
@@ -45,10 +47,12 @@ def unshard(
     dim: int = 1,
     layout: "str | Sharding" = "zigzag",
 ) -> torch.Tensor:
-    """The inverse of ``shard``: the global tensor, on every rank.  Collective (one all-gather; backward one all-to-all).
+    """The inverse of ``shard``: the global tensor, on every rank.  Collective (one all-gather;
+    backward one all-to-all).
 
-    The gradient is that of the *sum* over ranks of their losses: each token's owner gets the sum of the gradients that all
-    ranks have for it.  Where every rank computes the same loss from the result, divide it by the number of ranks."""
+    The gradient is that of the *sum* over ranks of their losses: each token's owner gets the sum of
+    the gradients that all ranks have for it.  Where every rank computes the same loss from the
+    result, divide it by the number of ranks."""
     transport = comm.connect(group)
     dim = _check(x, dim)
     sharding = resolve_local_sharding(

@@ -1,7 +1,8 @@
 """Bytes that ranks send, counted, and the algorithm and direction that they are sent for.
 
-``traffic`` counts what a rank sends under a bandwidth-optimal implementation of each collective: the definitions are in
-``ringx.comm.collectives``.  Small control messages (``check=True``) are not counted.
+``traffic`` counts what a rank sends under a bandwidth-optimal implementation of each collective:
+the definitions are in ``ringx.comm.collectives``.  Small control messages (``check=True``) are not
+counted.
 """
 
 import contextlib
@@ -18,8 +19,8 @@ from .group import Group
 
 @dataclass
 class Traffic:
-    """What this rank sent inside one ``traffic()`` block, forward and backward apart: {collective: bytes}, and {collective:
-    how many of them it took part in}."""
+    """What this rank sent inside one ``traffic()`` block, forward and backward apart: {collective:
+    bytes}, and {collective: how many of them it took part in}."""
 
     forward: Counter = field(default_factory=Counter)
     backward: Counter = field(default_factory=Counter)
@@ -67,8 +68,9 @@ def traffic() -> Iterator[Traffic]:
 
 @contextlib.contextmanager
 def phase(name: str, direction: str) -> Iterator[None]:
-    """Messages inside belong to this algorithm's "forward" or "backward": for accounting, error messages and profiles, where
-    the ranges read "ringx4 backward" and "ringx4 backward: post (or wait for) broadcast from rank 1"."""
+    """Messages inside belong to this algorithm's "forward" or "backward": for accounting, error
+    messages and profiles, where the ranges read "ringx4 backward" and "ringx4 backward: post (or
+    wait for) broadcast from rank 1"."""
     outer = current_phase()
     _thread.phase = Phase(name, direction)
     try:
@@ -84,7 +86,8 @@ def current_phase() -> Phase | None:
 
 
 def count(group: Group, collective: str, sent: float) -> None:
-    """Adds a message of this rank to every ``traffic()`` block that is open on it.  Outside of a phase it is a forward's."""
+    """Adds a message of this rank to every ``traffic()`` block that is open on it.  Outside of a
+    phase it is a forward's."""
     now = current_phase()
     direction = now.direction if now else "forward"
     for block in _open_blocks:

@@ -1,25 +1,30 @@
-"""The table of what ranks can say to each other: names, how torch calls them, and how many bytes each sends.
+"""The table of what ranks can say to each other: names, how torch calls them, and how many bytes
+each sends.
 
-Whatever counts, measures, plans or plots communication iterates over COLLECTIVES, so that a new kind of message is one row here
-and one method of ``Transport``.
+Whatever counts, measures, plans or plots communication iterates over COLLECTIVES, so that a new
+kind of message is one row here and one method of ``Transport``.
 
-Bytes.  `sent(N)` is what a rank sends under a bandwidth-optimal implementation on N ranks, the mean over ranks, per byte of the
-collective's *size* as nccl-tests defines it (its doc/PERFORMANCE.md): the message for broadcast, reduce, all_reduce and
-send_recv; the result for all_gather; what each rank hands over for reduce_scatter and all_to_all.
+Bytes.  `sent(N)` is what a rank sends under a bandwidth-optimal implementation on N ranks, the mean
+over ranks, per byte of the collective's *size* as nccl-tests defines it (its doc/PERFORMANCE.md):
+the message for broadcast, reduce, all_reduce and send_recv; the result for all_gather; what each
+rank hands over for reduce_scatter and all_to_all.
 
-    broadcast, reduce            (N-1)/N     a pipeline in which N-1 of the N ranks send the message once
+    broadcast, reduce            (N-1)/N     a pipeline in which N-1 of the N ranks send the message
+                                 once
     all_reduce                   2 (N-1)/N   reduce-scatter + all-gather
     all_gather                   (N-1)/N     each rank's N-th of the result reaches the N-1 others
-    reduce_scatter, all_to_all   (N-1)/N     all but the own part; with unequal parts exactly what is meant for others
+    reduce_scatter, all_to_all   (N-1)/N     all but the own part; with unequal parts exactly what
+                                 is meant for others
     send_recv                    1           one message to one rank
 
-`bus(N)` is nccl-tests' factor from size / time to "bus bandwidth", which is comparable with a link's whatever N is.  What a
-backend really puts on the wire differs by a factor of its own (gloo's reduce sends 1.1 to 2.3 times as much): ``ringx
-bench-comm`` measures it.
+`bus(N)` is nccl-tests' factor from size / time to "bus bandwidth", which is comparable with a
+link's whatever N is.  What a backend really puts on the wire differs by a factor of its own (gloo's
+reduce sends 1.1 to 2.3 times as much): ``ringx bench-comm`` measures it.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 
 
 @dataclass(frozen=True)
@@ -29,13 +34,21 @@ class Collective:
     name: str  # in records and in what ``comm.traffic`` counts; also the method of Transport
     title: str  # for people and profiles
     operators: tuple[str, ...]  # parts of the names of torch's operators, without underscores
-    sent: Callable[[int], float]  # N -> bytes that a rank sends / size
-    bus: Callable[[int], float]  # N -> bus bandwidth / (size / time)
+    sent_share: Callable[[int], Fraction]  # N -> bytes that a rank sends / size
+    bus_factor: Callable[[int], Fraction]  # N -> bus bandwidth / (size / time)
     benchmark: str = ""  # its name in ``ringx bench-comm``, where it differs
 
     @property
     def benchmark_name(self) -> str:
         return self.benchmark or self.name
+
+    def sent(self, world_size: int) -> float:
+        """Bytes that a rank sends / size."""
+        return float(self.sent_share(world_size))
+
+    def bus(self, world_size: int) -> float:
+        """Bus bandwidth / (size / time)."""
+        return float(self.bus_factor(world_size))
 
     def size(self, message: int, world_size: int) -> int:
         """The size, of what one rank hands over in bytes."""
@@ -43,19 +56,19 @@ class Collective:
 
     def sent_bytes(self, message: int, world_size: int) -> float:
         """Bytes that a rank sends (mean over ranks) when each hands over `message` bytes."""
-        return self.size(message, world_size) * self.sent(world_size)
+        return float(self.size(message, world_size) * self.sent_share(world_size))
 
 
-def _one(world_size: int) -> float:
-    return 1.0
+def _one(world_size: int) -> Fraction:
+    return Fraction(1)
 
 
-def _share_of_others(world_size: int) -> float:
-    return (world_size - 1) / world_size
+def _share_of_others(world_size: int) -> Fraction:
+    return Fraction(world_size - 1, world_size)
 
 
-def _twice_the_share(world_size: int) -> float:
-    return 2 * (world_size - 1) / world_size
+def _twice_the_share(world_size: int) -> Fraction:
+    return 2 * _share_of_others(world_size)
 
 
 _ROWS = (
@@ -63,50 +76,50 @@ _ROWS = (
         name="broadcast",
         title="broadcast",
         operators=("broadcast",),
-        sent=_share_of_others,
-        bus=_one,
+        sent_share=_share_of_others,
+        bus_factor=_one,
     ),
     Collective(
         name="reduce",
         title="reduce",
         operators=("reduce",),
-        sent=_share_of_others,
-        bus=_one,
+        sent_share=_share_of_others,
+        bus_factor=_one,
     ),
     Collective(
         name="all_reduce",
         title="all-reduce",
         operators=("allreduce",),
-        sent=_twice_the_share,
-        bus=_twice_the_share,
+        sent_share=_twice_the_share,
+        bus_factor=_twice_the_share,
     ),
     Collective(
         name="all_gather",
         title="all-gather",
         operators=("allgather",),
-        sent=_share_of_others,
-        bus=_share_of_others,
+        sent_share=_share_of_others,
+        bus_factor=_share_of_others,
     ),
     Collective(
         name="reduce_scatter",
         title="reduce-scatter",
         operators=("reducescatter",),
-        sent=_share_of_others,
-        bus=_share_of_others,
+        sent_share=_share_of_others,
+        bus_factor=_share_of_others,
     ),
     Collective(
         name="all_to_all",
         title="all-to-all",
         operators=("alltoall",),
-        sent=_share_of_others,
-        bus=_share_of_others,
+        sent_share=_share_of_others,
+        bus_factor=_share_of_others,
     ),
     Collective(
         name="send_recv",
         title="send/receive",
         operators=("send", "recv"),
-        sent=_one,
-        bus=_one,
+        sent_share=_one,
+        bus_factor=_one,
         benchmark="ring",  # every rank sends to the next one and receives from the one before
     ),
 )
@@ -115,8 +128,8 @@ BENCHMARKS = {row.benchmark_name: row for row in _ROWS}
 
 
 def of_operator(operator: str) -> Collective | None:
-    """The row of an operator of torch ("allgather_into_tensor_", "send", ...); None if it is none of them.  The receiving
-    half of send_recv is one, too."""
+    """The row of an operator of torch ("allgather_into_tensor_", "send", ...); None if it is none
+    of them.  The receiving half of send_recv is one, too."""
     plain = operator.replace("_", "")
     matches = [
         (len(part), row) for row in _ROWS for part in row.operators if plain.startswith(part)

@@ -1,7 +1,7 @@
 """A rank without peers: messages are counted and checked for their shapes, and nothing arrives.
 
-The schedule of any rank of any number of ranks runs in one process: what it posts, what it sends, what it costs the host.
-Received tensors hold whatever their memory held.
+The schedule of any rank of any number of ranks runs in one process: what it posts, what it sends,
+what it costs the host. Received tensors hold whatever their memory held.
 """
 
 from dataclasses import dataclass

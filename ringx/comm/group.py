@@ -7,7 +7,8 @@ import torch.distributed as dist
 
 
 class PeerError(RuntimeError):
-    """A message failed: a peer died, raised, or did not make this call within the group's timeout."""
+    """A message failed: a peer died, raised, or did not make this call within the group's
+    timeout."""
 
 
 class Disagreement(ValueError):
@@ -16,9 +17,11 @@ class Disagreement(ValueError):
 
 @dataclass(frozen=True)
 class Group:
-    """A process group as one of its ranks sees it; `pg` is None where there are no peers to talk to.
+    """A process group as one of its ranks sees it; `pg` is None where there are no peers to talk
+    to.
 
-    Ranks are counted within the group everywhere in ringx; global ranks appear in ringx.comm only."""
+    Ranks are counted within the group everywhere in ringx; global ranks appear in ringx.comm
+    only."""
 
     pg: dist.ProcessGroup | None
     rank: int
@@ -53,7 +56,8 @@ class Group:
 
     @classmethod
     def without_peers(cls, rank: int, world_size: int) -> "Group":
-        """Rank `rank` of a group that exists on paper, or whose ranks are threads of this process."""
+        """Rank `rank` of a group that exists on paper, or whose ranks are threads of this
+        process."""
         return cls(None, rank, world_size, tuple(range(world_size)))
 
     @property
@@ -68,7 +72,8 @@ _companions: dict[int, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
 
 
 def cpu_group(group: Group) -> dist.ProcessGroup:
-    """A group of the same ranks (at least two) that can move CPU tensors.  Collective the first time, where it must be made."""
+    """A group of the same ranks (at least two) that can move CPU tensors.  Collective the first
+    time, where it must be made."""
     pg = group.pg
     assert pg is not None
     if torch.device("cpu") in pg._device_types:

@@ -1,4 +1,5 @@
-"""A transport that also writes down what was posted and waited for, in order: for tests and timelines."""
+"""A transport that also writes down what was posted and waited for, in order: for tests and
+timelines."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -20,7 +21,8 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class RecordingTransport(Transport):
-    """Sends through `inner` and appends an Event to `events` for each message when it is posted and when it is waited for."""
+    """Sends through `inner` and appends an Event to `events` for each message when it is posted and
+    when it is waited for."""
 
     inner: Transport
     events: list = field(default_factory=list, compare=False)

@@ -14,10 +14,12 @@ def broadcast_stream(
     shapes: Sequence[Sequence[int]],
     overlap: bool,
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Each rank's block in rank order, as (src, block); `shapes[src]` is its shape, and an empty one is not sent at all.
+    """Each rank's block in rank order, as (src, block); `shapes[src]` is its shape, and an empty
+    one is not sent at all.
 
-    With overlap two broadcasts are always ahead, in two buffers that take turns: this call posts the first two, and a block is
-    valid until the next one is asked for, which gives its buffer to the one after that.  Without, one at a time.
+    With overlap two broadcasts are always ahead, in two buffers that take turns: this call posts
+    the first two, and a block is valid until the next one is asked for, which gives its buffer to
+    the one after that.  Without, one at a time.
     """
     rank = transport.group.rank
     owners = [src for src, shape in enumerate(shapes) if prod(shape)]

@@ -1,7 +1,8 @@
 """Ranks that are threads of one process and hand each other tensors in its memory.
 
-For many ranks on one GPU, which cannot hold several NCCL ranks: patterns run as they are, and every message is a copy on the
-device.  All ranks of a group share one ThreadExchange.  Messages have arrived when they are posted: nothing overlaps.
+For many ranks on one GPU, which cannot hold several NCCL ranks: patterns run as they are, and every
+message is a copy on the device.  All ranks of a group share one ThreadExchange.  Messages have
+arrived when they are posted: nothing overlaps.
 """
 
 import threading
@@ -14,15 +15,18 @@ from .transport import Transport
 
 
 class ThreadExchange:
-    """A meeting point of `world_size` threads: what each hands in is seen by all once all have handed in."""
+    """A meeting point of `world_size` threads: what each hands in is seen by all once all have
+    handed in."""
 
     def __init__(self, world_size: int, timeout: float = 300.0):
-        """`timeout`: seconds that a thread waits for the others; then threading.BrokenBarrierError is raised on all."""
+        """`timeout`: seconds that a thread waits for the others; then threading.BrokenBarrierError
+        is raised on all."""
         self._slots: list[Any] = [None] * world_size
         self._barrier = threading.Barrier(world_size, timeout=timeout)
 
     def swap(self, rank: int, x: Any) -> list[Any]:
-        """What every rank handed in, by rank.  To be followed by ``finish`` when it has been read."""
+        """What every rank handed in, by rank.  To be followed by ``finish`` when it has been
+        read."""
         self._slots[rank] = x
         self._barrier.wait()
         return list(self._slots)

@@ -13,7 +13,8 @@ all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tens
 
 
 def connect(group: "dist.ProcessGroup | Group | Transport | None") -> Transport:
-    """The transport of a process group, as ``Group.of`` understands it; a transport stays as it is."""
+    """The transport of a process group, as ``Group.of`` understands it; a transport stays as it
+    is."""
     if isinstance(group, Transport):
         return group
     return TorchTransport(Group.of(group))

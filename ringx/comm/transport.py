@@ -1,16 +1,19 @@
 """The messages that a pattern sends, as methods of one Transport, whatever carries them.
 
-Thin on purpose: each pattern's file shows its own messages.  What Transport adds to a backend are ranks counted within the
-group, contiguous buffers that live until the message has been waited for, errors that name the algorithm and the step, and
-byte accounting.  A kind of message is a row of ``collectives.COLLECTIVES``, a method here, and a hook that each subclass fills:
+Thin on purpose: each pattern's file shows its own messages.  What Transport adds to a backend are
+ranks counted within the group, contiguous buffers that live until the message has been waited for,
+errors that name the algorithm and the step, and byte accounting.  A kind of message is a row of
+``collectives.COLLECTIVES``, a method here, and a hook that each subclass fills:
 
     TorchTransport       torch.distributed: gloo, NCCL, RCCL
-    ThreadTransport      ranks that are threads of one process and share its memory (one GPU, many ranks)
+    ThreadTransport      ranks that are threads of one process and share its memory (one GPU, many
+                         ranks)
     RecordingTransport   another transport, and a list of what was posted and waited for
-    FakeTransport        no peers: nothing arrives; for schedules, counts and costs at any number of ranks
+    FakeTransport        no peers: nothing arrives; for schedules, counts and costs at any number of
+                         ranks
 
-A backend sends memory as it lies, so what is not contiguous is copied first (torch.stack and torch.cat keep an input's
-channels_last strides).
+A backend sends memory as it lies, so what is not contiguous is copied first (torch.stack and
+torch.cat keep an input's channels_last strides).
 """
 
 import abc
@@ -35,7 +38,8 @@ class Work(Protocol):
 
 
 class Pending:
-    """A message in flight.  Holds every buffer that it reads or writes until ``wait`` returns the result."""
+    """A message in flight.  Holds every buffer that it reads or writes until ``wait`` returns the
+    result."""
 
     def __init__(
         self,
@@ -72,14 +76,15 @@ class Pending:
             group = self._group
             raise PeerError(
                 f"{where}: {self._step} failed on rank {group.rank} of {group.world_size} "
-                f"(global rank {group.global_rank}): {error}\nA peer has most likely died, raised, or not made this call "
-                "within the group's timeout; look for the first error among the other ranks' output."
+                f"(global rank {group.global_rank}): {error}\n"
+                "A peer has most likely died, raised, or not made this call within the group's "
+                "timeout; look for the first error among the other ranks' output."
             ) from error
 
 
 def _is_transport_error(error: RuntimeError) -> bool:
-    """gloo raises RuntimeError itself, NCCL a DistError.  Other kinds of RuntimeError (NotImplementedError, out of memory, a
-    fault of the accelerator) are not about a peer."""
+    """gloo raises RuntimeError itself, NCCL a DistError.  Other kinds of RuntimeError
+    (NotImplementedError, out of memory, a fault of the accelerator) are not about a peer."""
     return type(error) is RuntimeError or isinstance(error, dist.DistError)
 
 
@@ -94,8 +99,8 @@ class Done(Pending):
 
 @dataclass(frozen=True)
 class Transport(abc.ABC):
-    """The messages of one rank.  Every method is called by all ranks of the group in the same order, begins at once, and
-    returns a Pending; a group of one rank sends nothing."""
+    """The messages of one rank.  Every method is called by all ranks of the group in the same
+    order, begins at once, and returns a Pending; a group of one rank sends nothing."""
 
     group: Group
 
@@ -108,7 +113,8 @@ class Transport(abc.ABC):
         return Pending(self.group, f"broadcast from rank {src}", lambda: self._broadcast(x, src), x)
 
     def reduce(self, x: torch.Tensor, dst: int) -> Pending:
-        """Sum of every rank's x, on rank `dst`.  What the others get is of no use, and their x is lost (gloo writes to it)."""
+        """Sum of every rank's x, on rank `dst`.  What the others get is of no use, and their x is
+        lost (gloo writes to it)."""
         if self.group.world_size == 1:
             return Done(x)
         x = x.contiguous()
@@ -133,7 +139,8 @@ class Transport(abc.ABC):
         return Pending(self.group, "all-gather", lambda: self._all_gather(out, x), out, x)
 
     def all_to_all(self, parts: Sequence[torch.Tensor], incoming: Sequence[int]) -> Pending:
-        """Part i goes to rank i; the result is flat, `incoming[i]` elements from each rank i, one after another."""
+        """Part i goes to rank i; the result is flat, `incoming[i]` elements from each rank i, one
+        after another."""
         if self.group.world_size == 1:
             return Done(parts[0].reshape(-1))
         message = torch.cat([part.reshape(-1) for part in parts])
@@ -150,8 +157,8 @@ class Transport(abc.ABC):
         )
 
     def send_recv(self, x: torch.Tensor, dst: int, src: int, shape: Sequence[int]) -> Pending:
-        """Sends x to rank `dst` and receives a tensor of this `shape` and x's dtype from rank `src`.  Every rank sends one
-        message and receives one."""
+        """Sends x to rank `dst` and receives a tensor of this `shape` and x's dtype from rank
+        `src`.  Every rank sends one message and receives one."""
         if self.group.world_size == 1:
             return Done(x)
         x = x.contiguous()

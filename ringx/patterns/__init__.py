@@ -1,1 +1,2 @@
-"""One file per communication pattern, and the registry of the algorithms that use them (``registry.Pattern``: what a file holds)."""
+"""One file per communication pattern, and the registry of the algorithms that use them
+(``registry.Pattern``: what a file holds)."""

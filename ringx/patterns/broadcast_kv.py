@@ -1,4 +1,5 @@
-"""ringX4: every rank's keys and values are broadcast in turn; their gradients are reduced to their owner.
+"""ringX4: every rank's keys and values are broadcast in turn; their gradients are reduced to their
+owner.
 
 Paper: Yin et al., RingX (SC25), X4 and, with overlap, X4o; also the backward of X1 and X2.
 
@@ -6,15 +7,17 @@ Forward   for each owner: broadcast kv; attend own queries to it; merge.
 Backward  for each owner: broadcast kv; differentiate own tile; reduce dkv (fp32) to the owner.
 
 Messages  forward N broadcasts; backward N broadcasts + N reduces.
-Bytes     with T = B S 2Hkv D elements of kv in all, each sent by N-1 of N ranks: forward T (N-1)/N e, backward
-          T (N-1)/N (e + a), e bytes an input element and a (4, or 8 for fp64) an accumulated one.
-Memory    2 remote blocks of kv with overlap, 1 without; backward also 2 blocks of fp32 dkv on their way home.
+Bytes     with T = B S 2Hkv D elements of kv in all, each sent by N-1 of N ranks: forward T (N-1)/N
+          e, backward T (N-1)/N (e + a), e bytes an input element and a (4, or 8 for fp64) an
+          accumulated one.
+Memory    2 remote blocks of kv with overlap, 1 without; backward also 2 blocks of fp32 dkv on their
+          way home.
 Masks     causal and bidirectional, any layout.
 
-Differs from the paper: the own block is computed first, while the first broadcast is on its way; in a causal call the tokens
-that no other rank sees are not sent (contiguous 1/N of all, zigzag 1/2N); the backward's reduces overlap too, and half of the
-own block's heads are kept for the last one's way home; all of the message that is reduced is written (the original reduces a
-half-filled buffer).
+Differs from the paper: the own block is computed first, while the first broadcast is on its way; in
+a causal call the tokens that no other rank sees are not sent (contiguous 1/N of all, zigzag 1/2N);
+the backward's reduces overlap too, and half of the own block's heads are kept for the last one's
+way home; all of the message that is reduced is written (the original reduces a half-filled buffer).
 """
 
 from collections import Counter

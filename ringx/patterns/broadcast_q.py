@@ -1,26 +1,31 @@
-"""ringX1 (bidirectional) and ringX2 (causal): queries are broadcast, keys and values stay; partial outputs are reduced.
+"""ringX1 (bidirectional) and ringX2 (causal): queries are broadcast, keys and values stay; partial
+outputs are reduced.
 
-Paper: Yin et al., RingX (SC25), X1 and X2, with overlap X1o and X2o; the reduction is tree attention's (Shyam et al.,
-arXiv 2408.04093).
+Paper: Yin et al., RingX (SC25), X1 and X2, with overlap X1o and X2o; the reduction is tree
+attention's (Shyam et al., arXiv 2408.04093).
 
-Forward   for each owner: broadcast q; every rank attends it to its own keys; all-reduce the maximum of the lse, then one
-          reduce to the owner of (numerator, denominator) = (exp(lse - max) out, exp(lse - max)) in fp32;
-          out = numerator / denominator, lse = max + log denominator.
+Forward   for each owner: broadcast q; every rank attends it to its own keys; all-reduce the maximum
+          of the lse, then one reduce to the owner of (numerator, denominator) = (exp(lse - max)
+          out, exp(lse - max)) in fp32; out = numerator / denominator, lse = max + log denominator.
 Backward  moves kv, as ringX4 does: it needs fewer bytes than moving q, dout and dq.
 
 Messages  forward N broadcasts + N all-reduces + N reduces; backward N broadcasts + N reduces.
-Bytes     with T = B S H elements, each sent by N-1 of N ranks: forward (N-1)/N T (D e + (D + 1) a + 2 a), e bytes an input
-          element and a (4, or 8 for fp64) an accumulated one; backward as ringX4.
+Bytes     with T = B S H elements, each sent by N-1 of N ranks: forward (N-1)/N T (D e + (D + 1) a +
+          2 a), e bytes an input element and a (4, or 8 for fp64) an accumulated one; backward as
+          ringX4.
 Memory    2 remote blocks of q with overlap, 1 without; 2 partial outputs in fp32.
 Masks     causal and bidirectional, any layout.
 
-What ringX2 reduces.  Compute: a rank skips the tiles that the mask empties, about half of all pairs; with the contiguous layout
-the first rank is left with the keys that all N owners see, the last with its own, while zigzag gives every rank the same work,
-hence that recommendation.  Bytes: only what no other rank needs stays at home, 1/N of the queries and of the kv (zigzag 1/2N),
-because a broadcast reaches all ranks or none.  ringX1 called with causal=True does the same: the two names are one pattern here.
+What ringX2 reduces.  Compute: a rank skips the tiles that the mask empties, about half of all
+pairs; with the contiguous layout the first rank is left with the keys that all N owners see, the
+last with its own, while zigzag gives every rank the same work, hence that recommendation.  Bytes:
+only what no other rank needs stays at home, 1/N of the queries and of the kv (zigzag 1/2N), because
+a broadcast reaches all ranks or none.  ringX1 called with causal=True does the same: the two names
+are one pattern here.
 
-Differs from the paper: numerator and denominator travel in one message; the maximum and the reduce of one owner fly while the
-next one's block is computed; ringX2 does not reduce dq, which never leaves its rank.
+Differs from the paper: numerator and denominator travel in one message; the maximum and the reduce
+of one owner fly while the next one's block is computed; ringX2 does not reduce dq, which never
+leaves its rank.
 """
 
 from collections import Counter
@@ -110,8 +115,8 @@ class _PartialResult:
 
 
 class _ReductionPipeline:
-    """Partial results of successive owners, each one step further at every ``advance``, so that the collectives of one owner
-    are in flight while the next one's block is computed."""
+    """Partial results of successive owners, each one step further at every ``advance``, so that the
+    collectives of one owner are in flight while the next one's block is computed."""
 
     def __init__(self, transport: Transport):
         self._transport = transport
@@ -120,7 +125,8 @@ class _ReductionPipeline:
         self.own_result: Result | None = None
 
     def advance(self, newest: _PartialResult | None = None) -> None:
-        """Finishes the oldest result, begins the sum of the one after it and the maximum of the newest."""
+        """Finishes the oldest result, begins the sum of the one after it and the maximum of the
+        newest."""
         if self._in_sum is not None:
             if self._in_sum.dst == self._transport.group.rank:
                 self.own_result = self._in_sum.finish()

@@ -1,21 +1,25 @@
 """ringX3: one all-gather of keys and values; their gradients go home in one all-to-all.
 
-Paper: Yin et al., RingX (SC25), X3 (causal, balanced) and X3b (bidirectional); the same pattern as Llama 3's context
-parallelism (arXiv 2407.21783).
+Paper: Yin et al., RingX (SC25), X3 (causal, balanced) and X3b (bidirectional); the same pattern as
+Llama 3's context parallelism (arXiv 2407.21783).
 
-Forward   all-gather kv, the own block meanwhile; sort what came by position; attend each run of own queries to the prefix of
-          keys that it sees, one kernel call each.
-Backward  all-gather kv again, half of the own block's heads meanwhile; differentiate the rest; each rank's dkv goes home in
-          the input dtype, only the keys this rank sees, the other half meanwhile; it is summed there in fp32.
+Forward   all-gather kv, the own block meanwhile; sort what came by position; attend each run of own
+          queries to the prefix of keys that it sees, one kernel call each.
+Backward  all-gather kv again, half of the own block's heads meanwhile; differentiate the rest; each
+          rank's dkv goes home in the input dtype, only the keys this rank sees, the other half
+          meanwhile; it is summed there in fp32.
 
 Messages  forward 1 all-gather; backward 1 all-gather + 1 all-to-all.
-Bytes     with f = B (S/N) 2Hkv D e bytes of one rank's kv: forward (N-1) f; backward (N-1) f + (N-1) f c, where c is the share
-          of other ranks' keys that a rank sees: 1 bidirectional; causal 3/4 zigzag, 1/2 contiguous, just under 1 striped.
+Bytes     with f = B (S/N) 2Hkv D e bytes of one rank's kv: forward (N-1) f; backward (N-1) f +
+          (N-1) f c, where c is the share of other ranks' keys that a rank sees: 1 bidirectional;
+          causal 3/4 zigzag, 1/2 contiguous, just under 1 striped.
 Memory    O(S): all ranks' kv as gathered and once more sorted; backward also dkv of all keys.
-Masks     causal and bidirectional, any layout (striped keys cannot be sorted into bands: one call per rank there).
+Masks     causal and bidirectional, any layout (striped keys cannot be sorted into bands: one call
+          per rank there).
 
-Differs from the paper: at most two kernel calls for all remote blocks instead of N-1 with a merge each; dkv by all-to-all and a
-local fp32 sum, half the bytes of an fp32 reduce-scatter, without its rounding in 16 bit, and without what the mask empties.
+Differs from the paper: at most two kernel calls for all remote blocks instead of N-1 with a merge
+each; dkv by all-to-all and a local fp32 sum, half the bytes of an fp32 reduce-scatter, without its
+rounding in 16 bit, and without what the mask empties.
 """
 
 from collections import Counter
@@ -89,7 +93,8 @@ def backward(
 
 
 def _gather(k: torch.Tensor, v: torch.Tensor, plan: Plan) -> Pending:
-    """[N, 2, B, rows, Hkv, D]; shards shorter than the longest are padded to it, as an all-gather wants."""
+    """[N, 2, B, rows, Hkv, D]; shards shorter than the longest are padded to it, as an all-gather
+    wants."""
     longest = max(plan.sharding.size(rank) for rank in range(plan.group.world_size))
     kv = torch.stack([k, v])
     if k.shape[1] < longest:
@@ -123,8 +128,8 @@ def _sorted_by_position(
 def _split_by_owner(
     grads: tuple[torch.Tensor, ...], remote: list[RemoteRun], k: torch.Tensor, world_size: int
 ) -> list[torch.Tensor]:
-    """The inverse of _sorted_by_position: one message for each rank, [2, B, keys of it that are seen here, Hkv, D] in k's
-    dtype, empty where none is."""
+    """The inverse of _sorted_by_position: one message for each rank, [2, B, keys of it that are
+    seen here, Hkv, D] in k's dtype, empty where none is."""
     dk_of: list[list[torch.Tensor]] = [[] for _ in range(world_size)]
     dv_of: list[list[torch.Tensor]] = [[] for _ in range(world_size)]
     start = 0

@@ -1,7 +1,8 @@
 """The algorithms that ``attention(algorithm=...)`` takes.
 
-An algorithm is one row of ALGORITHMS: a pattern (one file of this folder) under a name, with the layout that it is at its best
-with.  Everything else in ringx that must know the algorithms iterates over this table.
+An algorithm is one row of ALGORITHMS: a pattern (one file of this folder) under a name, with the
+layout that it is at its best with.  Everything else in ringx that must know the algorithms iterates
+over this table.
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ class Pattern(Protocol):
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """out like q (any float dtype), lse [B, H, S_local], of this rank's queries over the keys of all ranks."""
+        """out like q (any float dtype), lse [B, H, S_local], of this rank's queries over the keys
+        of all ranks."""
 
     def backward(
         self,
@@ -76,11 +78,12 @@ class Algorithm:
         causal: bool,
         layout: str | None = None,
     ) -> tuple[float, float]:
-        """(forward, backward): bytes that a rank sends in closed form, mean over ranks where they differ, as defined in
-        ``ringx.comm.collectives``.
+        """(forward, backward): bytes that a rank sends in closed form, mean over ranks where they
+        differ, as defined in ``ringx.comm.collectives``.
 
-        S is the global length, in equal shards (S a multiple of N, of 2N for zigzag; for other lengths count with
-        ``ringx.comm.traffic``); `itemsize` is in bytes; `layout` defaults to the recommended one."""
+        S is the global length, in equal shards (S a multiple of N, of 2N for zigzag; for other
+        lengths count with ``ringx.comm.traffic``); `itemsize` is in bytes; `layout` defaults to the
+        recommended one."""
         s = self._sizes(B, S, H, Hkv, D, N, itemsize, causal, layout)
         return self.module.bytes_sent(s)
 
@@ -96,7 +99,8 @@ class Algorithm:
         causal: bool,
         layout: str | None = None,
     ) -> Messages:
-        """({collective: count} of the forward, of the backward) that a rank takes part in; arguments as of ``bytes``."""
+        """({collective: count} of the forward, of the backward) that a rank takes part in;
+        arguments as of ``bytes``."""
         return self.module.messages(self._sizes(B, S, H, Hkv, D, N, itemsize, causal, layout))
 
     def received_bytes(
@@ -112,8 +116,8 @@ class Algorithm:
         layout: str | None = None,
         overlap: bool = True,
     ) -> PerDirection:
-        """(forward, backward): most bytes of the buffers, at once, that a rank receives other ranks' blocks into; arguments as
-        of ``bytes`` and of ``ringx.attention``."""
+        """(forward, backward): most bytes of the buffers, at once, that a rank receives other
+        ranks' blocks into; arguments as of ``bytes`` and of ``ringx.attention``."""
         s = self._sizes(B, S, H, Hkv, D, N, itemsize, causal, layout)
         return self.module.received_bytes(s, overlap)
 
@@ -154,7 +158,8 @@ _ROWS = (
         paper=f"{_RINGX}: X1",
         recommended_layout="contiguous",
         memory="2 blocks of q",
-        doc="Queries are broadcast, partial outputs reduced to their owner; made for bidirectional attention.",
+        doc="Queries are broadcast, partial outputs reduced to their owner; made for "
+        "bidirectional attention.",
     ),
     Algorithm(
         name="ringx2",
@@ -162,7 +167,8 @@ _ROWS = (
         paper=f"{_RINGX}: X2",
         recommended_layout="zigzag",
         memory="2 blocks of q",
-        doc="ringx1's pattern for causal attention: each rank computes only the tiles that the mask leaves.",
+        doc="ringx1's pattern for causal attention: each rank computes only the tiles that "
+        "the mask leaves.",
     ),
     Algorithm(
         name="ringx3",
@@ -170,7 +176,8 @@ _ROWS = (
         paper=f"{_RINGX}: X3",
         recommended_layout="zigzag",
         memory="N blocks of kv, twice",
-        doc="One all-gather of keys and values, one all-to-all of their gradients: fewest messages and kernel calls.",
+        doc="One all-gather of keys and values, one all-to-all of their gradients: fewest "
+        "messages and kernel calls.",
     ),
     Algorithm(
         name="ringx4",
@@ -178,7 +185,8 @@ _ROWS = (
         paper=f"{_RINGX}: X4",
         recommended_layout="zigzag",
         memory="2 blocks of kv",
-        doc="Keys and values are broadcast one owner at a time, gradients reduced to it: constant memory.",
+        doc="Keys and values are broadcast one owner at a time, gradients reduced to it: "
+        "constant memory.",
     ),
     Algorithm(
         name="ring",
@@ -186,7 +194,8 @@ _ROWS = (
         paper="Liu et al., Ring Attention, arXiv 2310.01889",
         recommended_layout="zigzag",
         memory="2 blocks of kv",
-        doc="Keys and values travel from neighbour to neighbour, their gradients after them: constant memory.",
+        doc="Keys and values travel from neighbour to neighbour, their gradients after them: "
+        "constant memory.",
     ),
 )
 ALGORITHMS = {algorithm.name: algorithm for algorithm in _ROWS}

@@ -2,20 +2,23 @@
 
 Paper: Liu et al., Ring Attention with Blockwise Transformers (arXiv 2310.01889).
 
-Forward   step s = 0 ... N-1: attend own queries to the block of kv that is here, that of rank (r - s) mod N, and meanwhile send
-          it to rank r + 1 and receive the next one from rank r - 1; merge.
-Backward  the same round of kv; the gradient of a block begins at the first rank that it visits and follows it one step behind,
-          each rank adding its share (fp32), until the last one sends it home.
+Forward   step s = 0 ... N-1: attend own queries to the block of kv that is here, that of rank (r -
+          s) mod N, and meanwhile send it to rank r + 1 and receive the next one from rank r - 1;
+          merge.
+Backward  the same round of kv; the gradient of a block begins at the first rank that it visits and
+          follows it one step behind, each rank adding its share (fp32), until the last one sends it
+          home.
 
 Messages  forward N-1 send_recv; backward 2 (N-1).
-Bytes     with f = B (S/N) 2Hkv D elements of one rank's kv: forward (N-1) f e; backward (N-1) f (e + a), e bytes an input
-          element and a (4, or 8 for fp64) an accumulated one.
-Memory    2 remote blocks of kv: the one that is attended to and sent on, and the one that arrives; backward also 2 of their
-          gradients.
+Bytes     with f = B (S/N) 2Hkv D elements of one rank's kv: forward (N-1) f e; backward (N-1) f (e
+          + a), e bytes an input element and a (4, or 8 for fp64) an accumulated one.
+Memory    2 remote blocks of kv: the one that is attended to and sent on, and the one that arrives;
+          backward also 2 of their gradients.
 Masks     causal and bidirectional, any layout; blocks that the mask empties travel all the same.
 
-Differs from the paper: half of the own block's heads are differentiated last, while the last gradients are on their way home.
-This is the plain ring: nothing is left out of a message, and a causal call needs a balanced layout (zigzag) to be worthwhile.
+Differs from the paper: half of the own block's heads are differentiated last, while the last
+gradients are on their way home. This is the plain ring: nothing is left out of a message, and a
+causal call needs a balanced layout (zigzag) to be worthwhile.
 """
 
 from collections import Counter
@@ -85,7 +88,8 @@ def _owner(step: int, plan: Plan) -> int:
 
 
 def _pass_on(block: torch.Tensor, step: int, plan: Plan) -> Pending:
-    """Sends a block [2, B, rows, Hkv, D] of this step's owner to the next rank, and receives the one of the next step's."""
+    """Sends a block [2, B, rows, Hkv, D] of this step's owner to the next rank, and receives the
+    one of the next step's."""
     group = plan.group
     rows = plan.sharding.size(_owner(step + 1, plan))
     pending = plan.transport.send_recv(

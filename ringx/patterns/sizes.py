@@ -65,8 +65,8 @@ class Sizes:
 
     @property
     def kept_at_home(self) -> float:
-        """Tokens at one end of a causal sequence that no other rank needs: no other rank's queries see them, or their queries
-        see no other rank's keys."""
+        """Tokens at one end of a causal sequence that no other rank needs: no other rank's queries
+        see them, or their queries see no other rank's keys."""
         if not self.causal:
             return 0
         return {"contiguous": self.block, "zigzag": self.block / 2, "striped": 1}[self.layout]

@@ -16,7 +16,8 @@ B, H, HKV, D = 2, 4, 2, 8
 
 
 class C10dBytes(SeesInside):
-    """Counts what c10d operators send, from their own arguments, with the definitions of ``ringx.comm``."""
+    """Counts what c10d operators send, from their own arguments, with the definitions of
+    ``ringx.comm``."""
 
     def __init__(self, world: int):
         super().__init__()
@@ -111,7 +112,8 @@ def test_counted_equals_closed_form(algorithm, world, dtype):
 
 @pytest.mark.fast
 def test_closed_forms_equal_the_published_table():
-    """Bidirectional, bf16: P(6e+12L) and 12Pf for X1, 4Pf for X3 and X4 forward, 12Pf for X4 backward (our X3 backward: 8Pf)."""
+    """Bidirectional, bf16: P(6e+12L) and 12Pf for X1, 4Pf for X3 and X4 forward, 12Pf for X4
+    backward (our X3 backward: 8Pf)."""
     N, S = 8, 1024
     P, e, f, L = N - 1, B * (S // N) * H * D, B * (S // N) * HKV * D, B * (S // N) * H
     a = ringx.algorithms()

@@ -1,4 +1,5 @@
-"""Transports and their table: every message does what its name says on each of them, is counted, and explains its failure.
+"""Transports and their table: every message does what its name says on each of them, is counted,
+and explains its failure.
 
 Launch: python -m pytest test/core/test_comm.py
 """
@@ -64,7 +65,8 @@ def recorded_on_gloo(world_size, call):
 
 
 def every_message(transport):
-    """The result of each kind of message, from inputs that are the rank's number and its position."""
+    """The result of each kind of message, from inputs that are the rank's number and its
+    position."""
     rank, n = transport.group.rank, transport.group.world_size
     x = torch.arange(6.0).view(2, 3) + 10 * rank
     parts = [torch.full((rank + 1,), float(10 * rank + dst)) for dst in range(n)]
@@ -151,7 +153,8 @@ def test_patterns_are_exact_on_ranks_that_are_threads_without_any_backend(algori
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("overlap", [True, False])
 def test_messages_of_any_number_of_ranks_are_those_of_the_registry(algorithm, overlap):
-    """Every rank of N, one after another without peers: the mean number of messages, and the mean of the bytes."""
+    """Every rank of N, one after another without peers: the mean number of messages, and the mean
+    of the bytes."""
     for n, layout, causal in itertools.product((1, 2, 5, 16), ringx.layout.LAYOUTS, (True, False)):
         sizes = dict(B=1, S=4 * n, H=2, Hkv=2, D=8, N=n, itemsize=4, causal=causal, layout=layout)
         row = ALGORITHMS[algorithm]

@@ -1,4 +1,5 @@
-"""Exactness: out, lse, dq, dk, dv of every algorithm against full attention in fp64.  The whole grid: ``make grid``."""
+"""Exactness: out, lse, dq, dk, dv of every algorithm against full attention in fp64.  The whole
+grid: ``make grid``."""
 
 import itertools
 
@@ -36,7 +37,8 @@ def test_equals_full_attention(algorithm, world, poison):
     ],
 )
 def test_low_precision(world, seqlen, kv_heads, head_dim, dtype, causal, poison):
-    """Within the dtype's limit, and at most twice the error of one kernel call on the whole sequence."""
+    """Within the dtype's limit, and at most twice the error of one kernel call on the whole
+    sequence."""
     p = problem(seqlen, Hkv=kv_heads, D=head_dim, dtype=dtype)
     want = full_attention(p, causal=causal)
     band = (None, 0 if causal else None)

@@ -1,8 +1,10 @@
-"""The known faults of such systems, each by the number it has in the project's notes, with a test that shows it absent here.
+"""The known faults of such systems, each by the number it has in the project's notes, with a test
+that shows it absent here.
 
-Elsewhere: 1 (half-written reduce buffers), 3 (fp32 aliases of a reused buffer), 5 (N = 1), 9 (group=None): test_exact.py and
-test_ringx*.py, which run in fp32 and fp64 with fresh memory full of NaN; 6 (arguments swallowed): test_errors.py; 8 (a
-backend's lse): test_kernels.py; 10 (gradients, labels and positions over cp): test_gpt.py; 11 and 12 concern trainers and scripts.
+Elsewhere: 1 (half-written reduce buffers), 3 (fp32 aliases of a reused buffer), 5 (N = 1), 9
+(group=None): test_exact.py and test_ringx*.py, which run in fp32 and fp64 with fresh memory full of
+NaN; 6 (arguments swallowed): test_errors.py; 8 (a backend's lse): test_kernels.py; 10 (gradients,
+labels and positions over cp): test_gpt.py; 11 and 12 concern trainers and scripts.
 """
 
 import pytest
@@ -21,7 +23,8 @@ ALGORITHMS = tuple(ringx.algorithms())
 @pytest.mark.fast
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_2_no_mask_is_taken_and_ignored(algorithm):
-    """X1 took causal=True and returned wrong gradients, X2o took causal=False: both masks differ here, and both are right."""
+    """X1 took causal=True and returned wrong gradients, X2o took causal=False: both masks differ
+    here, and both are right."""
     p = problem(24)
     for causal in (True, False):
         got = run(2, lambda rank: outputs(rank, p, algorithm=algorithm, causal=causal))[0]  # noqa: B023

@@ -1,4 +1,5 @@
-"""Layouts and tiles: positions partition the sequence, tiles are the mask, balanced layouts are balanced."""
+"""Layouts and tiles: positions partition the sequence, tiles are the mask, balanced layouts are
+balanced."""
 
 import itertools
 import random
@@ -64,7 +65,8 @@ def dense(tile_list: list[Tile], m: int, n: int) -> torch.Tensor:
 @pytest.mark.parametrize("by_keys", [False, True])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_tiles_are_the_mask(name, by_keys):
-    """For single ranks and sets of ranks, windows, documents, odd lengths: every visible pair once, nothing else."""
+    """For single ranks and sets of ranks, windows, documents, odd lengths: every visible pair once,
+    nothing else."""
     rng = random.Random(0)
     checked = 0
     for seqlen, world in itertools.product((7, 16, 23, 48), (1, 2, 3, 4, 6)):

@@ -17,7 +17,8 @@ BLOCK = 16  # tokens a rank
 
 
 class RemoteBytes(SeesInside):
-    """Peak bytes of storages that a collective has written another rank's data to and that are still alive."""
+    """Peak bytes of storages that a collective has written another rank's data to and that are
+    still alive."""
 
     def __init__(self):
         super().__init__()
@@ -40,7 +41,8 @@ class RemoteBytes(SeesInside):
         self.peak = max(self.peak, sum(self.alive.values()))
 
     def ends(self):
-        """Are all gone?  (gloo's own thread lets go of a tensor a moment after the collective was waited for.)"""
+        """Are all gone?  (gloo's own thread lets go of a tensor a moment after the collective was
+        waited for.)"""
         end = time.monotonic() + 5
         while self.alive and time.monotonic() < end:
             time.sleep(0.01)
@@ -70,7 +72,8 @@ def gathers(algorithm):
 
 @pytest.mark.parametrize("algorithm", ringx.algorithms())
 def test_remote_blocks(algorithm):
-    """What is received, at most at once, is what the registry says (blocks that are sent in part may need less)."""
+    """What is received, at most at once, is what the registry says (blocks that are sent in part
+    may need less)."""
     row = ringx.algorithms()[algorithm]
     for world, overlap in itertools.product((2, 4, 8), (True, False)):
         p = problem(BLOCK * world, H=4, Hkv=2)
@@ -89,7 +92,8 @@ def test_remote_blocks(algorithm):
 
 @pytest.mark.parametrize("algorithm", ringx.algorithms())
 def test_all_memory(algorithm):
-    """Everything alive at once, working memory included: constant in N, or linear in it for those that gather."""
+    """Everything alive at once, working memory included: constant in N, or linear in it for those
+    that gather."""
 
     def step(rank, p):
         where = ringx.positions(p.q.shape[1])

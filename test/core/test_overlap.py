@@ -1,4 +1,5 @@
-"""Overlap: messages are in flight while blocks are computed, forward and backward; without it each is waited for at once.
+"""Overlap: messages are in flight while blocks are computed, forward and backward; without it each
+is waited for at once.
 
 Launch: python -m pytest test/core/test_overlap.py
 """
@@ -48,7 +49,8 @@ def events(monkeypatch):
 
 
 def owners(x):
-    """Each rank's blocks hold its own number, so that a kernel call shows whose block it computes."""
+    """Each rank's blocks hold its own number, so that a kernel call shows whose block it
+    computes."""
     return tuple(sorted(set(x[0, :, 0, 0].long().tolist())))
 
 
