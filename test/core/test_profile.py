@@ -1,6 +1,7 @@
 """A profile reads as the algorithms' names: phases, collectives posted and waited for, local
 attention."""
 
+import pytest
 import torch
 from programs import rank_functions
 
@@ -22,8 +23,13 @@ def profiled(world):
     return ranges
 
 
-def test_ranges_bear_the_names_of_algorithm_direction_and_message():
-    for ranges in launch.run(profiled, 2):
+@pytest.fixture(scope="module")
+def ranges_of_ranks():
+    return launch.run(profiled, 2)
+
+
+def test_ranges_bear_the_names_of_algorithm_direction_and_message(ranges_of_ranks):
+    for ranges in ranges_of_ranks:
         for algorithm, row in ALGORITHMS.items():
             directions = ("forward", "backward")
             messages = row.messages(1, 8, 2, 2, 8, 2, 4, False)
@@ -42,6 +48,6 @@ def test_ranges_bear_the_names_of_algorithm_direction_and_message():
             assert not any(name.startswith(tuple(others)) for name in ranges[algorithm])
 
 
-def test_the_agreement_has_a_range_too():
-    for found in launch.run(profiled, 2):
-        assert "ringx3 check" in found["ringx3"]
+def test_the_agreement_has_a_range_too(ranges_of_ranks):
+    for ranges in ranges_of_ranks:
+        assert "ringx3 check" in ranges["ringx3"]
