@@ -8,9 +8,10 @@ What a trainer does is the same with each:
             engine.backward(engine(tokens, positions, labels) / count)
     norm = engine.step(lr, clip)
 
-Each rank's loss is (sum over its own tokens) / (number of tokens in the *whole* batch).  The loss of the batch is then the sum over
-the ranks with other tokens, dp x cp, and so is the gradient of every parameter, whichever tokens it saw: embeddings and final norm
-too.  The engines average gradients over these ranks, so the loss is multiplied by their number before it is differentiated.
+Each rank's loss is (sum over its own tokens) / (number of tokens in the *whole* batch).  The loss
+of the batch is then the sum over the ranks with other tokens, dp x cp, and so is the gradient of
+every parameter, whichever tokens it saw: embeddings and final norm too.  The engines average
+gradients over these ranks, so the loss is multiplied by their number before it is differentiated.
 """
 
 import contextlib
@@ -32,15 +33,17 @@ MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 class Engine:
-    """FSDP2 over shard x cp (and replicas of that), DDP over dp x cp; neither where there is one such rank.
+    """FSDP2 over shard x cp (and replicas of that), DDP over dp x cp, or nothing on one such rank.
 
     Args:
-        model: on the meta device, its parameters in the dtype in which they are kept; already cut over tp.
+        model: on the meta device, its parameters in the dtype in which they are kept; already cut
+            over tp.
         blocks: its submodules that FSDP2 gathers one at a time, in the order of the forward.
         weights: weights(name, shape) -> the full tensor of a parameter, the same on every rank.
-        dtype: of the computation.  Where parameters are wider: with FSDP2 they are gathered in it and their gradients summed in
-            `reduce_dtype`; otherwise autocast.
-        allocating: a context around what allocates parameters and buckets of gradients, such as a dry run's FakeTensorMode.
+        dtype: of the computation.  Where parameters are wider: with FSDP2 they are gathered in it
+            and their gradients summed in `reduce_dtype`; otherwise autocast.
+        allocating: a context around what allocates parameters and buckets of gradients, such as a
+            dry run's FakeTensorMode.
     """
 
     def __init__(
@@ -57,10 +60,12 @@ class Engine:
         device: "torch.device | str" = "cpu",
         allocating: "contextlib.AbstractContextManager[Any] | None" = None,
     ):
-        self.mesh, self.device, self.module = mesh, torch.device(device), model
+        self.mesh = mesh
+        self.device = torch.device(device)
+        self.module = model
         self.ranks = mesh.data_mesh.size() if mesh.data_mesh is not None else 1
-        kept = next(model.parameters()).dtype
-        self._autocast = dtype if dtype != kept else None
+        kept_dtype = next(model.parameters()).dtype
+        self._autocast = dtype if dtype != kept_dtype else None
         self._sharded = kind == "fsdp" and self.ranks > 1
         if self._sharded:
             policy = MixedPrecisionPolicy()
@@ -78,7 +83,7 @@ class Engine:
                 fill_parameters(model, weights)
             self.model: Any = model
             if kind == "ddp" and self.ranks > 1:
-                # no rank needs another's parameters: they are the same on every rank
+                # No rank needs another's parameters: they are the same on every rank.
                 self.model = nn.parallel.DistributedDataParallel(
                     model, process_group=mesh.data, init_sync=False
                 )
@@ -92,12 +97,13 @@ class Engine:
 
     @contextlib.contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
-        """Around a forward and its backward: gradients are summed over the ranks in the last one of a step only."""
+        """Around a forward and its backward.
+
+        Gradients are summed over the ranks in the last one of a step only."""
         if self._sharded:
             self.model.set_requires_gradient_sync(last)
-        with (
-            contextlib.nullcontext() if last or self.model is self.module else self.model.no_sync()
-        ):
+        is_ddp = self.model is not self.module
+        with self.model.no_sync() if is_ddp and not last else contextlib.nullcontext():
             yield
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -135,14 +141,17 @@ class Engine:
 
 @torch.no_grad()
 def fill_parameters(model: nn.Module, weights: Callable[[str, torch.Size], torch.Tensor]) -> None:
-    """Sets every parameter from its full value, of which each rank keeps its part.  Local; one full parameter exists at a time."""
+    """Sets every parameter from its full value, of which each rank keeps its part.
+
+    Local; one full parameter exists at a time."""
     for name, p in model.named_parameters():
         full = weights(name, p.shape)
         if isinstance(p, DTensor):
             shape, offset = compute_local_shape_and_global_offset(
                 p.shape, p.device_mesh, p.placements
             )
-            full = full[tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))]
+            part = tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))
+            full = full[part]
             p.to_local().copy_(full)
         else:
             p.copy_(full)

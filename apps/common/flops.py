@@ -1,8 +1,9 @@
 """Floating-point operations: in which conventions they are counted, and what GPUs can do.
 
-A matrix multiplication [m, k] @ [k, n] is 2 m k n operations; the backward is two such: 6 a token for each parameter of a matrix
-that multiplies.  Attention adds, per layer, 12 heads head_dim seqlen a token ("full": as if every token saw all; the convention
-of Chowdhery et al., arXiv 2204.02311, and of torch.utils.flop_counter) or half of that ("causal": what a causal mask leaves).  What
+A matrix multiplication [m, k] @ [k, n] is 2 m k n operations; the backward is two such: 6 a token
+for each parameter of a matrix that multiplies.  Attention adds, per layer, 12 heads head_dim seqlen
+a token ("full": as if every token saw all; the convention of Chowdhery et al., arXiv 2204.02311,
+and of torch.utils.flop_counter) or half of that ("causal": what a causal mask leaves).  What
 activation checkpointing computes again is not work done: it is in neither.
 """
 
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-PEAK = {  # dense bf16 FLOP/s as the vendors state them, by a part of the device's name, special ones first
+# Dense bf16 FLOP/s as the vendors state them, by a part of the device's name, special ones first.
+PEAK = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,  # SXM

@@ -1,15 +1,16 @@
-"""Optimizers by name, and gradient clipping, for parameters that are plain tensors or DTensors on any mix of meshes.
+"""Optimizers by name, and gradient clipping, for plain tensors and DTensors on any mix of meshes.
 
-AdamW is torch's own.  LAMB is written here: torch has none, and the fused ones of apex and DeepSpeed know neither shards
-nor CPUs; they are there for who asks for them by name.  Everything a norm needs from other ranks travels together: one
-all-reduce per process group over which something is sharded, however many parameters there are.
+AdamW is torch's own.  LAMB is written here: torch has none, and the fused ones of apex and
+DeepSpeed know neither shards nor CPUs; these are used only where they are asked for by name.
+Everything a norm needs from other ranks travels together: one all-reduce per process group over
+which something is sharded, however many parameters there are.
 """
 
 import functools
 import importlib
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,10 +24,8 @@ OPTIMIZERS = {
     "lamb_apex": "apex.optimizers.FusedLAMB: whole parameters on a GPU; overwrites gradients",
     "lamb_deepspeed": "deepspeed.ops.lamb.FusedLamb: whole parameters on a GPU",
 }
-FUSED = (
-    "cpu",
-    "cuda",
-)  # devices whose fused AdamW the tests have seen, in fp64 too (cuda: ROCm as well)
+# Devices whose fused AdamW the tests have run, in fp64 too (cuda: ROCm as well).
+FUSED = ("cpu", "cuda")
 
 
 def make_optimizer(
@@ -40,14 +39,16 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer `name` (of OPTIMIZERS) for those of `params` that require a gradient.
 
-    Weight decay is for parameters of two or more dimensions: biases and norms are left alone.  There are two parameter
-    groups, with and without decay; more where parameters lie on several meshes (a fused step takes one mesh at a time), so
-    change every group's "lr".  Call ``clip_by_global_norm`` before each step (with 0 to leave sizes alone): it also brings
-    gradients into their parameters' placements.
+    Weight decay is for parameters of two or more dimensions: biases and norms are left alone.
+    There are two parameter groups, with and without decay; more where parameters lie on several
+    meshes (a fused step takes one mesh at a time), so change every group's "lr".  Call
+    ``clip_by_global_norm`` before each step (with 0 to leave sizes alone): it also brings gradients
+    into their parameters' placements.
 
-    lamb_apex and lamb_deepspeed are set up so that they clip nothing and bound no trust ratio.  They have not been run by
-    the tests, which need no GPU.  lamb_apex then follows the same formula as lamb; DeepSpeed corrects the bias in the step
-    size, decay and eps included, so its first steps differ.
+    lamb_apex and lamb_deepspeed are set up so that they clip nothing and bound no trust ratio.
+    They have not been run by the tests, which need no GPU.  lamb_apex then follows the same formula
+    as lamb; DeepSpeed corrects the bias in the step size, decay and eps included, so its first
+    steps differ.
 
     Args:
         lr: learning rate, at least 0.
@@ -56,9 +57,29 @@ def make_optimizer(
         eps: added to the root of the second moment, greater than 0.
 
     Raises:
-        ValueError: an unknown name, a number out of range, no parameters, or a fused LAMB that is not installed or cannot
-            take these parameters."""
+        ValueError: an unknown name, a number out of range, no parameters, or a fused LAMB that is
+            not installed or cannot take these parameters."""
     require_name(name, OPTIMIZERS, "optimizer")
+    _expect_hyperparameters(lr, weight_decay, betas, eps)
+    trained = [p for p in params if p.requires_grad]
+    if not trained:
+        raise ValueError(
+            "params holds no parameter that requires a gradient; give the model's parameters."
+        )
+    groups = _parameter_groups(trained, weight_decay)
+    options: dict[str, Any] = {"lr": lr, "betas": tuple(betas), "eps": eps}
+    if name == "adamw":
+        fused = all(p.device.type in FUSED and p.is_floating_point() for p in trained)
+        return torch.optim.AdamW(groups, fused=fused, **options)
+    if name == "lamb":
+        return Lamb(groups, **options)
+    return _fused_lamb(name, trained, groups, options)
+
+
+def _expect_hyperparameters(
+    lr: float, weight_decay: float, betas: tuple[float, float], eps: float
+) -> None:
+    """ValueError naming the first that is out of range."""
     _expect(math.isfinite(lr) and lr >= 0, "lr", lr, "a number of at least 0")
     _expect(
         math.isfinite(weight_decay) and weight_decay >= 0,
@@ -67,34 +88,31 @@ def make_optimizer(
         "a number of at least 0",
     )
     _expect(
-        len(betas) == 2 and all(0 <= b < 1 for b in betas),
+        len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
         "betas",
         betas,
         "two numbers from 0 to below 1",
     )
     _expect(math.isfinite(eps) and eps > 0, "eps", eps, "a number greater than 0")
-    wanted = [p for p in params if p.requires_grad]
-    if not wanted:
-        raise ValueError(
-            "params holds no parameter that requires a gradient; give the model's parameters."
-        )
+
+
+def _parameter_groups(
+    params: Sequence[torch.nn.Parameter], weight_decay: float
+) -> list[dict[str, Any]]:
+    """One for each mesh, with and without decay."""
     groups: dict[Any, dict[str, Any]] = {}
-    for p in wanted:
-        decay = weight_decay if p.dim() > 1 else 0.0
-        where = (p.dim() > 1, p.device_mesh if isinstance(p, DTensor) else None)
-        groups.setdefault(where, {"params": [], "weight_decay": decay})["params"].append(p)
-    options: dict[str, Any] = {"lr": lr, "betas": tuple(betas), "eps": eps}
-    if name == "adamw":
-        fused = all(p.device.type in FUSED and p.is_floating_point() for p in wanted)
-        return torch.optim.AdamW(groups.values(), fused=fused, **options)
-    if name == "lamb":
-        return Lamb(groups.values(), **options)
-    return _fused_lamb(name, wanted, list(groups.values()), options)
+    for p in params:
+        decays = p.dim() > 1
+        mesh = p.device_mesh if isinstance(p, DTensor) else None
+        empty = {"params": [], "weight_decay": weight_decay if decays else 0.0}
+        groups.setdefault((decays, mesh), empty)["params"].append(p)
+    return list(groups.values())
 
 
 class Lamb(torch.optim.Optimizer):
-    """Layer-wise adaptive moments: You et al., arXiv 1904.00962, Algorithm 2, with bias correction; a layer is one parameter.
+    """Layer-wise adaptive moments: You et al., arXiv 1904.00962, Algorithm 2, with bias correction.
 
+    A layer is one parameter.
     With gradient g, step t = 1, 2, ... and norms over the whole parameter x, however it is sharded:
 
         m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g g
@@ -126,21 +144,20 @@ class Lamb(torch.optim.Optimizer):
             raise ValueError(
                 f"closure={closure!r} is not supported; evaluate the loss before step()."
             )
-        todo: list[
-            tuple[dict[str, Any], list[torch.nn.Parameter], list[torch.Tensor]]
-        ] = []  # group, parameters, their u
+        # (group, its parameters with gradients, their u)
+        updates: list[tuple[dict[str, Any], list[torch.nn.Parameter], list[torch.Tensor]]] = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                todo.append((group, params, self._directions(group, params)))
-        if not todo:
+                updates.append((group, params, self._directions(group, params)))
+        if not updates:
             return
-        xs = [p for _, params, _ in todo for p in params]
-        us = [u for _, _, directions in todo for u in directions]
+        xs = [p for _, params, _ in updates for p in params]
+        us = [u for _, _, directions in updates for u in directions]
         x_norm, u_norm = _norms([*xs, *us], [*xs, *xs]).chunk(2)
         ratios = torch.where((x_norm > 0) & (u_norm > 0), x_norm / u_norm, 1.0)
         torch._foreach_mul_(us, ratios.unbind())
-        for group, params, directions in todo:
+        for group, params, directions in updates:
             torch._foreach_add_([_local(p) for p in params], directions, alpha=-group["lr"])
 
     def _directions(
@@ -149,9 +166,8 @@ class Lamb(torch.optim.Optimizer):
         """This rank's part of u of each parameter, after the moments have taken in the gradient."""
         for p in params:
             if not self.state[p]:
-                self.state[
-                    p
-                ] = {  # as torch's AdamW has them, so that distributed checkpoints reshard them
+                # As torch's AdamW has them, so that distributed checkpoints reshard them.
+                self.state[p] = {
                     "step": torch.zeros((), dtype=torch.float32),
                     "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
                     "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
@@ -180,9 +196,10 @@ class Lamb(torch.optim.Optimizer):
 def clip_by_global_norm(params: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
     """Scale the gradients together to an L2 norm of at most `max_norm`; 0 only measures.
 
-    Gradients may be plain or DTensors, on several meshes (torch.nn.utils.get_total_norm takes one mesh only).  A plain one is
-    taken to be whole, and the same on all ranks: sum or average it first.  A DTensor's placements become its parameter's:
-    pending sums of sequence parallelism are done here.  Collective where gradients are sharded.
+    Gradients may be plain or DTensors, on several meshes (torch.nn.utils.get_total_norm takes one
+    mesh only).  A plain one is taken to be whole, and the same on all ranks: sum or average it
+    first.  A DTensor's placements become its parameter's: pending sums of sequence parallelism are
+    done here.  Collective where gradients are sharded.
 
     Args:
         max_norm: at least 0.
@@ -210,7 +227,9 @@ def _local(t: torch.Tensor) -> torch.Tensor:
 
 
 def _gradients(params: Iterable[torch.nn.Parameter]) -> list[torch.Tensor]:
-    """The gradients, placed as their parameters are: those of sequence-parallel norms still wait for a sum over the ranks."""
+    """The gradients, placed as their parameters are.
+
+    Those of sequence-parallel norms still wait for a sum over the ranks, which is done here."""
     grads = []
     for p in params:
         if isinstance(p, DTensor) and p.grad.placements != p.placements:  # type: ignore[union-attr]
@@ -220,28 +239,55 @@ def _gradients(params: Iterable[torch.nn.Parameter]) -> list[torch.Tensor]:
 
 
 def _norms(tensors: Sequence[torch.Tensor], like: Sequence[torch.Tensor]) -> torch.Tensor:
-    """fp64 [n]: L2 norm of each whole tensor.  tensors[i] is, or is this rank's part of, a tensor sharded as like[i] is.
+    """fp64 [n]: L2 norm of each whole tensor.
 
-    In fp64, where the square of no fp32 number over- or underflows."""
+    tensors[i] is, or is this rank's part of, a tensor sharded as like[i] is.  In fp64, where the
+    square of no fp32 number over- or underflows."""
     parts = [_local(t) for t in tensors]
     squares = torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float64)).square()
-    sharded: dict[
-        Any, list[int]
-    ] = {}  # group: the tensors of which each of its ranks has another part
-    for i, t in enumerate(like):
-        if isinstance(t, DTensor):
-            for dim, placement in enumerate(t.placements):
+    # group: the tensors of which each of its ranks has another part
+    sharded: dict[Any, list[int]] = {}
+    for i, tensor in enumerate(like):
+        if isinstance(tensor, DTensor):
+            for dim, placement in enumerate(tensor.placements):
                 if not placement.is_replicate():
-                    sharded.setdefault(t.device_mesh.get_group(dim), []).append(i)
-    for group, which in sharded.items():  # every rank meets the groups in the same order
-        part = squares[which]
+                    sharded.setdefault(tensor.device_mesh.get_group(dim), []).append(i)
+    for group, indices in sharded.items():  # in the same order on every rank
+        part = squares[indices]
         dist.all_reduce(part, group=group)
-        squares[which] = part
+        squares[indices] = part
     return squares.sqrt()
 
 
 def _wide(tensors: Iterable[torch.Tensor]) -> torch.dtype:
+    """The widest of their dtypes, at least fp32."""
     return functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+
+
+class _FusedLamb(NamedTuple):
+    """Where a fused LAMB is, and with which options it clips nothing and bounds no trust ratio."""
+
+    module: str
+    name: str
+    options: dict[str, Any]
+    remedy: str  # how to install it
+
+
+FUSED_LAMBS = {
+    "lamb_apex": _FusedLamb(
+        module="apex.optimizers",
+        name="FusedLAMB",
+        # use_nvlamb: the trust ratio also where nothing decays
+        options={"max_grad_norm": math.inf, "use_nvlamb": True},
+        remedy="build NVIDIA/apex or ROCm/apex from source (PyPI's apex is another project)",
+    ),
+    "lamb_deepspeed": _FusedLamb(
+        module="deepspeed.ops.lamb",
+        name="FusedLamb",
+        options={"max_grad_norm": 0.0, "min_coeff": 0.0, "max_coeff": math.inf},
+        remedy="pip install deepspeed",
+    ),
+}
 
 
 def _fused_lamb(
@@ -250,35 +296,24 @@ def _fused_lamb(
     groups: list[dict[str, Any]],
     options: dict[str, Any],
 ) -> torch.optim.Optimizer:
-    module, cls, extra, remedy = {
-        "lamb_apex": (  # use_nvlamb: the trust ratio also where nothing decays
-            *("apex.optimizers", "FusedLAMB", {"max_grad_norm": math.inf, "use_nvlamb": True}),
-            "build NVIDIA/apex or ROCm/apex from source (PyPI's apex is another project)",
-        ),
-        "lamb_deepspeed": (
-            *(
-                "deepspeed.ops.lamb",
-                "FusedLamb",
-                {"max_grad_norm": 0.0, "min_coeff": 0.0, "max_coeff": math.inf},
-            ),
-            "pip install deepspeed",
-        ),
-    }[name]
+    fused = FUSED_LAMBS[name]
     if any(p.device.type != "cuda" for p in params):
         raise ValueError(f"optimizer={name!r} needs all parameters on a GPU; use 'lamb'.")
     if any(isinstance(p, DTensor) for p in params):
         raise ValueError(
-            f"optimizer={name!r} would take a shard for a whole parameter; use 'lamb' with FSDP2 and tensor parallelism."
+            f"optimizer={name!r} would take a shard for a whole parameter; use 'lamb' with FSDP2 and "
+            "tensor parallelism."
         )
     try:
-        make = getattr(importlib.import_module(module), cls)
+        make = getattr(importlib.import_module(fused.module), fused.name)
     except (ImportError, AttributeError):
         raise ValueError(
-            f"optimizer={name!r}: {module}.{cls} is not installed; {remedy}, or use 'lamb'."
+            f"optimizer={name!r}: {fused.module}.{fused.name} is not installed; {fused.remedy}, "
+            "or use 'lamb'."
         ) from None
-    return make(groups, **options, **extra)
+    return make(groups, **options, **fused.options)
 
 
-def _expect(right: bool, name: str, value: object, what: str) -> None:
-    if not right:
-        raise ValueError(f"{name}={value!r} must be {what}.")
+def _expect(condition: bool, name: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}={value!r} must be {allowed}.")

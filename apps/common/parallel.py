@@ -1,4 +1,4 @@
-"""What every model here is put together with: attention over the cp group, and an engine over the ranks with other data."""
+"""What all models here use: attention over the cp group, an engine over the ranks with other data."""
 
 import contextlib
 from collections.abc import Callable, Iterable
@@ -17,13 +17,14 @@ from .zero import STAGES, ZeroEngine
 
 
 class Attend:
-    """ringx's attention over the cp group, of sequences of `seqlen` tokens.  `check` compares each call with the other ranks'
-    first: one small message."""
+    """ringx's attention over the cp group, of sequences of `seqlen` tokens.
+
+    check: compare each call with the other ranks' first, by one small message."""
 
     def __init__(self, c: Training, mesh: Mesh, *, seqlen: int, causal: bool):
         self.check = True
         self.layout = ringx.Sharding(seqlen, mesh.shape.cp, c.layout)
-        self._how: dict[str, Any] = {
+        self._options: dict[str, Any] = {
             "group": mesh.cp,
             "algorithm": c.algorithm,
             "causal": causal,
@@ -33,7 +34,7 @@ class Attend:
         }
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out = ringx.attention(q, k, v, check=self.check, **self._how)
+        out = ringx.attention(q, k, v, check=self.check, **self._options)
         assert isinstance(out, torch.Tensor)
         return out
 
@@ -48,25 +49,30 @@ def make_engine(
     device: "torch.device | str" = "cpu",
     allocating: "contextlib.AbstractContextManager | None" = None,
 ) -> Engine:
-    """The engine that a configuration asks for; collective.  The other arguments are the Engine's."""
+    """The engine that a configuration asks for; collective.
+
+    The other arguments are the Engine's."""
     c = config.train
-    zero = (
-        config.mesh.dp_engine in STAGES and mesh.data_mesh is not None and mesh.data_mesh.size() > 1
-    )
-    return (ZeroEngine if zero else Engine)(
-        model,
-        mesh,
-        config.mesh.dp_engine,
-        blocks=blocks,
-        weights=weights,
-        make_optimizer=lambda params: make_optimizer(
+
+    def optimizer_for(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return make_optimizer(
             c.optimizer,
             params,
             lr=c.lr,
             weight_decay=c.weight_decay,
             betas=(c.beta1, c.beta2),
             eps=c.eps,
-        ),
+        )
+
+    has_peers = mesh.data_mesh is not None and mesh.data_mesh.size() > 1
+    engine_class = ZeroEngine if config.mesh.dp_engine in STAGES and has_peers else Engine
+    return engine_class(
+        model,
+        mesh,
+        config.mesh.dp_engine,
+        blocks=blocks,
+        weights=weights,
+        make_optimizer=optimizer_for,
         dtype=TORCH_DTYPES[c.dtype],
         reduce_dtype=TORCH_DTYPES[c.reduce_dtype],
         device=device,
