@@ -27,7 +27,7 @@ if __package__ in (None, ""):
 import ringx
 from apps.common.log import read_metrics
 from apps.common.plot import plot_runs
-from apps.vit.scores import read_scores
+from apps.vit.scores import ScoreRow, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 PATCHES = (4, 2, 1)
@@ -120,7 +120,7 @@ def era5(args: argparse.Namespace) -> None:
             args, f"seed{seed}", "--config", "era5_t2m_uk", "--data", args.data, "--seed", seed
         )
         forecast = predict(args, run, "--save", 1000)
-        for row in read_scores(forecast / "scores.csv"):
+        for row in read_rows(forecast / "scores.csv", ScoreRow):
             rmse.setdefault((row.lead_hours, row.forecast), []).append(row.rmse)
         for day, lead, *errors in by_day(run, forecast, args.data):
             days.setdefault((day, lead), []).append((errors[0], errors[1]))
@@ -211,7 +211,7 @@ def default(args: argparse.Namespace) -> None:
     forecast = predict(args, run, "--save", 2, "--rollout", 72)
     keep_figures(forecast / "maps", args.out / "plots/default")
     rows: dict[tuple[str, int], dict[str, str]] = {}
-    for row in read_scores(forecast / "scores.csv"):
+    for row in read_rows(forecast / "scores.csv", ScoreRow):
         rows.setdefault((f"{row.variable} ({row.units})", row.lead_hours), {})[row.forecast] = (
             f"{row.rmse:.4g}"
         )
@@ -234,7 +234,7 @@ def patches(args: argparse.Namespace) -> None:
     skill = [
         next(
             r
-            for r in read_scores(predict(args, run, "--no-maps") / "scores.csv")
+            for r in read_rows(predict(args, run, "--no-maps") / "scores.csv", ScoreRow)
             if (r.variable, r.forecast) == ("h", "model")
         )
         for run in runs

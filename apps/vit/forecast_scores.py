@@ -62,7 +62,7 @@ class ForecastScores:
             self.add("climatology", lead, climatology, t0s)
             self.add("damped anomaly", lead, damped, t0s)
 
-    def rows(self) -> list[scores.Row]:
+    def rows(self) -> list[scores.ScoreRow]:
         """The scores of all forecasts that were added, by channel and lead."""
         channels, units = self.samples.fields.channels, self.samples.fields.units
         rows = []

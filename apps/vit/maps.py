@@ -1,12 +1,14 @@
 """Forecasts drawn: maps beside their targets, skill by lead time, zonal spectra.
 
-    python -m apps.vit.maps FOLDER --out DIR                                   # first and last lead of the first time
+    python -m apps.vit.maps FOLDER --out DIR      # first and last lead of the first time
     python -m apps.vit.maps FOLDER --out DIR --variable t2m --time 2019-03-25T06 --lead 6
 
-FOLDER is what apps.vit.predict wrote: forecasts.nc or forecasts.zarr, and beside it scores.csv and spectra.csv.  Without
---variable, maps are drawn of the first 4.  Writes DIR/map_VARIABLE_TIME_LEADh, DIR/skill and DIR/spectra_LEADh, each as PNG and
-SVG, with numbers as CSV; more than 6 variables have their skill and spectra in several files.  A figure that lacks its file is
-skipped with the reason.  Coastlines need cartopy, which downloads them once.  Needs matplotlib: pip install 'ringx[plot]'
+FOLDER is what apps.vit.predict wrote: forecasts.nc or forecasts.zarr, and beside it scores.csv and
+spectra.csv.  Without --variable, maps are drawn of the first 4.  Writes
+DIR/map_VARIABLE_TIME_LEADh, DIR/skill and DIR/spectra_LEADh, each as PNG and SVG, with numbers as
+CSV; more than 6 variables have their skill and spectra in several files.  A figure that lacks its
+file is skipped with the reason.  Coastlines need cartopy, which downloads them once.
+Needs matplotlib: pip install 'ringx[plot]'
 """
 
 import argparse
@@ -15,15 +17,15 @@ import math
 import re
 import socket
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from apps.common.arguments import Parser
+from apps.common.arguments import Parser, run_command
 from apps.vit import scores
-from apps.vit.scores import Row, SpectrumRow
+from apps.vit.scores import ScoreRow, SpectrumRow
 from ringx.checks import require_name
 from ringx.report import figures
 
@@ -38,12 +40,16 @@ STYLES = (*figures.STYLES[:4], (0, (6, 1, 1, 1, 1, 1)), "-")  # of FORECASTS, an
 WAVELENGTHS = (20000, 5000, 2000, 500, 100, 20)  # km, marked on spectra
 HOUR = np.timedelta64(1, "h")
 
+R = TypeVar("R", ScoreRow, SpectrumRow)
+
 
 # ---- the files
 
 
-def open_forecasts(folder: "str | Path") -> "xr.Dataset":
-    """FOLDER/forecasts.nc, or else FOLDER/forecasts.zarr, read as far as it is looked at; lead_time is decoded to timedelta64.
+def open_forecasts(folder: str | Path) -> "xr.Dataset":
+    """FOLDER/forecasts.nc, or else FOLDER/forecasts.zarr, read lazily.
+
+    lead_time is decoded to timedelta64.
 
     Raises:
         ValueError: there is none, or it is not laid out as apps.vit.predict writes it; names it.
@@ -60,26 +66,28 @@ def open_forecasts(folder: "str | Path") -> "xr.Dataset":
         )
     path = paths[0]
     try:
-        file = xr.open_dataset(
-            path, decode_timedelta=False
-        )  # a field in seconds or hours is no lead
+        # Timedeltas are not decoded: a field in seconds or hours is no lead.
+        file = xr.open_dataset(path, decode_timedelta=False)
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ValueError(
-            f"{path} cannot be read: {str(e).splitlines()[0] if str(e) else type(e).__name__}"
-        ) from None
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise ValueError(f"{path} cannot be read: {reason}") from None
     try:
-        return _expect_forecasts(file)
+        return _decode_forecasts(file)
     except ValueError as e:
         file.close()
         raise ValueError(f"{path} {e}; it must be what apps.vit.predict writes.") from None
 
 
-def _expect_forecasts(file: "xr.Dataset") -> "xr.Dataset":
-    """The dataset with decoded leads; closing it closes the file."""
+def _decode_forecasts(file: "xr.Dataset") -> "xr.Dataset":
+    """The dataset with decoded leads, whose close() closes the file.
+
+    Raises:
+        ValueError: it is not laid out as forecasts are."""
     import xarray as xr
 
-    if missing := [d for d in DIMS if d not in file.dims or d not in file.coords]:
-        raise ValueError(f"has no dimension with coordinates {missing[0]!r}")
+    for name in DIMS:
+        if name not in file.dims or name not in file.coords:
+            raise ValueError(f"has no dimension with coordinates {name!r}")
     leads = xr.decode_cf(file[["lead_time"]], decode_timedelta=True)
     dataset = file.assign_coords(lead_time=leads.lead_time)
     dataset.set_close(file.close)
@@ -97,8 +105,14 @@ def _expect_forecasts(file: "xr.Dataset") -> "xr.Dataset":
 
 def channels_of(dataset: "xr.Dataset") -> list[str]:
     """Names of the forecast fields: those that have a NAME_truth beside them."""
-    both = [n for n in map(str, dataset.data_vars) if f"{n}_truth" in dataset.data_vars]
-    return [n for n in both if set(dataset[n].dims) == set(DIMS) == set(dataset[f"{n}_truth"].dims)]
+    channels = []
+    for name in map(str, dataset.data_vars):
+        truth = f"{name}_truth"
+        if truth not in dataset.data_vars:
+            continue
+        if set(dataset[name].dims) == set(DIMS) == set(dataset[truth].dims):
+            channels.append(name)
+    return channels
 
 
 def lead_hours(dataset: "xr.Dataset") -> list[int]:
@@ -107,31 +121,34 @@ def lead_hours(dataset: "xr.Dataset") -> list[int]:
 
 
 def coastlines(dataset: "xr.Dataset") -> list[np.ndarray]:
-    """Natural Earth's coastlines through cartopy: [n, 2] degrees east and north each, finer for a region than for the globe.
+    """Natural Earth's coastlines through cartopy, finer for a region than for the globe.
+
+    Returns:
+        [n, 2] degrees east and north of each line.
 
     Raises:
-        ValueError: cartopy is missing, or has no coastlines and cannot download them; says which."""
+        ValueError: cartopy is missing, or has no coastlines and cannot download them."""
     try:
         from cartopy.io import shapereader
     except ImportError:
         raise ValueError("cartopy is not installed") from None
-    fine = np.ptp(dataset.longitude.values) < 90
+    regional = np.ptp(dataset.longitude.values) < 90
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # seconds: some compute nodes never answer
     try:
         file = shapereader.natural_earth(
-            resolution="50m" if fine else "110m", category="physical", name="coastline"
+            resolution="50m" if regional else "110m", category="physical", name="coastline"
         )
         shapes = list(shapereader.Reader(file).geometries())
     except OSError as e:
         raise ValueError(f"cartopy cannot get its coastlines ({e})") from None
     finally:
         socket.setdefaulttimeout(before)
-    return [
-        np.asarray(line.coords)[:, :2]
-        for shape in shapes
-        for line in getattr(shape, "geoms", [shape])
-    ]
+    lines = []
+    for shape in shapes:
+        for line in getattr(shape, "geoms", [shape]):
+            lines.append(np.asarray(line.coords)[:, :2])
+    return lines
 
 
 # ---- maps
@@ -140,8 +157,11 @@ def coastlines(dataset: "xr.Dataset") -> list[np.ndarray]:
 def map_numbers(
     dataset: "xr.Dataset", channel: str, time_index: int, lead_index: int
 ) -> dict[str, Any]:
-    """What a map shows, in numbers: variable, units, time, valid_time, lead_hours, rmse and bias (weighted by cos(latitude)), and
-    the least and largest values of target, forecast and difference.
+    """What a map shows, in numbers.
+
+    Returns:
+        variable, units, time, valid_time, lead_hours, rmse and bias (weighted by cos(latitude)),
+        and the least and largest values of target, forecast and difference.
 
     Raises:
         ValueError: there is no such channel, time or lead; or nothing finite to draw; names it."""
@@ -149,13 +169,14 @@ def map_numbers(
     weights = scores.latitude_weights(dataset.latitude.values)
     with np.errstate(invalid="ignore", over="ignore"):  # a forecast that is not finite
         difference = forecast - target
-        rmse, bias = np.sqrt((difference**2).mean(-1) @ weights), difference.mean(-1) @ weights
+        rmse = np.sqrt((difference**2).mean(-1) @ weights)
+        bias = difference.mean(-1) @ weights
     start, lead = dataset.time.values[time_index], dataset.lead_time.values[lead_index]
     numbers = {
         "variable": channel,
         "units": dataset[channel].attrs.get("units", ""),
-        "time": _written(start),
-        "valid_time": _written(start + lead),
+        "time": _time_text(start),
+        "valid_time": _time_text(start + lead),
         "lead_hours": lead_hours(dataset)[lead_index],
         "rmse": float(rmse),
         "bias": float(bias),
@@ -164,9 +185,11 @@ def map_numbers(
         finite = field[np.isfinite(field)]
         if not finite.size:
             raise ValueError(
-                f"the {name} of {channel} from {numbers['time']}, lead {numbers['lead_hours']} h, has no finite value."
+                f"the {name} of {channel} from {numbers['time']}, lead {numbers['lead_hours']} h, "
+                "has no finite value."
             )
-        numbers |= {f"{name}_min": float(finite.min()), f"{name}_max": float(finite.max())}
+        numbers[f"{name}_min"] = float(finite.min())
+        numbers[f"{name}_max"] = float(finite.max())
     return numbers
 
 
@@ -176,8 +199,10 @@ def draw_maps(
     time_index: int,
     lead_index: int,
     coasts: Sequence[np.ndarray] = (),
-):
-    """Target, forecast, and forecast - target: side by side, or one above the other where the region is wide.  The first two share
+) -> Any:
+    """Target, forecast, and forecast - target.
+
+    They are side by side, or one above the other where the region is wide.  The first two share
     their colours; those of the difference are symmetric about 0.
 
     Args:
@@ -194,76 +219,99 @@ def draw_maps(
         ImportError: matplotlib is missing."""
     numbers = map_numbers(dataset, channel, time_index, lead_index)
     target, forecast = _fields(dataset, channel, time_index, lead_index)
-    attrs, units = dataset[channel].attrs, numbers["units"]
-    name = attrs.get("long_name", channel)
-    lat, lon = dataset.latitude.values, dataset.longitude.values
-    aspect = 1 / max(
-        0.2, math.cos(math.radians(float(lat.mean())))
-    )  # as long a km to the north as to the east
-    shape = aspect * np.ptp(lat) / max(np.ptp(lon), 1e-6)  # height of a panel by its width
-    wide = shape < 0.7
-    across, size = (
-        ((1, 3), (11, 3.4 * min(shape, 2) + 1.6))
-        if not wide
-        else ((3, 1), (figures.WIDTH, 3 * 5.6 * max(shape, 0.2) + 1.8))
+    shared_colours = {
+        "cmap": "viridis",
+        "vmin": min(numbers["target_min"], numbers["forecast_min"]),
+        "vmax": max(numbers["target_max"], numbers["forecast_max"]),
+    }
+    largest = max(abs(numbers["difference_min"]), abs(numbers["difference_max"])) or 1.0
+    difference_colours = {"cmap": "RdBu_r", "vmin": -largest, "vmax": largest}
+    panels = (
+        ("target", target, shared_colours),
+        ("forecast", forecast, shared_colours),
+        ("forecast - target", forecast - target, difference_colours),
     )
-    at = "right" if wide else "bottom"
-    shared = {"cmap": "viridis", "vmin": min(numbers["target_min"], numbers["forecast_min"])}
-    shared["vmax"] = max(numbers["target_max"], numbers["forecast_max"])
-    most = max(abs(numbers["difference_min"]), abs(numbers["difference_max"])) or 1.0
+    units = numbers["units"]
     plt = figures.pyplot(None)
     with plt.rc_context(figures.RC):
-        fig, axes = plt.subplots(
-            *across, sharex=wide, sharey=not wide, layout="compressed", figsize=size
-        )
-        panels = (
-            ("target", target, shared),
-            ("forecast", forecast, shared),
-            (
-                "forecast - target",
-                forecast - target,
-                {"cmap": "RdBu_r", "vmin": -most, "vmax": most},
-            ),
-        )
+        fig, axes, wide = _map_panels(plt, dataset)
         meshes = []
         for ax, (title, field, colours) in zip(axes, panels, strict=True):
-            meshes.append(
-                ax.pcolormesh(lon, lat, field, shading="nearest", rasterized=True, **colours)
-            )
-            _frame(ax, title, aspect, coasts)
-        for ax in axes if wide else axes[:1]:
-            ax.set_ylabel("latitude (degrees north)")
-        for ax in axes[2:] if wide else axes:
-            ax.set_xlabel("longitude (degrees east)")
+            meshes.append(_draw_field(ax, dataset, field, colours))
+            _finish_map(ax, title, _aspect(dataset), coasts)
+        bars: dict[str, Any] = {"location": "right" if wide else "bottom"}
         label = f"{channel} ({units})" if units else channel
-        fig.colorbar(meshes[0], ax=list(axes[:2]), location=at, label=label, shrink=0.7, aspect=40)
-        fig.colorbar(
-            meshes[2],
-            ax=axes[2],
-            location=at,
-            label=f"difference ({units})" if units else "difference",
-        )
-        named = name if name == channel else f"{name} ({channel})"
-        fig.suptitle(
-            f"{named}, RMSE {numbers['rmse']:.4g} {units}".rstrip()
-            + f"\ninitial time {numbers['time']}, valid {numbers['valid_time']}, lead {numbers['lead_hours']} h"
-        )
+        fig.colorbar(meshes[0], ax=list(axes[:2]), label=label, shrink=0.7, aspect=40, **bars)
+        label = f"difference ({units})" if units else "difference"
+        fig.colorbar(meshes[2], ax=axes[2], label=label, **bars)
+        fig.suptitle(_map_title(dataset, numbers))
     plt.close(fig)
     return fig
 
 
-def _frame(ax, title: str, aspect: float, coasts: Sequence[np.ndarray]) -> None:
+def _aspect(dataset: "xr.Dataset") -> float:
+    """The length of a degree to the north by that of one to the east, in the middle of the map."""
+    middle = float(dataset.latitude.values.mean())
+    return 1 / max(0.2, math.cos(math.radians(middle)))
+
+
+def _map_panels(plt: Any, dataset: "xr.Dataset") -> tuple[Any, Any, bool]:
+    """A figure, its three axes, and whether these are one above the other."""
+    latitude, longitude = dataset.latitude.values, dataset.longitude.values
+    # The height of a panel by its width.
+    shape = _aspect(dataset) * np.ptp(latitude) / max(np.ptp(longitude), 1e-6)
+    wide = bool(shape < 0.7)
+    if wide:
+        rows, columns = 3, 1
+        size = (figures.WIDTH, 3 * 5.6 * max(shape, 0.2) + 1.8)
+    else:
+        rows, columns = 1, 3
+        size = (11, 3.4 * min(shape, 2) + 1.6)
+    fig, axes = plt.subplots(
+        rows, columns, sharex=wide, sharey=not wide, layout="compressed", figsize=size
+    )
+    for ax in axes if wide else axes[:1]:
+        ax.set_ylabel("latitude (degrees north)")
+    for ax in axes[2:] if wide else axes:
+        ax.set_xlabel("longitude (degrees east)")
+    return fig, axes, wide
+
+
+def _draw_field(ax: Any, dataset: "xr.Dataset", field: np.ndarray, colours: dict[str, Any]) -> Any:
+    return ax.pcolormesh(
+        dataset.longitude.values,
+        dataset.latitude.values,
+        field,
+        shading="nearest",
+        rasterized=True,
+        **colours,
+    )
+
+
+def _finish_map(ax: Any, title: str, aspect: float, coasts: Sequence[np.ndarray]) -> None:
+    """Title, ticks and coastlines."""
     ax.grid(False)
     ax.set(title=title, aspect=aspect)
     ax.locator_params(steps=[1, 3, 6, 9, 10])  # degrees: 30, 60 and 90, not 50
-    limits = ax.get_xlim(), ax.get_ylim()
-    for line, turn in itertools.product(
-        coasts, (-360, 0, 360)
-    ):  # whether longitudes start at 0 or -180
-        x = line[:, 0] + turn
-        if x.max() >= limits[0][0] and x.min() <= limits[0][1]:
-            ax.plot(x, line[:, 1], color="black", lw=0.6)
-    ax.set(xlim=limits[0], ylim=limits[1])
+    west_east, south_north = ax.get_xlim(), ax.get_ylim()
+    # Longitudes of the map may start at 0 or at -180.
+    for line, turn in itertools.product(coasts, (-360, 0, 360)):
+        longitude = line[:, 0] + turn
+        if longitude.max() >= west_east[0] and longitude.min() <= west_east[1]:
+            ax.plot(longitude, line[:, 1], color="black", lw=0.6)
+    ax.set(xlim=west_east, ylim=south_north)
+
+
+def _map_title(dataset: "xr.Dataset", numbers: dict[str, Any]) -> str:
+    channel = numbers["variable"]
+    name = dataset[channel].attrs.get("long_name", channel)
+    if name != channel:
+        name = f"{name} ({channel})"
+    first = f"{name}, RMSE {numbers['rmse']:.4g} {numbers['units']}".rstrip()
+    return (
+        f"{first}\ninitial time {numbers['time']}, valid {numbers['valid_time']}, "
+        f"lead {numbers['lead_hours']} h"
+    )
 
 
 def _fields(
@@ -277,15 +325,15 @@ def _fields(
     ):
         if not 0 <= index < size:
             raise ValueError(f"{name}={index} must be in 0 .. {size - 1}.")
-    here = dataset.isel(time=time_index, lead_time=lead_index)
+    chosen = dataset.isel(time=time_index, lead_time=lead_index)
     target, forecast = (
-        here[n].transpose(*DIMS[2:]).values.astype(np.float64)
-        for n in (f"{channel}_truth", channel)
+        chosen[name].transpose(*DIMS[2:]).values.astype(np.float64)
+        for name in (f"{channel}_truth", channel)
     )
     return target, forecast
 
 
-def _written(time: np.datetime64) -> str:
+def _time_text(time: np.datetime64) -> str:
     """To the minute, as UTC."""
     return str(time.astype("datetime64[m]")).replace("T", " ") + " UTC"
 
@@ -293,7 +341,7 @@ def _written(time: np.datetime64) -> str:
 # ---- curves
 
 
-def draw_skill(rows: Sequence[Row]):
+def draw_skill(rows: Sequence[ScoreRow]) -> Any:
     """RMSE against lead time: a panel for each variable, at most 6, and a line for each forecast.
 
     Args:
@@ -310,17 +358,15 @@ def draw_skill(rows: Sequence[Row]):
     with plt.rc_context(figures.RC):
         fig, panels = _panels(plt, variables, "RMSE by lead time")
         for variable, ax in panels.items():
-            mine = [r for r in rows if r.variable == variable]
+            of_variable = [row for row in rows if row.variable == variable]
             for forecast in scores.FORECASTS:
-                points = sorted((r.lead_hours, r.rmse) for r in mine if r.forecast == forecast)
-                if points:
-                    ax.plot(*zip(*points, strict=True), label=forecast, **_look(forecast))
-            units = mine[0].units
-            ax.set(
-                title=variable,
-                xlabel="lead time (h)",
-                ylabel=f"RMSE ({units})" if units else "RMSE",
-            )
+                points = [
+                    (row.lead_hours, row.rmse) for row in of_variable if row.forecast == forecast
+                ]
+                _plot_line(ax, points, forecast)
+            units = of_variable[0].units
+            ylabel = f"RMSE ({units})" if units else "RMSE"
+            ax.set(title=variable, xlabel="lead time (h)", ylabel=ylabel)
             ax.margins(y=0.1)
             ax.set_ylim(bottom=0)
         _legend(fig, panels.values())
@@ -328,9 +374,13 @@ def draw_skill(rows: Sequence[Row]):
     return fig
 
 
-def draw_spectra(rows: Sequence[SpectrumRow], lead: int, units: "dict[str, str] | None" = None):
-    """Zonal energy spectra at one lead, both axes logarithmic, with the wavelength at the equator above: a panel for each variable,
-    at most 6, and a line each for truth, model and persistence.  Wavenumber 0, the zonal mean, has no place on it.
+def draw_spectra(
+    rows: Sequence[SpectrumRow], lead: int, units: dict[str, str] | None = None
+) -> Any:
+    """Zonal energy spectra at one lead, with the wavelength at the equator above.
+
+    Both axes are logarithmic.  There is a panel for each variable, at most 6, and a line each for
+    truth, model and persistence.  Wavenumber 0, the zonal mean, has no place on it.
 
     Args:
         rows: of spectra.csv.
@@ -343,42 +393,46 @@ def draw_spectra(rows: Sequence[SpectrumRow], lead: int, units: "dict[str, str] 
     Raises:
         ValueError: there is nothing at this lead, or there are more than 6 variables.
         ImportError: matplotlib is missing."""
-    known = sorted({r.lead_hours for r in rows})
+    known = sorted({row.lead_hours for row in rows})
     if lead not in known:
         raise ValueError(
             f"lead={lead} is in none of the spectra, which have {_listed(known)} hours."
         )
-    rows = [r for r in rows if r.lead_hours == lead and r.wavenumber > 0 and r.energy > 0]
-    variables = _variables(rows)
+    shown = [
+        row for row in rows if row.lead_hours == lead and row.wavenumber > 0 and row.energy > 0
+    ]
+    variables = _variables(shown)
+    units = units or {}
+    shortest = float(scores.zonal_wavelength(np.array(max(row.wavenumber for row in shown))))
     plt = figures.pyplot(None)
     with plt.rc_context(figures.RC):
         fig, panels = _panels(plt, variables, f"Zonal energy spectra, lead {lead} h")
         for variable, ax in panels.items():
             for forecast in scores.SPECTRA:
-                points = sorted(
-                    (r.wavenumber, r.energy)
-                    for r in rows
-                    if (r.variable, r.forecast) == (variable, forecast)
-                )
-                if points:
-                    ax.plot(
-                        *zip(*points, strict=True), label=forecast, **_look(forecast), markevery=0.1
-                    )
-            unit = (units or {}).get(variable, "")
-            squared = f" ({unit}$^2$)" if unit.isalpha() else f" (({unit})$^2$)" if unit else ""
-            ax.set(xscale="log", yscale="log", xlabel="zonal wavenumber", ylabel=f"energy{squared}")
+                points = [
+                    (row.wavenumber, row.energy)
+                    for row in shown
+                    if row.variable == variable and row.forecast == forecast
+                ]
+                _plot_line(ax, points, forecast, markevery=0.1)
+            ylabel = f"energy{_squared(units.get(variable, ''))}"
+            ax.set(xscale="log", yscale="log", xlabel="zonal wavenumber", ylabel=ylabel)
             ax.xaxis.set_major_formatter("{x:g}")
             ax.set_title(variable, pad=12)
-            above = ax.secondary_xaxis("top", functions=(_wavelength, _wavelength))
-            shortest = float(scores.zonal_wavelength(np.array(max(r.wavenumber for r in rows))))
-            above.set_xticks([w for w in WAVELENGTHS if w >= shortest], minor=False)
-            above.xaxis.set_major_formatter("{x:,.0f}")
-            above.minorticks_off()
-            above.set_xlabel("zonal wavelength at the equator (km)", fontsize="small")
-            above.tick_params(labelsize="small")
+            _add_wavelengths(ax, shortest)
         _legend(fig, panels.values())
     plt.close(fig)
     return fig
+
+
+def _add_wavelengths(ax: Any, shortest: float) -> None:
+    """A second axis above the panel, in km down to the shortest wavelength."""
+    above = ax.secondary_xaxis("top", functions=(_wavelength, _wavelength))
+    above.set_xticks([length for length in WAVELENGTHS if length >= shortest], minor=False)
+    above.xaxis.set_major_formatter("{x:,.0f}")
+    above.minorticks_off()
+    above.set_xlabel("zonal wavelength at the equator (km)", fontsize="small")
+    above.tick_params(labelsize="small")
 
 
 def _wavelength(x: np.ndarray) -> np.ndarray:
@@ -386,39 +440,57 @@ def _wavelength(x: np.ndarray) -> np.ndarray:
     return scores.zonal_wavelength(np.maximum(np.asarray(x, float), 1e-12))
 
 
-def _variables(rows: "Sequence[Row] | Sequence[SpectrumRow]") -> list[str]:
-    variables = list(dict.fromkeys(r.variable for r in rows))
+def _squared(units: str) -> str:
+    """The square of the units in brackets; "" where there are none."""
+    if not units:
+        return ""
+    return f" ({units}$^2$)" if units.isalpha() else f" (({units})$^2$)"
+
+
+def _variables(rows: Sequence[ScoreRow] | Sequence[SpectrumRow]) -> list[str]:
+    variables = list(dict.fromkeys(row.variable for row in rows))
     if not 1 <= len(variables) <= PANELS:
         raise ValueError(
-            f"rows hold {len(variables)} variables; a figure has 1 to {PANELS}: draw some of them at a time."
+            f"rows hold {len(variables)} variables; a figure has 1 to {PANELS}: "
+            "draw some of them at a time."
         )
     return variables
 
 
-def _panels(plt, names: Sequence[str], title: str):
-    """{name: axes}."""
-    across = min(3, len(names)) if len(names) != 4 else 2
-    down = math.ceil(len(names) / across)
-    size = (max(figures.WIDTH, 3.6 * across), 1.0 + 2.9 * down)
-    fig, grid = plt.subplots(down, across, squeeze=False, figsize=size)
+def _panels(plt: Any, names: Sequence[str], title: str) -> tuple[Any, dict[str, Any]]:
+    """A figure, and its axes by name."""
+    columns = 2 if len(names) == 4 else min(3, len(names))
+    lines = math.ceil(len(names) / columns)
+    size = (max(figures.WIDTH, 3.6 * columns), 1.0 + 2.9 * lines)
+    fig, grid = plt.subplots(lines, columns, squeeze=False, figsize=size)
     for ax in grid.flat[len(names) :]:
         ax.remove()
     fig.suptitle(title)
     return fig, dict(zip(names, grid.flat, strict=False))
 
 
+def _plot_line(ax: Any, points: Sequence[tuple[int, float]], forecast: str, **options: Any) -> None:
+    """The line of a forecast, from left to right; none without points."""
+    if not points:
+        return
+    ordered = sorted(points)
+    x = [point[0] for point in ordered]
+    y = [point[1] for point in ordered]
+    ax.plot(x, y, label=forecast, **_look(forecast), **options)
+
+
 def _look(forecast: str) -> dict[str, Any]:
-    """Colour, marker and line of a kind of forecast: the same in all figures, and all three other than the others'."""
+    """Colour, marker and line style of a forecast: the same in all figures, and its own."""
     k = (*scores.FORECASTS, "truth").index(forecast)
     colour = "black" if forecast == "truth" else figures.COLOURS[k]
     return {"color": colour, "marker": figures.MARKERS[k], "ls": STYLES[k], "lw": 1.6, "ms": 5}
 
 
-def _legend(fig, panels: Iterable[Any]) -> None:
+def _legend(fig: Any, panels: Iterable[Any]) -> None:
     entries: dict[str, Any] = {}
     for ax in panels:
-        handles, labels = ax.get_legend_handles_labels()
-        entries |= dict(zip(labels, handles, strict=True))
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            entries[label] = handle
     fig.legend(
         list(entries.values()),
         list(entries),
@@ -432,17 +504,18 @@ def _legend(fig, panels: Iterable[Any]) -> None:
 
 
 def draw(
-    folder: "str | Path",
-    out: "str | Path",
+    folder: str | Path,
+    out: str | Path,
     *,
-    variable: "str | None" = None,
-    time: "str | None" = None,
-    lead: "int | None" = None,
-) -> Iterable[str]:
+    variable: str | None = None,
+    time: str | None = None,
+    lead: int | None = None,
+) -> Iterator[str]:
     """Draws what FOLDER allows into the folder `out`; yields a line about each figure.
 
     Args:
-        variable: of maps, skill and spectra; None: maps of the first 4 variables, and the others of all.
+        variable: of maps, skill and spectra; None: maps of the first 4 variables, and the others
+            of all.
         time: initial time of the maps, ISO 8601, UTC; None: the first.
         lead: of maps and spectra, in hours; None: the first and the last.
 
@@ -452,11 +525,12 @@ def draw(
     folder, out = Path(folder), Path(out)
     with open_forecasts(folder) as dataset:
         known = channels_of(dataset)
-        chosen = (
-            known[:VARIABLES] if variable is None else [require_name(variable, known, "variable")]
-        )
-        at = _time_index(dataset, time)
-        leads = _leads(dataset, lead)
+        if variable is None:
+            mapped = known[:VARIABLES]
+        else:
+            mapped = [require_name(variable, known, "variable")]
+        time_index = _time_index(dataset, time)
+        lead_indices = _lead_indices(dataset, lead)
         plt = figures.pyplot()
         out.mkdir(parents=True, exist_ok=True)
         coasts: Sequence[np.ndarray] = ()
@@ -464,62 +538,89 @@ def draw(
             coasts = coastlines(dataset)
         except ValueError as reason:
             yield f"no coastlines: {reason}"
-        if len(chosen) < len(known) and variable is None:
-            yield f"maps of the first {VARIABLES} of {len(known)} variables; --variable names another"
-        for channel, index in itertools.product(chosen, leads):
-            numbers = map_numbers(dataset, channel, at, index)
-
-            def maps(plt, rows, channel=channel, index=index):
-                return draw_maps(dataset, channel, at, index, coasts), rows
-
-            stem = f"map_{channel}_{numbers['time'].removesuffix(' UTC')}_{numbers['lead_hours']}h"
-            yield figures.draw_figure(
-                plt, maps, [numbers], out / re.sub(r"[^\w.-]+", "-", stem).replace(":", "")
-            )
-        hours = [lead_hours(dataset)[i] for i in leads]
-        units = {c: str(dataset[c].attrs.get("units", "")) for c in known}
-    yield from _curves(
-        plt, folder / "scores.csv", scores.read_scores, draw_skill, variable, out / "skill"
-    )
+        if len(mapped) < len(known) and variable is None:
+            count = f"the first {VARIABLES} of {len(known)} variables"
+            yield f"maps of {count}; --variable names another"
+        for channel, lead_index in itertools.product(mapped, lead_indices):
+            fig = draw_maps(dataset, channel, time_index, lead_index, coasts)
+            numbers = map_numbers(dataset, channel, time_index, lead_index)
+            yield _save_figure(plt, fig, [numbers], out / _map_name(numbers))
+        hours = [lead_hours(dataset)[i] for i in lead_indices]
+        units = {channel: str(dataset[channel].attrs.get("units", "")) for channel in known}
+    yield from _draw_skill_file(plt, folder / "scores.csv", variable, out / "skill")
     for hour in hours:
-
-        def spectra(rows, hour=hour):
-            return draw_spectra(rows, hour, units)
-
-        def read(path, hour=hour):
-            return [r for r in scores.read_spectra(path) if r.lead_hours == hour]
-
-        yield from _curves(
-            plt, folder / "spectra.csv", read, spectra, variable, out / f"spectra_{hour}h"
+        path = out / f"spectra_{hour}h"
+        yield from _draw_spectra_file(
+            plt, folder / "spectra.csv", variable, hour, units=units, path=path
         )
 
 
-def _curves(
-    plt, file: Path, read: Callable, figure: Callable, variable: "str | None", path: Path
-) -> Iterable[str]:
-    """One figure for each 6 variables of the file."""
+def _map_name(numbers: dict[str, Any]) -> str:
+    """The name of a map's files, without an ending."""
+    time = numbers["time"].removesuffix(" UTC")
+    name = f"map_{numbers['variable']}_{time}_{numbers['lead_hours']}h"
+    return re.sub(r"[^\w.-]+", "-", name)
+
+
+def _save_figure(plt: Any, fig: Any, rows: Sequence[dict[str, Any]], path: Path) -> str:
+    """Writes a figure and the numbers behind it; a line about that."""
+
+    def drawn(plt: Any, shown: Sequence[dict[str, Any]]) -> tuple[Any, list[dict[str, Any]]]:
+        return fig, list(shown)
+
+    return figures.draw_figure(plt, drawn, rows, path)
+
+
+def _draw_skill_file(plt: Any, file: Path, variable: str | None, path: Path) -> Iterator[str]:
+    """The figures of scores.csv, of one variable or all."""
     if not file.exists():
-        yield f"skipped {path.name}: {file} is not there"
+        yield _skipped(path, file, "is not there")
         return
-    rows = [r for r in read(file) if variable in (None, r.variable)]
+    rows = scores.read_rows(file, ScoreRow)
+    yield from _draw_curves(plt, file, _of_variable(rows, variable), draw_skill, path)
+
+
+def _draw_spectra_file(
+    plt: Any, file: Path, variable: str | None, lead: int, *, units: dict[str, str], path: Path
+) -> Iterator[str]:
+    """The figures of spectra.csv at one lead, of one variable or all."""
+    if not file.exists():
+        yield _skipped(path, file, "is not there")
+        return
+    rows = [row for row in scores.read_rows(file, SpectrumRow) if row.lead_hours == lead]
+
+    def figure(shown: Sequence[SpectrumRow]) -> Any:
+        return draw_spectra(shown, lead, units)
+
+    yield from _draw_curves(plt, file, _of_variable(rows, variable), figure, path)
+
+
+def _of_variable(rows: Sequence[R], variable: str | None) -> list[R]:
+    return [row for row in rows if variable in (None, row.variable)]
+
+
+def _draw_curves(
+    plt: Any, file: Path, rows: Sequence[R], figure: Callable[[Sequence[R]], Any], path: Path
+) -> Iterator[str]:
+    """One figure for each PANELS variables of the rows."""
     if not rows:
-        yield f"skipped {path.name}: {file} has no such rows"
+        yield _skipped(path, file, "has no such rows")
         return
-    variables = list(dict.fromkeys(r.variable for r in rows))
+    variables = list(dict.fromkeys(row.variable for row in rows))
     parts = [variables[i : i + PANELS] for i in range(0, len(variables), PANELS)]
     for number, part in enumerate(parts, 1):
-        mine = [r for r in rows if r.variable in part]
-
-        def drawn(plt, shown, mine=mine):
-            return figure(mine), shown
-
+        shown = [row for row in rows if row.variable in part]
         suffix = f"_{number}" if len(parts) > 1 else ""
-        yield figures.draw_figure(
-            plt, drawn, [vars(r) for r in mine], path.with_name(path.name + suffix)
-        )
+        numbers = [vars(row) for row in shown]
+        yield _save_figure(plt, figure(shown), numbers, path.with_name(path.name + suffix))
 
 
-def _time_index(dataset: "xr.Dataset", time: "str | None") -> int:
+def _skipped(path: Path, file: Path, reason: str) -> str:
+    return f"skipped {path.name}: {file} {reason}"
+
+
+def _time_index(dataset: "xr.Dataset", time: str | None) -> int:
+    """The index of an initial time; None is the first."""
     times = dataset.time.values
     if time is None:
         return 0
@@ -529,16 +630,17 @@ def _time_index(dataset: "xr.Dataset", time: "str | None") -> int:
         raise ValueError(
             f"time={time!r} is no time; write it as {times[0].astype('datetime64[m]')!s}."
         ) from None
-    found = np.flatnonzero(times.astype("datetime64[s]") == wanted)
-    if not found.size:
+    indices = np.flatnonzero(times.astype("datetime64[s]") == wanted)
+    if not indices.size:
         raise ValueError(
-            f"time={time!r} is none of the {len(times)} initial times from {_written(times[0])} to {_written(times[-1])}."
+            f"time={time!r} is none of the {len(times)} initial times from "
+            f"{_time_text(times[0])} to {_time_text(times[-1])}."
         )
-    return int(found[0])
+    return int(indices[0])
 
 
-def _leads(dataset: "xr.Dataset", lead: "int | None") -> list[int]:
-    """Indices."""
+def _lead_indices(dataset: "xr.Dataset", lead: int | None) -> list[int]:
+    """The index of a lead; None: those of the first and the last."""
     hours = lead_hours(dataset)
     if lead is None:
         return sorted({0, len(hours) - 1})
@@ -578,17 +680,16 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: "Sequence[str] | None" = None) -> int:
-    """Draws, and says what; a user's mistake is one line on stderr and exit status 2."""
-    p = parser()
-    args = p.parse_args(argv)
-    try:
-        for line in draw(
-            args.folder, args.out, variable=args.variable, time=args.time, lead=args.lead
-        ):
-            print(line, flush=True)
-    except (ValueError, OSError, ImportError) as e:
-        p.error(str(e))
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draws, and prints a line about each figure.
+
+    A user's mistake is one line on stderr and exit status 2."""
+    return run_command(parser(), argv, _draw, mistakes=(ValueError, OSError, ImportError))
+
+
+def _draw(args: argparse.Namespace) -> int:
+    for line in draw(args.folder, args.out, variable=args.variable, time=args.time, lead=args.lead):
+        print(line, flush=True)
     return 0
 
 

@@ -254,7 +254,7 @@ def _write(
     out.mkdir(parents=True, exist_ok=True)
     path = write_dataset(dataset, out, options.format)
     rows, spectrum_rows = result_scores.rows(), result_scores.spectrum_rows()
-    scores.write_scores(out / "scores.csv", rows)
+    scores.write_rows(out / "scores.csv", scores.ScoreRow, rows)
     leads = result_scores.samples.leads
     print(scores.table([row for row in rows if row.lead_hours in leads]))
     rolled_out = [row for row in rows if row.lead_hours in rollout]
@@ -262,7 +262,7 @@ def _write(
         print("Fed with its own forecasts:\n" + scores.table(rolled_out, "roll-out"))
     files = "scores.csv"
     if spectrum_rows:
-        scores.write_spectra(out / "spectra.csv", spectrum_rows)
+        scores.write_rows(out / "spectra.csv", scores.SpectrumRow, spectrum_rows)
         files += ", spectra.csv"
     if options.maps and _draw_maps(out):
         files += " and maps/"

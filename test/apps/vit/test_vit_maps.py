@@ -13,7 +13,7 @@ import pytest
 import xarray as xr
 
 from apps.vit import maps
-from apps.vit.scores import FORECASTS, Row, spectrum_rows, write_scores, write_spectra
+from apps.vit.scores import FORECASTS, ScoreRow, SpectrumRow, spectrum_rows, write_rows
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("agg")
@@ -52,7 +52,7 @@ def made(channels=("u10", "z500"), lat=None, lon=None):
 
 def score_rows(channels=("u10", "z500")):
     return [
-        Row(v, lead, f, math.sqrt(lead) * (1 + i), 0.5, 0.0, 1.0, "m s-1", 9)
+        ScoreRow(v, lead, f, math.sqrt(lead) * (1 + i), 0.5, 0.0, 1.0, "m s-1", 9)
         for v in channels
         for lead in LEADS
         for i, f in enumerate(FORECASTS)
@@ -74,8 +74,8 @@ def spectra_rows(channels=("u10", "z500")):
 def left(folder, *channels):
     """As apps.vit.predict leaves it."""
     made(channels).to_netcdf(folder / "forecasts.nc")
-    write_scores(folder / "scores.csv", score_rows(channels))
-    write_spectra(folder / "spectra.csv", spectra_rows(channels))
+    write_rows(folder / "scores.csv", ScoreRow, score_rows(channels))
+    write_rows(folder / "spectra.csv", SpectrumRow, spectra_rows(channels))
     return folder
 
 

@@ -14,18 +14,17 @@ from helpers.paths import ROOT
 
 from apps.vit.scores import (
     FORECASTS,
-    Row,
     Score,
+    ScoreRow,
+    SpectrumRow,
     damped_anomaly,
     latitude_weights,
     persistence,
-    read_scores,
-    read_spectra,
+    read_rows,
     spectrum,
     spectrum_rows,
     table,
-    write_scores,
-    write_spectra,
+    write_rows,
     zonal_wavelength,
 )
 
@@ -317,7 +316,7 @@ def rows(variables=("t2m", "z500"), leads=(6, 24)):
             for i, f in enumerate(FORECASTS):
                 acc = math.nan if f == "climatology" else 0.9 - i / 10
                 made.append(
-                    Row(variable, lead, f, (1 + v) * (1.23456789 + i), acc, -1e-7, 1.0, "K", 168)
+                    ScoreRow(variable, lead, f, (1 + v) * (1.23456789 + i), acc, -1e-7, 1.0, "K", 168)
                 )
     return made
 
@@ -325,12 +324,12 @@ def rows(variables=("t2m", "z500"), leads=(6, 24)):
 @pytest.mark.fast
 def test_scores_csv_is_read_as_it_was_written(tmp_path):
     path = tmp_path / "new" / "scores.csv"
-    write_scores(path, rows())
+    write_rows(path, ScoreRow, rows())
     lines = path.read_text().splitlines()
     assert lines[0] == "variable,lead_hours,forecast,rmse,acc,bias,rmse_mean_of_roots,units,times"
     assert lines[1] == "t2m,6,model,1.23457,0.9,-1e-07,1,K,168"
     assert lines[3] == "t2m,6,climatology,3.23457,,-1e-07,1,K,168"
-    back = read_scores(path)
+    back = read_rows(path, ScoreRow)
     assert len(back) == len(rows()) and back[0].times == 168 and math.isnan(back[2].acc)
     for a, b in zip(back, rows(), strict=True):
         assert (a.variable, a.lead_hours, a.forecast, a.units) == (
@@ -340,7 +339,7 @@ def test_scores_csv_is_read_as_it_was_written(tmp_path):
             b.units,
         )
         assert a.rmse == pytest.approx(b.rmse, rel=5e-6)
-    write_scores(path, back)  # replaced
+    write_rows(path, ScoreRow, back)  # replaced
     assert path.read_text().splitlines() == lines
     assert [p.name for p in path.parent.iterdir()] == ["scores.csv"]
 
@@ -372,11 +371,11 @@ def test_spectra_csv_is_read_as_it_was_written(tmp_path):
         for f in ("truth", "model")
         for r in spectrum_rows("u", 6, f, np.array([1.0, 0.123456789]))
     ]
-    write_spectra(tmp_path / "spectra.csv", made)
+    write_rows(tmp_path / "spectra.csv", SpectrumRow, made)
     assert (tmp_path / "spectra.csv").read_text().splitlines()[:3] == [
         "variable,lead_hours,forecast,wavenumber,energy", "u,6,truth,0,1", "u,6,truth,1,0.123457",
     ]  # fmt: skip
-    assert [r.wavenumber for r in read_spectra(tmp_path / "spectra.csv")] == [0, 1, 0, 1]
+    assert [r.wavenumber for r in read_rows(tmp_path / "spectra.csv", SpectrumRow)] == [0, 1, 0, 1]
 
 
 @pytest.mark.fast
@@ -391,11 +390,11 @@ def test_spectra_csv_is_read_as_it_was_written(tmp_path):
 )
 def test_broken_lines_are_named(tmp_path, line, message):
     path = tmp_path / "scores.csv"
-    write_scores(path, [])
+    write_rows(path, ScoreRow, [])
     with open(path, "a") as f:
         f.write(line + "\n")
     with pytest.raises(ValueError, match=f"scores.csv .*{message}"):
-        read_scores(path)
+        read_rows(path, ScoreRow)
 
 
 @pytest.mark.fast
@@ -403,9 +402,9 @@ def test_other_files_are_no_scores(tmp_path):
     for text in ("", "a,b\n"):
         (tmp_path / "x.csv").write_text(text)
         with pytest.raises(ValueError, match=r"x\.csv line 1: its columns must be variable,"):
-            read_scores(tmp_path / "x.csv")
+            read_rows(tmp_path / "x.csv", ScoreRow)
     with pytest.raises(ValueError, match="twice"):
-        write_scores(tmp_path / "y.csv", [rows()[0], rows()[0]])
+        write_rows(tmp_path / "y.csv", ScoreRow, [rows()[0], rows()[0]])
     assert not (tmp_path / "y.csv").exists()
 
 
@@ -440,7 +439,7 @@ def test_the_table_marks_the_best_and_has_one_line_per_lead():
         "persist.",
         "damped",
     ]
-    worse = [Row(**vars(r) | {"rmse": 9.0}) if r.forecast == "model" else r for r in rows()]
+    worse = [ScoreRow(**vars(r) | {"rmse": 9.0}) if r.forecast == "model" else r for r in rows()]
     assert table(worse).splitlines()[2].split()[4:6] == ["9", "2.235*"]
 
 
@@ -449,7 +448,7 @@ def test_the_table_marks_the_best_and_has_one_line_per_lead():
 def test_the_table_is_at_most_100_columns_wide(acc):
     long = rows(("10m_u_component_of_wind_at_the_surface", "specific_humidity1000"), (6, 240))
     long = [
-        Row(
+        ScoreRow(
             **vars(r)
             | {"rmse": r.rmse * 1.234e-6, "acc": acc if r.forecast == "climatology" else -0.5}
         )
