@@ -6,7 +6,7 @@ import torch
 
 from apps.common import estimate
 from apps.common.engine import Engine
-from apps.common.estimate import StepEstimate
+from apps.common.estimate import StepEstimate, StepSpec
 from ringx.launch.mesh import Mesh, Shape
 
 from .config import Config
@@ -15,25 +15,40 @@ from .parallel import Attend, build
 
 
 def estimate_step(config: Config, shape: Shape, rank: int = 0) -> StepEstimate:
-    """``apps.common.estimate.estimate_step`` of a Llama."""
-    return estimate.estimate_step(config, shape, _subject, rank)
+    """``apps.common.estimate.estimate_step`` of a Llama.
+
+    Args:
+        config: that of the run.
+        shape: of the mesh.
+        rank: whose costs are estimated.
+
+    Raises:
+        ValueError, RuntimeError: as there."""
+    return estimate.estimate_step(config, shape, _step_spec, rank)
 
 
-def _subject(config: Config) -> estimate.StepSpec:
-    c = config.train
+def _step_spec(config: Config) -> StepSpec:
+    seqlen = config.train.seqlen
 
-    def start(mesh: Mesh, allocating: contextlib.AbstractContextManager) -> Engine:
+    def build_engine(mesh: Mesh, allocating: contextlib.AbstractContextManager) -> Engine:
         attend = Attend(config, mesh)
         attend.check = False
         return build(config, mesh, attend, weights=None, allocating=allocating)
 
-    def batch(mesh: Mesh, samples: int) -> list[torch.Tensor]:
-        size = (samples, Attend(config, mesh).layout.size(mesh.cp_rank))
+    def make_batch(mesh: Mesh, samples: int) -> list[torch.Tensor]:
+        """Tokens, positions and labels, as ``Llama.forward`` takes them."""
+        local_tokens = Attend(config, mesh).layout.size(mesh.cp_rank)
         return [
-            torch.zeros(n, dtype=torch.long) for n in (size, size[1:], size)
-        ]  # tokens, positions, labels
+            torch.zeros(samples, local_tokens, dtype=torch.long),
+            torch.zeros(local_tokens, dtype=torch.long),
+            torch.zeros(samples, local_tokens, dtype=torch.long),
+        ]
 
-    flops = flops_per_token(config.model, c.seqlen)
-    return estimate.StepSpec(
-        c.seqlen, config.model.layers, parameters(config.model).total, flops, start, batch
+    return StepSpec(
+        tokens=seqlen,
+        layers=config.model.layers,
+        parameters=parameters(config.model).total,
+        flops=flops_per_token(config.model, seqlen),
+        build=build_engine,
+        batch=make_batch,
     )

@@ -38,7 +38,7 @@ from apps.gpt.data.tokenizer import load_tokenizer
 from apps.gpt.generate import inference_dtype, replaced_attention
 from apps.gpt.huggingface import open_model, open_tokenizer
 from apps.gpt.loss import token_losses
-from apps.gpt.model import Attend, Llama
+from apps.gpt.model import AttentionFunction, Llama
 from ringx.checks import require_name
 from ringx.files import write_text
 from ringx.kernels import KERNELS
@@ -134,7 +134,7 @@ def evaluate(
 
 def _make_attend(
     group: "dist.ProcessGroup | None", *, algorithm: str, sharding: ringx.Sharding, kernel: str
-) -> Attend:
+) -> AttentionFunction:
     """Causal attention over sequences that are cut over the group's ranks."""
     is_checked = False
 

@@ -1,6 +1,7 @@
 """Operations and parameters of a Llama, in closed form; conventions: apps/common/flops.py.
 
-An embedding is looked up and does not count; the output projection does, even where it is the embedding.
+An embedding is looked up and does not count; the output projection does, even where it is the
+embedding.
 """
 
 from dataclasses import dataclass
@@ -15,20 +16,23 @@ class Parameters:
     """Numbers of parameters."""
 
     total: int
-    matmul: (
-        int  # of matrices that multiply activations; a tied embedding does, as output projection
-    )
+    # of matrices that multiply activations; a tied embedding does, as output projection
+    matmul: int
 
 
-def parameters(c: ModelConfig) -> Parameters:
+def parameters(config: ModelConfig) -> Parameters:
     """How many parameters such a model has."""
-    attention = c.dim * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
-    layers = c.layers * (attention + 3 * c.dim * c.ffn)
-    embedding, norms = c.vocab * c.dim, (2 * c.layers + 1) * c.dim
-    return Parameters(layers + norms + embedding * (1 if c.tied else 2), layers + embedding)
+    attention = config.dim * config.head_dim * (2 * config.heads + 2 * config.kv_heads)
+    mlp = 3 * config.dim * config.ffn
+    layers = config.layers * (attention + mlp)
+    norms = (2 * config.layers + 1) * config.dim
+    embedding = config.vocab * config.dim
+    embeddings = embedding if config.tied else 2 * embedding
+    return Parameters(total=layers + norms + embeddings, matmul=layers + embedding)
 
 
-def flops_per_token(c: ModelConfig, seqlen: int) -> Flops:
+def flops_per_token(config: ModelConfig, seqlen: int) -> Flops:
     """Operations of a training step for each token of sequences of `seqlen` tokens."""
-    matmuls, attention = 6 * parameters(c).matmul, 12 * c.layers * c.heads * c.head_dim * seqlen
+    matmuls = 6 * parameters(config).matmul
+    attention = 12 * config.layers * config.heads * config.head_dim * seqlen
     return Flops(matmuls + attention, matmuls + attention / 2)

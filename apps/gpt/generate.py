@@ -28,7 +28,7 @@ from apps.common.config import SHORT_DTYPES, TORCH_DTYPES
 from apps.gpt.data.tokenizer import TextTokenizer
 from apps.gpt.huggingface import StoredModel, open_model, open_tokenizer
 from apps.gpt.loss import head_logits
-from apps.gpt.model import Attend, Attention, Llama
+from apps.gpt.model import Attention, AttentionFunction, Llama
 
 # ---- attention with cached keys and values
 
@@ -75,7 +75,9 @@ class KeyValueCache:
 
 
 @contextlib.contextmanager
-def replaced_attention(model: Llama, make_attend: Callable[[], Attend]) -> Iterator[None]:
+def replaced_attention(
+    model: Llama, make_attend: Callable[[], AttentionFunction]
+) -> Iterator[None]:
     """Within it, each layer of the model attends by a ``make_attend()`` of its own."""
     layers = [module for module in model.modules() if isinstance(module, Attention)]
     originals = [layer.attend for layer in layers]

@@ -29,7 +29,7 @@ from ringx.launch import World, decide
 from .config import ModelConfig
 from .data.format import INDEX
 from .data.tokenizer import ByteTokenizer, JsonTokenizer, TextTokenizer, load_tokenizer
-from .model import Attend, Llama
+from .model import AttentionFunction, Llama
 
 SINGLE_FILE = "model.safetensors"
 SHARD_INDEX = "model.safetensors.index.json"
@@ -106,7 +106,7 @@ class StoredModel:
     data: Path | None  # the prepared text that it was trained on, where it was kept
 
     def make(
-        self, attend: Attend, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+        self, attend: AttentionFunction, *, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> Llama:
         """The model in this process alone, for inference."""
         llama = Llama.empty(self.model, attend, dtype=dtype)

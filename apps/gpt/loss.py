@@ -1,12 +1,21 @@
-"""The output projection and the cross-entropy, one chunk of tokens at a time, with the vocabulary cut over tp ranks or not.
+"""Output projection and cross-entropy, one chunk of tokens at a time.
 
-Own code: torch's loss_parallel wants the logits of all tokens, torch's chunked losses know no cut vocabulary.
+The vocabulary may be cut over tp ranks.  torch's loss_parallel needs the logits of all tokens, and
+torch's chunked losses know no cut vocabulary; hence this code.
 
-With logits z = W x of one token, over the vocabulary:  loss = log sum_v exp z_v - z_label,  d loss / d z = softmax(z) - onehot.
-The gradient of a chunk is formed as soon as its logits exist and thrown away with them: they are computed once, and what is kept
-is dx [T, C] and dW.  Cut over tp ranks, each has some rows of W; maximum, sum of exponentials and the label's logit are summed
-over them (three numbers a token), dx is each rank's own part of a sum, dW is complete.
+With logits z = W x of one token, over the vocabulary:
+
+    loss = log sum_v exp z_v - z_label        d loss / d z = softmax(z) - onehot(label)
+
+The gradient of a chunk is formed as soon as its logits exist, and the logits are thrown away: they
+are computed once, and what is kept is dx [T, C] and dW [V, C].  Cut over tp ranks, each rank has
+some rows of W.  Maximum, sum of exponentials and the label's logit are reduced over them (three
+numbers a token); dx is each rank's own part of a sum, dW is complete.
+
+Shapes: B sequences, S tokens of each, T tokens in a row, C = dim, V vocabulary, V_local of it here.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,117 +27,174 @@ IGNORE = -100  # a label that carries no loss
 
 
 def gather_sequence(x: Tensor) -> Tensor:
-    """[B, S, C] of this rank's whole part of the sequence: under tp, x is cut over its ranks (sequence parallel)."""
+    """[B, S, C] of this rank's whole part of the sequence.
+
+    Under tp, x is cut over its ranks by tokens (sequence parallel)."""
     if not isinstance(x, DTensor):
         return x
-    return x.redistribute(placements=[Replicate()]).to_local(
-        grad_placements=[Partial()]
-    )  # each rank's gradient is a part
+    whole = x.redistribute(placements=[Replicate()])
+    return whole.to_local(grad_placements=[Partial()])  # each rank's gradient is a part of the sum
 
 
 def head_logits(x: Tensor, head: Tensor) -> Tensor:
-    """x [B, S, C] @ head [vocab, C]^T -> [B, S, vocab], whole on every tp rank."""
-    weight, group = _local(head)
-    logits = x.to(_compute_dtype(x)) @ weight.to(_compute_dtype(x)).T
-    return logits if group is None else _gather_last(logits, group)
+    """The logits of each token, whole on every tp rank.
+
+    Args:
+        x: [B, S, C].
+        head: [V, C], the output projection, possibly cut over tp.
+
+    Returns:
+        [B, S, V]."""
+    weight, group = _local_rows(head)
+    dtype = _compute_dtype(x)
+    logits = x.to(dtype) @ weight.to(dtype).T
+    if group is None:
+        return logits
+    return _gather_vocabulary(logits, group)
 
 
 def head_loss(x: Tensor, head: Tensor, labels: Tensor, *, chunk: int) -> Tensor:
-    """The sum over tokens of the cross-entropy of x [B, S, C] @ head [vocab, C]^T against labels [B, S], in fp32 at least; IGNORE
-    is skipped, and any other label that is not in the vocabulary makes it NaN (to look for one would wait for the GPU).  The same
-    on every tp rank."""
-    weight, group = _local(head)
+    """The sum over tokens of their cross-entropy, differentiable; the same on every tp rank.
+
+    Args:
+        x: [B, S, C].
+        head: [V, C], the output projection, possibly cut over tp.
+        labels: [B, S].  IGNORE is skipped; any other one that is not in the vocabulary makes the
+            sum NaN (raising an error would have to wait for the GPU).
+        chunk: tokens whose logits exist at once.
+
+    Returns:
+        a scalar, fp32 at least."""
+    weight, group = _local_rows(head)
     dtype = _compute_dtype(x)
-    return _HeadLoss.apply(
-        x.flatten(0, 1).to(dtype), weight.to(dtype), labels.flatten(), chunk, group
-    )
+    tokens = x.flatten(0, 1).to(dtype)
+    return _HeadLoss.apply(tokens, weight.to(dtype), labels.flatten(), chunk, group)
 
 
 @torch.no_grad()
 def token_losses(x: Tensor, head: Tensor, labels: Tensor, *, chunk: int) -> Tensor:
-    """[B, S]: each token's cross-entropy, without gradient; 0 where the label is IGNORE."""
-    weight, group = _local(head)
+    """[B, S]: each token's cross-entropy, without gradient; 0 where the label is IGNORE.
+
+    The arguments are those of ``head_loss``."""
+    weight, group = _local_rows(head)
     dtype = _compute_dtype(x)
-    flat, weight = x.flatten(0, 1).to(dtype), weight.to(dtype)
-    parts = [
-        _chunk(a, weight, b, group)[0]
-        for a, b in zip(flat.split(chunk), labels.flatten().split(chunk), strict=True)
+    weight = weight.to(dtype)
+    x_chunks = x.flatten(0, 1).to(dtype).split(chunk)
+    label_chunks = labels.flatten().split(chunk)
+    losses = [
+        _chunk_loss(x_chunk, weight, label_chunk, group).losses
+        for x_chunk, label_chunk in zip(x_chunks, label_chunks, strict=True)
     ]
-    return torch.cat(parts).view(labels.shape)
+    return torch.cat(losses).view(labels.shape)
 
 
 class _HeadLoss(torch.autograd.Function):
+    """The sum of the losses; the gradients are formed in the forward."""
+
     @staticmethod
-    def forward(ctx, x, weight, labels, chunk: int, group):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=x.device)
-        want = any(ctx.needs_input_grad[:2])
-        dx = torch.empty_like(x) if want else None
-        dw = torch.zeros(weight.shape, dtype=wide, device=x.device) if want else None
-        for at in range(0, len(x), chunk):
-            rows = slice(at, at + chunk)
-            losses, p, local, mine, counts = _chunk(x[rows], weight, labels[rows], group)
-            total += losses.sum()
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        chunk: int,
+        group: "dist.ProcessGroup | None",
+    ) -> Tensor:
+        accumulator_dtype = torch.promote_types(x.dtype, torch.float32)
+        total = torch.zeros((), dtype=accumulator_dtype, device=x.device)
+        dx = dw = None
+        if any(ctx.needs_input_grad[:2]):
+            dx = torch.empty_like(x)
+            dw = torch.zeros(weight.shape, dtype=accumulator_dtype, device=x.device)
+        for start in range(0, len(x), chunk):
+            rows = slice(start, start + chunk)
+            result = _chunk_loss(x[rows], weight, labels[rows], group)
+            total += result.losses.sum()
             if dx is None or dw is None:
                 continue
-            p[torch.arange(len(p), device=p.device), local] -= mine.to(p.dtype)
-            dz = p.mul_(counts[:, None]).to(x.dtype)
+            dz = _logits_gradient(result).to(x.dtype)
             torch.mm(dz, weight, out=dx[rows])
-            dw += dz.T @ x[rows] if dw.dtype == x.dtype else (dz.T @ x[rows]).to(dw.dtype)
-        if want:
+            dw += (dz.T @ x[rows]).to(dw.dtype)
+        if dx is not None:
             ctx.save_for_backward(dx, dw)
-            ctx.dtype = weight.dtype
+            ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dtotal):
+    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw = ctx.saved_tensors
-        return dx * dtotal.to(dx.dtype), (dw * dtotal).to(ctx.dtype), None, None, None
+        return dx * dtotal.to(dx.dtype), (dw * dtotal).to(ctx.weight_dtype), None, None, None
 
 
-def _chunk(
-    x: Tensor, weight: Tensor, labels: Tensor, group
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(losses [T], probabilities of this rank's vocabulary [T, V/tp], each label's column there, whether it is there, whether it
-    counts).  One buffer of [T, V/tp]: what is not needed any more is overwritten."""
-    z = (x @ weight.T).to(torch.promote_types(x.dtype, torch.float32))
-    first = 0 if group is None else dist.get_rank(group) * weight.shape[0]
-    counts = labels != IGNORE
-    mine = counts & (labels >= first) & (labels < first + weight.shape[0])
-    local = (labels - first).masked_fill(~mine, 0)
-    top = z.amax(1)
+class _ChunkLoss(NamedTuple):
+    """The loss of T tokens, and what their gradient needs."""
+
+    losses: Tensor  # [T]
+    probabilities: Tensor  # [T, V_local]
+    local_labels: Tensor  # [T], the label's column in `probabilities`, where it is there
+    is_local: Tensor  # [T], whether the label is in this rank's part of the vocabulary
+    counts: Tensor  # [T], whether the token has a loss
+
+
+def _chunk_loss(
+    x: Tensor, weight: Tensor, labels: Tensor, group: "dist.ProcessGroup | None"
+) -> _ChunkLoss:
+    """The loss of the tokens x [T, C] with the labels [T].
+
+    There is one buffer [T, V_local]: what is not needed any more is overwritten."""
+    vocab_local = weight.shape[0]
+    vocab = vocab_local
+    first = 0  # this rank's first row of the vocabulary
     if group is not None:
-        dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
-    z.sub_(top[:, None])
-    chosen = z.gather(1, local[:, None])[:, 0].where(mine, 0.0)
-    sums = torch.stack([z.exp_().sum(1), chosen])
+        vocab = vocab_local * dist.get_world_size(group)
+        first = dist.get_rank(group) * vocab_local
+    counts = labels != IGNORE
+    is_local = counts & (labels >= first) & (labels < first + vocab_local)
+    local_labels = (labels - first).masked_fill(~is_local, 0)
+
+    z = (x @ weight.T).to(torch.promote_types(x.dtype, torch.float32))
+    maximum = z.amax(1)
+    if group is not None:
+        dist.all_reduce(maximum, dist.ReduceOp.MAX, group=group)
+    z.sub_(maximum[:, None])
+    label_logits = z.gather(1, local_labels[:, None])[:, 0].where(is_local, 0.0)
+    sums = torch.stack([z.exp_().sum(1), label_logits])
     if group is not None:
         dist.all_reduce(sums, group=group)
-    vocab = weight.shape[0] * (1 if group is None else dist.get_world_size(group))
-    losses = (
-        (sums[0].log() - sums[1])
-        .where(counts, 0.0)
-        .masked_fill(counts & ((labels < 0) | (labels >= vocab)), torch.nan)
-    )
-    return losses, z.div_(sums[0][:, None]), local, mine, counts
+    exp_sums, label_logits = sums
+
+    is_wrong = counts & ((labels < 0) | (labels >= vocab))
+    losses = (exp_sums.log() - label_logits).where(counts, 0.0).masked_fill(is_wrong, torch.nan)
+    probabilities = z.div_(exp_sums[:, None])
+    return _ChunkLoss(losses, probabilities, local_labels, is_local, counts)
 
 
-def _local(head: Tensor) -> tuple[Tensor, "dist.ProcessGroup | None"]:
+def _logits_gradient(chunk: _ChunkLoss) -> Tensor:
+    """[T, V_local]: softmax(z) - onehot(label), in the buffer of the probabilities."""
+    dz = chunk.probabilities
+    rows = torch.arange(len(dz), device=dz.device)
+    dz[rows, chunk.local_labels] -= chunk.is_local.to(dz.dtype)
+    return dz.mul_(chunk.counts[:, None])
+
+
+def _local_rows(head: Tensor) -> tuple[Tensor, "dist.ProcessGroup | None"]:
     """(this rank's rows of the head, the tp group): a DTensor is cut by rows, in rank order."""
-    return (
-        (head.to_local(), head.device_mesh.get_group())
-        if isinstance(head, DTensor)
-        else (head, None)
-    )
+    if isinstance(head, DTensor):
+        return head.to_local(), head.device_mesh.get_group()
+    return head, None
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    """The dtype in which autocast multiplies, where it is on."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return x.dtype
 
 
-def _gather_last(x: Tensor, group) -> Tensor:
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, x.contiguous(), group=group)
+def _gather_vocabulary(logits: Tensor, group: "dist.ProcessGroup") -> Tensor:
+    """[..., V_local] of each rank -> [..., V] on all of them."""
+    parts = [torch.empty_like(logits) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, logits.contiguous(), group=group)
     return torch.cat(parts, -1)

@@ -1,21 +1,23 @@
 """Train a Llama 3 on text, over context, tensor and data parallel ranks.
 
-    python -m apps.gpt.train --preset tiny --out run                                   # one process
-    python -m apps.gpt.train --preset tiny --cp 2 --dp 2 --nproc 4 --out run           # four ranks on this machine
+    python -m apps.gpt.train --preset tiny --out run                          # one process
+    python -m apps.gpt.train --preset tiny --cp 2 --dp 2 --nproc 4 --out run  # four ranks here
     torchrun --nproc-per-node 4 apps/gpt/train.py --preset tiny --cp 2 --tp 2 --out run
     srun -n 4 python apps/gpt/train.py --preset tiny --out run
-    python -m apps.gpt.train --resume run --cp 4 --nproc 4                             # go on, on any mesh
-    python -m apps.gpt.train --preset 8b-1m --cp 128 --dp 32 --dry-run                 # what 4,096 ranks would do
+    python -m apps.gpt.train --resume run --cp 4 --nproc 4                    # go on, on any mesh
+    python -m apps.gpt.train --preset 8b-1m --cp 128 --dp 32 --dry-run        # for 4,096 ranks
 
-Expect of --preset tiny (20 steps of 4 x 512 tokens, seed 0) on the standard library of Python 3.11, the default text there:
+Expect of --preset tiny (20 steps of 4 x 512 tokens, seed 0) on the standard library of Python 3.11,
+the default text there:
 
     step     0        4        9        14       19
     loss     5.7729   5.2641   4.9213   4.7982   4.7081
 
-in fp64 the same to 1e-9 on any mesh, with every algorithm, layout and engine.  Other Pythons have other sources: about as much.
+in fp64 the same to 1e-9 on any mesh, with every algorithm, layout and engine.  Other Pythons have
+other sources: about as much.
 
-OUT holds config.yaml and run.json (what was run), metrics.jsonl and tensorboard/ (a record per step), checkpoints/, and data/ where
-the text had to be made into tokens first.
+OUT holds config.yaml and run.json (what was run), metrics.jsonl and tensorboard/ (a record per
+step), checkpoints/, and data/ where the text had to be made into tokens first.
 """
 
 import argparse
@@ -47,6 +49,7 @@ from ringx.launch import World
 from ringx.launch.mesh import Mesh, Shape
 
 PROG = "apps.gpt.train"
+OTHER_ORDER = "the data would come in another order"
 
 
 def train(
@@ -61,36 +64,63 @@ def train(
     on_step: Callable[[Record], None] = lambda record: None,
     before_step: Callable[[int], None] = lambda step: None,
 ) -> None:
-    """``run_steps`` on sequences of text; every rank calls it with the same arguments."""
-    c = config.train
-    total, micro, _ = config.plan_batch(mesh.shape)
-    mine = config.my_samples(mesh.shape, mesh.dp_rank)
-    count = total * c.seqlen
+    """``run_steps`` on sequences of text; every rank calls it with the same arguments.
 
-    def rows(source: Tokens, step: int) -> Rows:
-        return source.rows(step, global_batch=total, seqlen=c.seqlen, seed=c.seed, rows=mine)
+    Args:
+        config: that of the run.
+        tokens: the text to train on.
+        mesh, engine, attend: of this rank; `attend` is the attention of the engine's model.
+        val: the text held back, where the configuration asks for validation.
+        first, on_step, before_step: as of ``run_steps``."""
+    train_config = config.train
+    global_batch, micro_batch, _ = config.plan_batch(mesh.shape)
+    local_rows = config.my_samples(mesh.shape, mesh.dp_rank)
+    tokens_per_step = global_batch * train_config.seqlen
 
-    def parts(read: Rows) -> list[tuple]:
-        pieces = zip(*(x.split(micro) for x in read), strict=True)
-        batches = [
-            shard_rows(Rows(*piece), layout=attend.layout, group=mesh.cp, device=engine.device)
-            for piece in pieces
-        ]
-        return [(b.tokens, b.positions, b.labels) for b in batches]
+    def read(source: Tokens, step: int) -> Rows:
+        return source.rows(
+            step,
+            global_batch=global_batch,
+            seqlen=train_config.seqlen,
+            seed=train_config.seed,
+            rows=local_rows,
+        )
+
+    def read_train(step: int) -> Rows:
+        return read(tokens, step)
+
+    def split_into_passes(rows: Rows) -> list[tuple]:
+        """(tokens, positions, labels) of this rank for each pass."""
+        micro_batches = zip(*(x.split(micro_batch) for x in rows), strict=True)
+        passes = []
+        for micro_rows in micro_batches:
+            batch = shard_rows(
+                Rows(*micro_rows), layout=attend.layout, group=mesh.cp, device=engine.device
+            )
+            passes.append((batch.tokens, batch.positions, batch.labels))
+        return passes
 
     def validate() -> dict[str, float]:
         if val is None:
             return {}
         loss = torch.zeros((), dtype=torch.float64, device=engine.device)
         with torch.no_grad():
-            for i in range(c.val_batches):
-                for part in parts(rows(val, i)):
-                    loss += engine(*part) / (count * c.val_batches)
+            for i in range(train_config.val_batches):
+                for inputs in split_into_passes(read(val, i)):
+                    loss += engine(*inputs) / (tokens_per_step * train_config.val_batches)
         return {"val_loss": float(engine.sum(loss))}
 
-    flops = flops_per_token(config.model, c.seqlen)
-    work = StepWork(lambda step: rows(tokens, step), parts, count, count, flops, validate)
-    run_steps(c, engine, attend, work, first=first, on_step=on_step, before_step=before_step)
+    work = StepWork(
+        read=read_train,
+        parts=split_into_passes,
+        count=tokens_per_step,
+        tokens=tokens_per_step,
+        flops=flops_per_token(config.model, train_config.seqlen),
+        validate=validate,
+    )
+    run_steps(
+        train_config, engine, attend, work, first=first, on_step=on_step, before_step=before_step
+    )
 
 
 class GptRun(TrainingRun):
@@ -98,81 +128,95 @@ class GptRun(TrainingRun):
 
     prog = PROG
     loss_unit = "nats per token"
-    must_match = tuple(
-        ("train", k, "the data would come in another order")
-        for k in ("seqlen", "global_batch", "seed")
+    must_match = (
+        ("train", "seqlen", OTHER_ORDER),
+        ("train", "global_batch", OTHER_ORDER),
+        ("train", "seed", OTHER_ORDER),
     )
     config: Config
 
     def open_data(self) -> None:
-        c, model = self.config.train, self.config.model
-
-        def ask() -> Path:
-            folder = dataset_for(self.options.data, self.out / "data", vocab=model.vocab)
-            text = open_dataset(folder)
-            text.check_vocab(model.vocab)
-            text.check_range()
-            expect_window(text, c.seqlen)
-            if c.val_every:
-                expect_window(open_dataset(folder, "val"), c.seqlen)
-            return folder
-
-        folder = ringx.launch.decide(self.world, ask)
+        folder = ringx.launch.decide(self.world, self._prepare_data)
         try:
             self.tokens = open_dataset(folder)
-            mine = self.tokens.sha256
+            found = self.tokens.sha256
         except ValueError as e:  # of this rank alone: another node may not see the folder
-            mine = str(e)
-        if len(seen := set(ringx.launch.gather(mine, self.world))) > 1:
+            found = str(e)
+        found_by_ranks = set(ringx.launch.gather(found, self.world))
+        if len(found_by_ranks) > 1:
             raise ValueError(
-                f"--data: the ranks see different files in {folder}; put it (or --out) where all nodes see the same. "
-                f"They see: {'; '.join(sorted(seen))}"
+                f"--data: the ranks see different files in {folder}; "
+                "put it (or --out) where all nodes see the same. "
+                f"They see: {'; '.join(sorted(found_by_ranks))}"
             )
-        self.val = open_dataset(folder, "val") if c.val_every else None
+        self.val = open_dataset(folder, "val") if self.config.train.val_every else None
+
+    def _prepare_data(self) -> Path:
+        """The prepared folder, which is made or checked on rank 0."""
+        train_config, model = self.config.train, self.config.model
+        folder = dataset_for(self.options.data, self.out / "data", vocab=model.vocab)
+        tokens = open_dataset(folder)
+        tokens.check_vocab(model.vocab)
+        tokens.check_range()
+        expect_window(tokens, train_config.seqlen)
+        if train_config.val_every:
+            expect_window(open_dataset(folder, "val"), train_config.seqlen)
+        return folder
 
     def data_sha256(self) -> str:
         return self.tokens.sha256
 
     def data_metadata(self) -> dict[str, Any]:
-        t = self.tokens
-        folder = str(t.folder.resolve())  # for those who go on without naming it
-        return {"source": t.source, "tokens": t.length, "sha256": t.sha256, "folder": folder}
+        tokens = self.tokens
+        return {
+            "source": tokens.source,
+            "tokens": tokens.length,
+            "sha256": tokens.sha256,
+            "folder": str(tokens.folder.resolve()),  # for those who go on without naming it
+        }
 
     def describe(self) -> str:
         total = parameters(self.config.model).total
-        return f"data: {self.tokens.source}, {self.tokens.length:,} tokens; model: {total:,} parameters"
+        text = f"{self.tokens.source}, {self.tokens.length:,} tokens"
+        return f"data: {text}; model: {total:,} parameters"
 
     def write_extra_files(self) -> None:
+        # For those who take the weights from here.
         tokenizer = self.tokens.folder / "tokenizer.json"
         if self.tokens.folder != self.out / "data" and tokenizer.exists():
-            shutil.copyfile(
-                tokenizer, self.out / "tokenizer.json"
-            )  # for those who take the weights from here
+            shutil.copyfile(tokenizer, self.out / "tokenizer.json")
 
     def build_engine(self, weights: bool) -> Engine:
         self.attend = Attend(self.config, self.mesh)
-        first: Any = None
-        if weights:
-            first = (
-                open_weights(self.options.init, self.config.model, self.world)
-                if self.options.init
-                else "new"
-            )
-        return build(self.config, self.mesh, self.attend, self.world.device, weights=first)
+        initial: Any = None
+        if weights and self.options.init:
+            initial = open_weights(self.options.init, self.config.model, self.world)
+        elif weights:
+            initial = "new"
+        return build(self.config, self.mesh, self.attend, device=self.world.device, weights=initial)
 
     def train_steps(
         self, first: int, on_step: Callable[[Record], None], before_step: Callable[[int], None]
     ) -> None:
-        how: dict[str, Any] = {"first": first, "on_step": on_step, "before_step": before_step}
-        train(self.config, self.tokens, self.mesh, self.engine, self.attend, val=self.val, **how)
+        train(
+            self.config,
+            self.tokens,
+            self.mesh,
+            self.engine,
+            self.attend,
+            val=self.val,
+            first=first,
+            on_step=on_step,
+            before_step=before_step,
+        )
 
     def describe_step(self) -> str:
         return f"{self.config.train.global_batch} x {self.config.train.seqlen} tokens"
 
 
-def work(world: World, job: RunOptions) -> int:
-    """One rank's job; returns the process's exit status."""
-    return GptRun(world, job).main()
+def work(world: World, options: RunOptions) -> int:
+    """One rank's part; returns the process's exit status."""
+    return GptRun(world, options).main()
 
 
 # ---- the command line
@@ -184,9 +228,10 @@ def parser() -> Parser:
     )
     command.add_run_flags(
         p,
-        preset=f"model and training to start from: {', '.join(PRESETS)} (default: the model of --init, or tiny)",
-        data="text, JSONL, Parquet, a folder of such, or one made by apps/gpt/prepare.py (default: the resumed run's, or this "
-        "Python's standard library)",
+        preset=f"model and training to start from: {', '.join(PRESETS)} "
+        "(default: the model of --init, or tiny)",
+        data="text, JSONL, Parquet, a folder of such, or one made by apps/gpt/prepare.py "
+        "(default: the resumed run's, or this Python's standard library)",
         out="gpt_out",
     )
     p.add_argument(
@@ -199,33 +244,42 @@ def parser() -> Parser:
 
 
 def configure(args: argparse.Namespace) -> tuple[RunOptions, Shape | None]:
-    """(the job, its mesh if it is known yet).  Everything that can be known to be wrong before ranks start raises ValueError or
-    NotImplementedError here."""
+    """(the options, the mesh if it is known yet).
+
+    Raises:
+        ValueError, NotImplementedError: for everything that can be known to be wrong before ranks
+            start."""
     if args.preset and args.config:
         raise ValueError(
             "--preset and --config: give one; a YAML file may itself start from a preset."
         )
-    config, shape = command.configure(args, base_of(args))
-    out = args.out or args.resume or "gpt_out"
-    job = RunOptions(
-        config,
-        out,
-        args.data or data_of(args.resume),
-        args.resume,
-        args.init,
-        args.tensorboard,
-        args.wandb,
+    config, shape = command.configure(args, base_config(args))
+    options = RunOptions(
+        config=config,
+        out=args.out or args.resume or "gpt_out",
+        data=args.data or resumed_data_path(args.resume),
+        resume=args.resume,
+        init=args.init,
+        tensorboard=args.tensorboard,
+        wandb=args.wandb,
     )
     if not (args.estimate or args.dry_run):
-        m = config.model
+        model = config.model
         command.expect_runnable(
-            job, args, heads=(m.heads, m.kv_heads), head_dim=m.head_dim, causal=True
+            options,
+            args,
+            heads=(model.heads, model.kv_heads),
+            head_dim=model.head_dim,
+            causal=True,
         )
-    return job, shape
+    return options, shape
 
 
-def base_of(args: argparse.Namespace) -> Config:
-    """What the flags change: a preset, a YAML file, the configuration of the run that is resumed, or the model of the weights."""
+def base_config(args: argparse.Namespace) -> Config:
+    """What the flags change.
+
+    It is a preset, a YAML file, the configuration of the run that is resumed, or the model of the
+    weights."""
     if args.config:
         return load(args.config)
     if not args.preset and (resumed := command.resumed_config(args.resume)):
@@ -235,20 +289,21 @@ def base_of(args: argparse.Namespace) -> Config:
     return preset(args.preset or "tiny")
 
 
-def data_of(run: "str | None") -> "str | None":
-    """The prepared folder that a run has read; None if it is not there any more, or the run has none."""
+def resumed_data_path(run: str | None) -> str | None:
+    """The prepared folder that a run has read; None if it is not there any more, or has none."""
     folder = command.resumed_data(run).get("folder")
     return folder if folder and Path(folder).is_dir() else None
 
 
-def plan(config: Config, shape: Shape) -> Any:
+def estimate(config: Config, shape: Shape) -> Any:
     from apps.gpt.estimate import estimate_step  # here: it imports torch's testing tools
 
     return estimate_step(config, shape)
 
 
-def main(argv: "list[str] | None" = None) -> int:
-    return command.main(parser(), argv, configure, plan, work)
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the greatest exit status of its ranks."""
+    return command.main(parser(), argv, configure, estimate, work)
 
 
 if __name__ == "__main__":
