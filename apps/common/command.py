@@ -1,4 +1,4 @@
-"""The command line of a trainer: its flags, and what can be known to be wrong before ranks start."""
+"""The command line of a trainer: its flags, and mistakes that are found before ranks start."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -159,9 +159,7 @@ def expect_runnable(
 def _expect_kernel(train: Training, heads: tuple[int, int], head_dim: int, causal: bool) -> None:
     """Calls attention on two tokens: it refuses what it cannot do."""
     q, k = (
-        torch.zeros(
-            1, 2, number, head_dim, dtype=TORCH_DTYPES[train.dtype], requires_grad=True
-        )
+        torch.zeros(1, 2, number, head_dim, dtype=TORCH_DTYPES[train.dtype], requires_grad=True)
         for number in heads
     )
     ringx.attention(

@@ -119,7 +119,8 @@ class Lamb(torch.optim.Optimizer):
         u = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay x
         x = x - lr (|x| / |u|) u     the ratio is 1 where either norm is 0
 
-    A step is collective where parameters are sharded, and holds every u at once.  Arguments as of ``make_optimizer``."""
+    A step is collective where parameters are sharded, and holds every u at once.  Arguments as of
+    ``make_optimizer``."""
 
     def __init__(
         self,
@@ -301,8 +302,8 @@ def _fused_lamb(
         raise ValueError(f"optimizer={name!r} needs all parameters on a GPU; use 'lamb'.")
     if any(isinstance(p, DTensor) for p in params):
         raise ValueError(
-            f"optimizer={name!r} would take a shard for a whole parameter; use 'lamb' with FSDP2 and "
-            "tensor parallelism."
+            f"optimizer={name!r} would take a shard for a whole parameter; use 'lamb' with FSDP2 "
+            "and tensor parallelism."
         )
     try:
         make = getattr(importlib.import_module(fused.module), fused.name)

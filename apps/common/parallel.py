@@ -1,4 +1,4 @@
-"""What all models here use: attention over the cp group, an engine over the ranks with other data."""
+"""What all models here use: attention over the cp group, an engine over ranks with other data."""
 
 import contextlib
 from collections.abc import Callable, Iterable
