@@ -442,7 +442,7 @@ class _Output(NamedTuple):
     elements: int  # of the storage
     size: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    offset: int | torch.SymInt
     dtype: torch.dtype
 
 
@@ -492,7 +492,7 @@ def _first_call(
     peak = recorder.peak - start
     if peak_before >= recorder.peak:
         recorder.peak, recorder.at_peak = peak_before, at_peak_before
-    sent_after = recorder.sent.get(recorder.stage, {})
+    sent_after: Counter[str] = recorder.sent.get(recorder.stage, Counter())
     sent = Counter({name: size - sent_before[name] for name, size in sent_after.items()})
     remote = recorder.remote_peak
     recorder.remote_peak = max(remote, remote_before)
