@@ -1,13 +1,16 @@
 """ringx bench: how fast is each algorithm here, against the others and against one process?
 
     ringx bench --nproc 1,2,4 --seqlens 2048,8192 --masks causal,full --out results/here
-    torchrun --nproc_per_node 8 -m ringx bench --seqlens-per-rank 8192 --layouts recommended,striped --out results/node
+    torchrun --nproc_per_node 8 -m ringx bench --seqlens-per-rank 8192 \\
+        --layouts recommended,striped --out results/node
 
-How each number is measured and what it means is in ``ringx.measure.records``, with the schema of the files: one JSON record per case,
-written as soon as all algorithms of its size are done.  An interrupted run keeps those; --resume measures only the rest.  Told
-to stop (SIGUSR1, SIGTERM), it drops the size that it is at and ends with status 75.  A job array measures one part each:
+How each number is measured and what it means is in ``ringx.measure.records``, with the schema of
+the files: one JSON record per case, written as soon as all algorithms of its size are done.  An
+interrupted run keeps those; --resume measures only the rest.  Told to stop (SIGUSR1, SIGTERM), it
+drops the size that it is at and ends with status 75.  A job array measures one part each:
 
-    srun python -m ringx bench --seqlens 4096,8192 --kv-heads 8,2 --out DIR --resume --part "$SLURM_ARRAY_TASK_ID/4"
+    srun python -m ringx bench --seqlens 4096,8192 --kv-heads 8,2 --out DIR --resume \\
+        --part "$SLURM_ARRAY_TASK_ID/4"
 """
 
 import argparse
@@ -18,8 +21,8 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,24 +34,37 @@ from rich.progress import Progress
 from .. import comm, kernels, launch
 from ..api import attention
 from ..checks import DTYPES
-from ..launch.stopping import AGAIN, Stopped, Watch
+from ..launch.stopping import Stopped, Watch
 from ..patterns.registry import ALGORITHMS
 from . import provenance, records, wire
 from .attention_table import table
-from .benchmark import labelled, remaining
-from .cases import FLOPS_RULE, Case, add_matrix, plan
+from .benchmark import (
+    exit_status,
+    first_stop_signal,
+    options_of,
+    parse_labels,
+    remaining,
+    run_until_stopped,
+    write_record,
+)
+from .cases import FLOPS_RULE, AttentionCase, add_matrix, plan
 from .peak import peak_bytes
+
+Seconds = tuple[float, float]  # to the end of the forward pass, to the end of the backward pass
 
 
 @dataclass(frozen=True)
-class Job:
-    """What the ranks are told besides their cases."""
+class RunSettings:
+    """What the ranks must know besides their cases."""
 
     out: Path
     options: dict[str, Any]
     labels: dict[str, str]
     passes_before: int  # of earlier world sizes, for the progress bar
     passes: int
+
+
+# ---- the command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,207 +87,263 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _main(args: argparse.Namespace, watch: Watch) -> int:
-    me = launch.init(device=args.device, timeout=args.timeout) if launch.launched() else None
-    cases = plan(args, me.world_size if me else None)
-    labels = labelled(args.label)
-    todo = launch.decide(me, lambda: remaining(args.out, cases, args.resume, labels))
-    speaks = not me or me.rank == 0  # one rank talks where a launcher started several
-    if speaks and len(todo) < len(cases):
+    world = None  # None: this process starts the ranks
+    if launch.launched():
+        world = launch.init(device=args.device, timeout=args.timeout)
+    is_main_rank = world is None or world.rank == 0
+    cases = plan(args, world.world_size if world else None)
+    labels = parse_labels(args.label)
+    todo = launch.decide(world, lambda: remaining(args.out, cases, args.resume, labels))
+    if is_main_rank and len(todo) < len(cases):
         print(f"{len(cases) - len(todo)} of {len(cases)} cases are there already")
-    options = {
-        k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if not callable(v)
-    }
-    passes_before, passes, told = 0, sum(_passes(c) for c in todo), None
-    try:
-        for world, group in itertools.groupby(todo, key=lambda c: c.world):
-            mine = list(group)
-            job = Job(args.out, options, labels, passes_before, passes)
-            with watch.at_once(not me):  # a process that only waits for ranks that it started
-                told = launch.run(
-                    measure,
-                    world,
-                    mine,
-                    job,
-                    device=args.device,
-                    threads=args.threads,
-                    timeout=args.timeout,
-                )[0]
-            passes_before += sum(_passes(c) for c in mine)
-            if told:
-                break
-    except KeyboardInterrupt:
-        told = watch.stop_signal or "SIGINT"
-    if told:
-        done = sum(records.path_of(args.out, c.id).exists() for c in todo)
-        return _stopped(args.out, len(cases) - len(todo) + done, len(cases), done > 0, told, me)
-    if speaks:
+    stop_signal = run_until_stopped(_runs(args, todo, labels), watch, only_waits=world is None)
+    if stop_signal:
+        done = sum(records.path_of(args.out, case.id).exists() for case in todo)
+        if is_main_rank:
+            existing = len(cases) - len(todo) + done
+            _print_interrupted(args.out, existing, len(cases), stop_signal, useless=done == 0)
+        return exit_status(stop_signal, useless=is_main_rank and done == 0)
+    if is_main_rank:
         if cases:
-            print(table([records.read(records.path_of(args.out, c.id)) for c in cases]))
+            print(table([records.read(records.path_of(args.out, case.id)) for case in cases]))
         print(f"{len(cases)} records in {args.out}; `ringx plot {args.out}` draws them")
     return 0
 
 
-def _stopped(
-    out: Path, there: int, wanted: int, progress: bool, told: str, me: launch.World | None
-) -> int:
-    """The last words of a run that was told to stop, and its exit status."""
-    if not me or me.rank == 0:
-        Console(stderr=True).show_cursor(
-            True
-        )  # the rank that drew the progress bar was ended in the middle of it
-        by = "" if told == "SIGINT" else f" by {told}"
-        print(
-            f"interrupted{by}: {there} of {wanted} cases are in {out}; the same command with --resume measures the rest"
+def _runs(
+    args: argparse.Namespace, cases: Sequence[AttentionCase], labels: dict[str, str]
+) -> Iterator[Callable[[], str | None]]:
+    """A call for each number of ranks, which measures the cases on so many."""
+    passes_before = 0
+    for world_size, group in itertools.groupby(cases, key=lambda case: case.world):
+        cases_of_world = list(group)
+        settings = RunSettings(
+            out=args.out,
+            options=options_of(args),
+            labels=labels,
+            passes_before=passes_before,
+            passes=sum(case.passes for case in cases),
         )
-        if (
-            told != "SIGINT" and not progress
-        ):  # not AGAIN: a job that starts itself again would do so forever
-            print(
-                "ringx bench: not one size was finished: allow more time, or fewer --reps or sizes",
-                file=sys.stderr,
-            )
-            return 1
-    return 130 if told == "SIGINT" else AGAIN
+        passes_before += sum(case.passes for case in cases_of_world)
+        yield partial(_run, args, world_size, cases_of_world, settings)
 
 
-# ---- what to measure
+def _run(
+    args: argparse.Namespace,
+    world_size: int,
+    cases: list[AttentionCase],
+    settings: RunSettings,
+) -> str | None:
+    results = launch.run(
+        measure,
+        world_size,
+        cases,
+        settings,
+        device=args.device,
+        threads=args.threads,
+        timeout=args.timeout,
+    )
+    return results[0]
 
 
-def _passes(case: Case) -> int:
-    return case.warmup + case.reps
+def _print_interrupted(
+    out: Path, existing: int, wanted: int, stop_signal: str, *, useless: bool
+) -> None:
+    """The last lines of a run that was told to stop."""
+    # The rank that drew the progress bar was ended in the middle of it.
+    Console(stderr=True).show_cursor(True)
+    by = "" if stop_signal == "SIGINT" else f" by {stop_signal}"
+    print(
+        f"interrupted{by}: {existing} of {wanted} cases are in {out};"
+        " the same command with --resume measures the rest"
+    )
+    if useless and stop_signal != "SIGINT":
+        print(
+            "ringx bench: not one size was finished: allow more time, or fewer --reps or sizes",
+            file=sys.stderr,
+        )
 
 
 # ---- measuring, on every rank
 
 
-def measure(world: launch.World, cases: list[Case], job: Job) -> str | None:
-    """Measures the cases, size by size; rank 0 writes their records and shows the progress.  The same on every rank: None, or
-    the signal that ended it early."""
+def measure(world: launch.World, cases: list[AttentionCase], settings: RunSettings) -> str | None:
+    """Measures the cases, size by size; rank 0 writes their records and shows the progress.
+
+    Returns, the same on every rank: None, or the signal that ended it early."""
     torch.set_num_threads(cases[0].threads)
-    common = provenance.of_run(world, job.options, job.labels)
+    run = provenance.of_run(world, settings.options, settings.labels)
     launch.announce(world)
     with Watch() as watch:
         try:
-            _measure(world, cases, job, common, watch)
+            _measure(world, cases, settings, run, watch)
         except Stopped:
-            return next(told for told in launch.gather(watch.stop_signal, world) if told)
+            return first_stop_signal(watch, world)
     return None
 
 
 def _measure(
-    world: launch.World, cases: list[Case], job: Job, common: dict[str, Any], watch: Watch
+    world: launch.World,
+    cases: list[AttentionCase],
+    settings: RunSettings,
+    run: dict[str, Any],
+    watch: Watch,
 ) -> None:
     quiet = world.rank != 0 or not sys.stderr.isatty()
     with Progress(console=Console(stderr=True), transient=True, disable=quiet) as progress:
-        bar = progress.add_task("", total=job.passes, completed=job.passes_before)
-        for size, group in itertools.groupby(cases, key=lambda c: c.size):
+        bar = progress.add_task("", total=settings.passes, completed=settings.passes_before)
+        for size, group in itertools.groupby(cases, key=lambda case: case.size):
             text = f"N={size.world} S={size.seqlen} {size.mask} {size.dtype} Hkv={size.kv_heads}"
 
-            def tick(case: Case, text=text) -> None:
+            def tick(case: AttentionCase, text: str = text) -> None:
                 progress.update(bar, advance=1, description=f"{text} {case.algorithm}")
 
+            cases_of_size = list(group)
             load = provenance.load_average()
-            for record in measure_size(world, list(group), tick, watch):
-                if world.rank != 0:
-                    continue
-                record = {
-                    "schema": records.SCHEMA,
-                    "kind": "attention",
-                    "date": provenance.now(),
-                    **record,
-                    **common,
-                }
-                record["machine"] = {**common["machine"], "load_average": load}
-                try:
-                    records.write(job.out, record)
-                except FileExistsError as e:  # by another run of the same job
-                    print(
-                        f"not written, for the case was measured elsewhere meanwhile: {e}",
-                        file=sys.stderr,
-                    )
+            measured = measure_size(world, cases_of_size, tick, watch)
+            if world.rank != 0:
+                continue
+            for case, entries in zip(cases_of_size, measured, strict=True):
+                record = records.new_record("attention", case, entries, run)
+                record["machine"] = {**run["machine"], "load_average": load}
+                write_record(settings.out, record, "the case")
+
+
+@dataclass
+class LocalPasses:
+    """What one rank finds out about the cases of one size; lists in the order of the cases."""
+
+    times: list[list[Seconds]]  # of each repetition
+    bytes: list[dict[str, dict]]  # sent: {direction: {"bytes", "messages": {collective: number}}}
+    peaks: list[tuple[int, str]]  # see ``peak_bytes``
+    wire: list[list[int]]  # bytes that left this host in each repetition; 0 if not counted here
+    wire_missing: str | None  # why they cannot be counted
 
 
 def measure_size(
-    world: launch.World, cases: Sequence[Case], tick: Callable[[Case], None], watch: Watch
-) -> list[dict]:
-    """Measures cases of one size side by side; on every rank, what their records hold of it."""
-    size, device = cases[0], world.device
-    kernel = kernels.choose(size.kernel, size.need(device))
-    q, k, v, dout = _inputs(size, size.seqlen // world.world_size, world.rank, device)
+    world: launch.World,
+    cases: Sequence[AttentionCase],
+    tick: Callable[[AttentionCase], None],
+    watch: Watch,
+) -> list[dict[str, Any]]:
+    """Measures cases of one size side by side.
 
-    def ring(case: Case) -> tuple[float, float]:
-        how: dict[str, Any] = {
-            "algorithm": case.algorithm,
-            "layout": case.layout,
-            "overlap": case.overlap,
-        }
-        forward = partial(attention, q, k, v, causal=case.causal, kernel=kernel, **how)
-        return timed(forward, lambda out: torch.autograd.grad(out, (q, k, v), dout), device)
-
-    baseline = Baseline(size, kernel, world) if size.baseline and world.rank == 0 else None
-    probes = {}
-    times: list[list[tuple[float, float]]] = [[] for _ in cases]
+    tick: called after each pass of a case.  Returns, for each case and on every rank, the entries
+    that its record has to itself."""
+    size = cases[0]
+    kernel = kernels.choose(size.kernel, size.kernel_request(world.device))
     meter = wire.Meter(world)
-    for rep in range(-size.warmup, size.reps):
+    baseline = None
+    inputs = _inputs(size, size.seqlen // world.world_size, world.rank, world.device)
+    if size.baseline and world.rank == 0:
+        baseline = Baseline(size, kernel, world)
+    passes = {case: partial(_timed_pass, case, kernel, inputs, world.device) for case in cases}
+    local = _measure_passes(world, passes, baseline, meter, tick, watch)
+    of_ranks: list[LocalPasses] = launch.gather(local, world)
+    of_baseline = launch.gather(baseline.result() if baseline else None, world)[0]
+    workers, oversubscribed = _workers(world, size)
+    measured = []
+    for i, case in enumerate(cases):
+        seconds = slowest([rank.times[i] for rank in of_ranks])
+        peaks = [rank.peaks[i] for rank in of_ranks]
+        measured.append(
+            {
+                "kernel": kernel,
+                "workers": workers,
+                "oversubscribed": oversubscribed,
+                "seconds": seconds,
+                **derived(case, seconds, workers, of_baseline),
+                "bytes": _bytes(case, [rank.bytes[i] for rank in of_ranks]),
+                **_wire(of_ranks, i, meter),
+                "memory": {
+                    "peak_bytes": max(peak for peak, _ in peaks),
+                    "how": peaks[0][1],
+                },
+            }
+        )
+    return measured
+
+
+def _measure_passes(
+    world: launch.World,
+    passes: Mapping[AttentionCase, Callable[[], Seconds]],
+    baseline: "Baseline | None",
+    meter: wire.Meter,
+    tick: Callable[[AttentionCase], None],
+    watch: Watch,
+) -> LocalPasses:
+    """Does all passes of the cases of one size: in each repetition the baseline, then the cases."""
+    size = next(iter(passes))
+    times: dict[AttentionCase, list[Seconds]] = {case: [] for case in passes}
+    probes = []
+    for repetition in range(-size.warmup, size.reps):
         if baseline:
-            baseline.run(keep=rep >= 0)
-        for i, case in enumerate(cases):
+            baseline.run(keep=repetition >= 0)
+        for case, run_pass in passes.items():
             watch.barrier_or_stop(world)
             meter.mark()
-            if case not in probes:
-                probes[case] = _probe(partial(ring, case), device)
-            elif rep < 0:
-                ring(case)
+            if repetition == -size.warmup:
+                probes.append(_probe(run_pass, world.device))
             else:
-                times[i].append(ring(case))
+                seconds = run_pass()
+                if repetition >= 0:
+                    times[case].append(seconds)
             tick(case)
     watch.barrier_or_stop(world)
     meter.mark()
+    return LocalPasses(
+        times=list(times.values()),
+        bytes=[sent for sent, _ in probes],
+        peaks=[peak for _, peak in probes],
+        wire=_wire_of_repetitions(meter, size, len(passes)),
+        wire_missing=meter.missing,
+    )
 
-    passes = range(size.warmup * len(cases), (size.warmup + size.reps) * len(cases))
-    sent = [[meter.between(p) for p in passes[i :: len(cases)]] for i in range(len(cases))]
-    mine = {
-        "times": times,
-        "probes": [probes[c] for c in cases],
-        "sent": sent,
-        "no count": meter.missing,
-    }
-    everyone = launch.gather(mine, world)
-    against = launch.gather(baseline.result() if baseline else None, world)[0]
+
+def _wire_of_repetitions(meter: wire.Meter, size: AttentionCase, cases: int) -> list[list[int]]:
+    """For each case the bytes that left this host in each timed pass; there is a mark before each
+    pass and one after the last."""
+    first, end = size.warmup * cases, (size.warmup + size.reps) * cases
+    return [[meter.between(mark) for mark in range(first + i, end, cases)] for i in range(cases)]
+
+
+def _timed_pass(
+    case: AttentionCase,
+    kernel: str,
+    inputs: tuple[torch.Tensor, ...],
+    device: torch.device,
+) -> Seconds:
+    """Forward and backward of this rank's part of a case."""
+    q, k, v, dout = inputs
+    forward = partial(
+        attention,
+        q,
+        k,
+        v,
+        algorithm=case.algorithm,
+        causal=case.causal,
+        layout=case.layout,
+        kernel=kernel,
+        overlap=case.overlap,
+    )
+    return timed(forward, lambda out: torch.autograd.grad(out, (q, k, v), dout), device)
+
+
+def _workers(world: launch.World, size: AttentionCase) -> tuple[int, bool]:
+    """(what computes: threads on a CPU, devices on GPUs; whether threads outnumber cores).
+    Collective."""
     hosts = launch.gather((socket.gethostname(), provenance.cores()), world)
-    cores = len(set().union(*(c for host, c in hosts if host == hosts[0][0])))
-    workers = size.world * (1 if device.type == "cuda" else size.threads)
-    result = []
-    for i, case in enumerate(cases):
-        counted = [r["probes"][i]["bytes"] for r in everyone]
-        seconds = slowest([r["times"][i] for r in everyone])
-        peaks = [r["probes"][i]["peak"] for r in everyone]
-        result.append(
-            {
-                "id": case.id,
-                "case": asdict(case),
-                "kernel": kernel,
-                "workers": workers,
-                "oversubscribed": device.type != "cuda"
-                and world.local_world * size.threads > cores,
-                "seconds": seconds,
-                **derived(case, seconds, workers, against),
-                "bytes": _bytes(case, counted),
-                **_wire(
-                    [r["sent"][i] for r in everyone],
-                    next((r["no count"] for r in everyone if r["no count"]), None),
-                    meter,
-                ),
-                "memory": {"peak_bytes": max(p[0] for p in peaks), "how": peaks[0][1]},
-            }
-        )
-    return result
+    if world.device.type == "cuda":
+        return size.world, False
+    first_host = hosts[0][0]
+    cores = set().union(*(cores for host, cores in hosts if host == first_host))
+    return size.world * size.threads, world.local_world * size.threads > len(cores)
 
 
 def timed(
     forward: Callable[[], Any], backward: Callable[[Any], object], device: torch.device
-) -> tuple[float, float]:
-    """Seconds (to the end of the forward pass, to the end of the backward pass)."""
+) -> Seconds:
+    """Does both passes, the backward on what the forward returns, and times them."""
     if device.type != "cuda":
         start = time.perf_counter()
         out = forward()
@@ -279,21 +351,22 @@ def timed(
         backward(out)
         return middle - start, time.perf_counter() - start
     torch.cuda.synchronize(device)
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-    marks[0].record()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+    events[0].record()
     out = forward()
-    marks[1].record()
+    events[1].record()
     backward(out)
-    marks[2].record()
+    events[2].record()
     torch.cuda.synchronize(device)
-    return marks[0].elapsed_time(marks[1]) / 1e3, marks[0].elapsed_time(marks[2]) / 1e3
+    return events[0].elapsed_time(events[1]) / 1e3, events[0].elapsed_time(events[2]) / 1e3
 
 
-def slowest(per_rank: Sequence[Sequence[tuple[float, float]]]) -> dict[str, dict]:
-    """Statistics of the slowest rank of each repetition, from every rank's (forward, forward + backward) seconds."""
-    forward = [max(one[0] for one in rep) for rep in zip(*per_rank, strict=True)]
-    total = [max(one[1] for one in rep) for rep in zip(*per_rank, strict=True)]
-    backward = [t - f for f, t in zip(forward, total, strict=True)]
+def slowest(per_rank: Sequence[Sequence[Seconds]]) -> dict[str, dict[str, Any]]:
+    """Statistics of the slowest rank of each repetition, from every rank's seconds."""
+    repetitions = list(zip(*per_rank, strict=True))
+    forward = [max(seconds[0] for seconds in ranks) for ranks in repetitions]
+    total = [max(seconds[1] for seconds in ranks) for ranks in repetitions]
+    backward = [both - first for first, both in zip(forward, total, strict=True)]
     return {
         "forward": records.stats(forward),
         "backward": records.stats(backward),
@@ -302,81 +375,100 @@ def slowest(per_rank: Sequence[Sequence[tuple[float, float]]]) -> dict[str, dict
 
 
 def derived(
-    case: Case, seconds: dict[str, dict], workers: int, baseline: dict | None
+    case: AttentionCase,
+    seconds: dict[str, dict[str, Any]],
+    workers: int,
+    baseline: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """What follows from the times; definitions in ``records``."""
-    if baseline is None or baseline["seconds"] is None:
-        missing = baseline["missing"] if baseline else "not asked for (--no-baseline)"
-        against: dict[str, Any] = {
-            "baseline": None,
-            "baseline_missing": missing,
-            "efficiency_percent": None,
-        }
-    else:
-        scale = 100 * baseline["workers"] / workers
-        against = {
-            "baseline": {k: baseline[k] for k in ("kernel", "workers", "seconds")},
-            "baseline_missing": None,
-            "efficiency_percent": {
-                p: scale * baseline["seconds"][p]["median"] / seconds[p]["median"]
-                for p in records.PHASES
-            },
-        }
+    """What follows from the times; definitions in ``records``.
+
+    baseline: the result of ``Baseline``, None if none was asked for."""
+    medians = {phase: seconds[phase]["median"] for phase in records.PHASES}
+    flops = case.flops()
     return {
-        **against,
-        "tokens_per_second": case.batch * case.seqlen / seconds["total"]["median"],
+        **_against_baseline(medians, workers, baseline),
+        "tokens_per_second": case.batch * case.seqlen / medians["total"],
         "tflops_per_rank": {
-            p: case.flops()[p] / case.world / seconds[p]["median"] / 1e12 for p in records.PHASES
+            phase: flops[phase] / case.world / medians[phase] / 1e12 for phase in records.PHASES
         },
         "flops_rule": FLOPS_RULE,
+    }
+
+
+def _against_baseline(
+    medians: dict[str, float], workers: int, baseline: dict[str, Any] | None
+) -> dict[str, Any]:
+    if baseline is None or baseline["seconds"] is None:
+        missing = baseline["missing"] if baseline else "not asked for (--no-baseline)"
+        return {"baseline": None, "baseline_missing": missing, "efficiency_percent": None}
+    scale = 100 * baseline["workers"] / workers
+    return {
+        "baseline": {
+            "kernel": baseline["kernel"],
+            "workers": baseline["workers"],
+            "seconds": baseline["seconds"],
+        },
+        "baseline_missing": None,
+        "efficiency_percent": {
+            phase: scale * baseline["seconds"][phase]["median"] / medians[phase]
+            for phase in records.PHASES
+        },
     }
 
 
 class Baseline:
     """The same kernel over the whole sequence in this process alone, while the other ranks wait."""
 
-    def __init__(self, size: Case, kernel: str, world: launch.World):
+    def __init__(self, size: AttentionCase, kernel: str, world: launch.World) -> None:
         self.size, self.device, self.kernel = size, world.device, kernel
         self.threads = size.baseline_threads or min(
             size.world * size.threads, len(provenance.cores())
         )
-        self.times: list[tuple[float, float]] = []
+        self.times: list[Seconds] = []
         self.missing: str | None = None
+        self.inputs: tuple[torch.Tensor, ...] = ()
         with self._memory_may_not_suffice():
             self.inputs = _inputs(size, size.seqlen, 0, self.device)
 
     def run(self, keep: bool) -> None:
+        """One pass; its times are kept or not."""
         with self._memory_may_not_suffice():
             if self.missing is None:
                 torch.set_num_threads(self.threads)
                 seconds = self._once()
-                self.times += [seconds] if keep else []
+                if keep:
+                    self.times.append(seconds)
         torch.set_num_threads(self.size.threads)
 
-    def _once(self) -> tuple[float, float]:
-        call = kernels.load(self.kernel)
+    def _once(self) -> Seconds:
+        kernel = kernels.load(self.kernel)
         q, k, v, dout = (x.detach() for x in self.inputs)
-        band, scale = (None, 0 if self.size.causal else None), self.size.head_dim**-0.5
-        return timed(
-            lambda: call.forward(q, k, v, band=band, scale=scale),
-            lambda out: call.backward(
-                dout, q, k, v, *out, band=band, scale=scale, deterministic=False
-            ),
-            self.device,
-        )
+        band = (None, 0 if self.size.causal else None)
+        scale = self.size.head_dim**-0.5
+
+        def forward() -> Any:
+            return kernel.forward(q, k, v, band=band, scale=scale)
+
+        def backward(result: Any) -> Any:
+            out, lse = result
+            return kernel.backward(
+                dout, q, k, v, out, lse, band=band, scale=scale, deterministic=False
+            )
+
+        return timed(forward, backward, self.device)
 
     @contextlib.contextmanager
-    def _memory_may_not_suffice(self):
+    def _memory_may_not_suffice(self) -> Iterator[None]:
+        """Where memory is short, `missing` says so, and there is no baseline."""
         try:
             yield
-        except (RuntimeError, MemoryError) as e:  # on a CPU torch says so in a plain RuntimeError
-            if not isinstance(e, MemoryError) and "memory" not in str(e):
+        except (RuntimeError, MemoryError) as error:
+            # On a CPU torch reports it by a plain RuntimeError.
+            if not isinstance(error, MemoryError) and "memory" not in str(error):
                 raise
-            self.missing, self.inputs, self.times = (
-                f"out of memory: {str(e).splitlines()[0]}",
-                (),
-                [],
-            )
+            self.missing = f"out of memory: {str(error).splitlines()[0]}"
+            self.inputs = ()
+            self.times = []
 
     def result(self) -> dict[str, Any]:
         return {
@@ -387,59 +479,81 @@ class Baseline:
         }
 
 
-def _inputs(size: Case, tokens: int, rank: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """q, k, v, dout of this many tokens.  Times and bytes do not depend on the values, so no rank makes the whole sequence."""
-    g = torch.Generator(device).manual_seed(rank)
-    heads = (size.heads, size.kv_heads, size.kv_heads, size.heads)
-    shapes = [(size.batch, tokens, h, size.head_dim) for h in heads]
-    made = [torch.randn(s, generator=g, device=device, dtype=DTYPES[size.dtype]) for s in shapes]
-    return *(x.requires_grad_() for x in made[:3]), made[3]
+def _inputs(
+    size: AttentionCase, tokens: int, rank: int, device: torch.device
+) -> tuple[torch.Tensor, ...]:
+    """q, k, v, dout of this many tokens.  Times and bytes do not depend on the values, so no rank
+    makes the whole sequence."""
+    generator = torch.Generator(device).manual_seed(rank)
+
+    def random(heads: int) -> torch.Tensor:
+        shape = (size.batch, tokens, heads, size.head_dim)
+        return torch.randn(shape, generator=generator, device=device, dtype=DTYPES[size.dtype])
+
+    q, k, v = random(size.heads), random(size.kv_heads), random(size.kv_heads)
+    dout = random(size.heads)
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout
 
 
-def _probe(call: Callable[[], object], device: torch.device) -> dict[str, Any]:
-    """Bytes and peak memory of one pass."""
+def _probe(
+    call: Callable[[], object], device: torch.device
+) -> tuple[dict[str, dict], tuple[int, str]]:
+    """(bytes and messages sent in each direction, peak memory) of one pass."""
     with comm.traffic() as sent:
         peak = peak_bytes(call, device)
     counted = {
-        d: {"bytes": dict(getattr(sent, d)), "messages": dict(getattr(sent, f"{d}_messages"))}
-        for d in ("forward", "backward")
+        "forward": {"bytes": dict(sent.forward), "messages": dict(sent.forward_messages)},
+        "backward": {"bytes": dict(sent.backward), "messages": dict(sent.backward_messages)},
     }
-    return {"bytes": counted, "peak": peak}
+    return counted, peak
 
 
-def _bytes(case: Case, counted: Sequence[dict[str, dict]]) -> dict[str, dict]:
-    closed = ALGORITHMS[case.algorithm].bytes(
-        *(case.batch, case.seqlen, case.heads, case.kv_heads, case.head_dim, case.world),
-        *(DTYPES[case.dtype].itemsize, case.causal, case.layout),
+def _bytes(case: AttentionCase, per_rank: Sequence[dict[str, dict]]) -> dict[str, dict]:
+    """What a rank sends, the mean of all: counted, and in closed form."""
+    closed_form = ALGORITHMS[case.algorithm].bytes(
+        B=case.batch,
+        S=case.seqlen,
+        H=case.heads,
+        Hkv=case.kv_heads,
+        D=case.head_dim,
+        N=case.world,
+        itemsize=DTYPES[case.dtype].itemsize,
+        causal=case.causal,
+        layout=case.layout,
     )
-    result = {}
-    for direction, form in zip(("forward", "backward"), closed, strict=True):
-        mean = {}
-        for what in ("bytes", "messages"):
-            total: Counter = Counter()
-            for rank in counted:
-                total.update(rank[direction][what])
-            mean[what] = {name: n / len(counted) for name, n in total.items()}
-        sums = {"counted": sum(mean["bytes"].values()), "closed_form": form}
-        result[direction] = {**sums, "collectives": mean["bytes"], "messages": mean["messages"]}
-    return result
+    sent = {}
+    for direction, in_closed_form in zip(records.DIRECTIONS, closed_form, strict=True):
+        collectives = _mean([rank[direction]["bytes"] for rank in per_rank])
+        sent[direction] = {
+            "counted": sum(collectives.values()),
+            "closed_form": in_closed_form,
+            "collectives": collectives,
+            "messages": _mean([rank[direction]["messages"] for rank in per_rank]),
+        }
+    return sent
 
 
-def _wire(sent: Sequence[Sequence[int]], missing: str | None, meter: wire.Meter) -> dict[str, Any]:
-    """What left the hosts in each repetition, per rank; `sent` by rank (0 of those that do not count)."""
-    if missing:
-        return {"wire": None, "wire_missing": missing}
-    raw = [sum(rep) / len(sent) for rep in zip(*sent, strict=True)]
-    hosts = sum(any(rank) for rank in sent)
+def _mean(per_rank: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean over ranks of numbers by name; a rank without a name counts as 0."""
+    total: Counter = Counter()
+    for numbers in per_rank:
+        total.update(numbers)
+    return {name: number / len(per_rank) for name, number in total.items()}
+
+
+def _wire(of_ranks: Sequence[LocalPasses], case: int, meter: wire.Meter) -> dict[str, Any]:
+    """What left the hosts in each repetition of a case, per rank."""
+    reasons = [rank.wire_missing for rank in of_ranks if rank.wire_missing]
+    if reasons:
+        return {"wire": None, "wire_missing": reasons[0]}
+    per_rank = [rank.wire[case] for rank in of_ranks]
+    raw = [sum(repetition) / len(of_ranks) for repetition in zip(*per_rank, strict=True)]
     return {
         "wire": {
             "median": statistics.median(raw),
             "raw": raw,
             "interface": ",".join(meter.names),
-            "hosts": hosts,
+            "hosts": sum(any(repetitions) for repetitions in per_rank),
         },
         "wire_missing": None,
     }
-
-
-# ---- the table

@@ -1,22 +1,29 @@
-"""ringx bench-comm: what does each collective cost here, by size?  As nccl-tests measures it, on any backend.
+"""ringx bench-comm: what does each collective cost here, by size?  As nccl-tests measures it, on
+any backend.
 
     ringx bench-comm --nproc 4 --out results/here
     srun -N8 --ntasks-per-node=8 python -m ringx bench-comm --out results/site
-    ringx bench-comm --nproc 2 --collectives broadcast,ring --min-bytes 1K --max-bytes 16M --seconds 20 --out results/here
+    ringx bench-comm --nproc 2 --collectives broadcast,ring --min-bytes 1K --max-bytes 16M \\
+        --seconds 20 --out results/here
 
 Sizes and bandwidths are those of nccl-tests (its doc/PERFORMANCE.md), with N ranks and S bytes:
 
-    size     broadcast, reduce, all_reduce: the message.  all_gather: the result.  reduce_scatter, all_to_all: what each rank hands
-             over.  ring: what each rank sends to the next (sendrecv)
-    time     mean over the repetitions of the slowest rank, which begin together after a barrier; min, median and p99 beside it
+    size     broadcast, reduce, all_reduce: the message.  all_gather: the result.  reduce_scatter,
+             all_to_all: what each rank hands over.  ring: what each rank sends to the next
+             (sendrecv)
+    time     mean over the repetitions of the slowest rank, which begin together after a barrier;
+             min, median and p99 beside it
     algbw    S / time
-    busbw    algbw x (N-1)/N for all_gather, reduce_scatter, all_to_all; x 2 (N-1)/N for all_reduce; x 1 for the others: to be
-             compared with the bandwidth of the links, whatever N
-    wrong    elements that are not what they should be, in a first pass on numbers; the timed passes move zeros
-    wire     bytes that left the hosts / what an optimal implementation would send (``ringx.comm``), where that can be counted
+    busbw    algbw x (N-1)/N for all_gather, reduce_scatter, all_to_all; x 2 (N-1)/N for all_reduce;
+             x 1 for the others: to be compared with the bandwidth of the links, whatever N
+    wrong    elements that are not what they should be, in a first pass on numbers; the timed passes
+             move zeros
+    wire     bytes that left the hosts / what an optimal implementation would send (``ringx.comm``),
+             where that can be counted
 
-The largest size is bounded by half of the free memory and by --seconds for each collective.  DIR/machine.json holds a fit of time =
-alpha + beta S to each collective and number of ranks with a record in DIR (``ringx.measure.machine``): it is what a planner reads.
+The largest size is bounded by half of the free memory and by --seconds for each collective.
+DIR/machine.json holds a fit of time = alpha + beta S to each collective and number of ranks with a
+record in DIR (``ringx.measure.machine``): it is what a planner reads.
 """
 
 import argparse
@@ -25,7 +32,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,26 +46,40 @@ from rich.progress import Progress
 from .. import launch
 from ..checks import choices, integers
 from ..comm.collectives import BENCHMARKS
-from ..launch.stopping import AGAIN, Stopped, Watch
+from ..launch.stopping import Stopped, Watch
 from . import machine, provenance, records, wire
-from .benchmark import all_of, labelled, remaining
+from .benchmark import (
+    RECORD_BYTES,
+    add_run_options,
+    exit_status,
+    fault_message,
+    first_stop_signal,
+    options_of,
+    parse_labels,
+    remaining,
+    run_until_stopped,
+    write_record,
+)
 
 DTYPE, DTYPE_NAME = torch.float32, "fp32"
-PATTERN = 1021  # values of a checked pass repeat after so many elements, a prime: a shifted or swapped block shows
+# Values of a checked pass repeat after so many elements, a prime: a shifted or swapped block shows.
+PATTERN = 1021
 LEAST_REPS = 3
+BUFFERS = 4  # of the size: input, result, and what a backend adds
+
+# ---- what is measured
 
 
-# The preparation of a collective, for one rank and `n` float32 elements (size = 4 n bytes, n a multiple of the number of ranks):
-# (rank, world_size, n, device, checked) -> (call, expected).  call() communicates and returns the result; expected() is what the
-# result must be if rank r's input was ``_values(r, ..., checked=True)``, or None where it does not matter.
-Preparation = Callable[
-    [int, int, int, torch.device, bool],
-    tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor | None]],
-]
+# call() communicates and returns the result; expected() is what that must be if the input of rank r
+# was ``_values(r, ..., checked=True)``, or None where it does not matter.
+Prepared = tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor | None]]
+# The preparation of a collective on `n` float32 elements (size = 4 n bytes, n a multiple of the
+# number of ranks), for one rank: (rank, world_size, n, device, checked) -> (call, expected).
+Preparation = Callable[[int, int, int, torch.device, bool], Prepared]
 
 
 def _values(rank: int, n: int, device: torch.device, checked: bool) -> torch.Tensor:
-    """What rank contributes: small integers, so that sums are exact; or zeros."""
+    """What a rank contributes: small integers, so that sums are exact; or zeros."""
     if not checked:
         return torch.zeros(n, dtype=DTYPE, device=device)
     return torch.arange(n, device=device).remainder_(PATTERN).add_(rank + 1).to(DTYPE)
@@ -66,91 +87,99 @@ def _values(rank: int, n: int, device: torch.device, checked: bool) -> torch.Ten
 
 def _sum(world: int, n: int, device: torch.device) -> torch.Tensor:
     total = torch.zeros(n, dtype=DTYPE, device=device)
-    for r in range(world):
-        total += _values(r, n, device, True)
+    for rank in range(world):
+        total += _values(rank, n, device, checked=True)
     return total
 
 
-def _broadcast(rank, world, n, device, checked):
+def _broadcast(rank: int, world: int, n: int, device: torch.device, checked: bool) -> Prepared:
     x = _values(rank, n, device, checked)
 
-    def call():
+    def call() -> torch.Tensor:
         dist.broadcast(x, 0)
         return x
 
-    return call, lambda: _values(0, n, device, True)
+    return call, lambda: _values(0, n, device, checked=True)
 
 
-def _reduce(rank, world, n, device, checked):
+def _reduce(rank: int, world: int, n: int, device: torch.device, checked: bool) -> Prepared:
     x = _values(rank, n, device, checked)
 
-    def call():
+    def call() -> torch.Tensor:
         dist.reduce(x, 0)
         return x
 
     return call, lambda: _sum(world, n, device) if rank == 0 else None
 
 
-def _all_reduce(rank, world, n, device, checked):
+def _all_reduce(rank: int, world: int, n: int, device: torch.device, checked: bool) -> Prepared:
     x = _values(rank, n, device, checked)
 
-    def call():
+    def call() -> torch.Tensor:
         dist.all_reduce(x)
         return x
 
     return call, lambda: _sum(world, n, device)
 
 
-def _all_gather(rank, world, n, device, checked):
-    x, out = _values(rank, n // world, device, checked), torch.zeros(n, dtype=DTYPE, device=device)
-    gather = getattr(
-        dist, "all_gather_single", dist.all_gather_into_tensor
-    )  # renamed in torch 2.13
+def _all_gather(rank: int, world: int, n: int, device: torch.device, checked: bool) -> Prepared:
+    x = _values(rank, n // world, device, checked)
+    out = torch.zeros(n, dtype=DTYPE, device=device)
+    # renamed in torch 2.13
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
-    def call():
+    def call() -> torch.Tensor:
         gather(out, x)
         return out
 
-    return call, lambda: torch.cat([_values(r, n // world, device, True) for r in range(world)])
+    def expected() -> torch.Tensor:
+        parts = [_values(r, n // world, device, checked=True) for r in range(world)]
+        return torch.cat(parts)
+
+    return call, expected
 
 
-def _reduce_scatter(rank, world, n, device, checked):
-    x, out = _values(rank, n, device, checked), torch.zeros(n // world, dtype=DTYPE, device=device)
-    scatter = getattr(
-        dist, "reduce_scatter_single", dist.reduce_scatter_tensor
-    )  # renamed in torch 2.13
+def _reduce_scatter(rank: int, world: int, n: int, device: torch.device, checked: bool) -> Prepared:
+    x = _values(rank, n, device, checked)
+    out = torch.zeros(n // world, dtype=DTYPE, device=device)
+    # renamed in torch 2.13
+    scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
-    def call():
+    def call() -> torch.Tensor:
         scatter(out, x)
         return out
 
     return call, lambda: _sum(world, n, device).chunk(world)[rank]
 
 
-def _all_to_all(rank, world, n, device, checked):
-    x, out = _values(rank, n, device, checked), torch.zeros(n, dtype=DTYPE, device=device)
+def _all_to_all(rank: int, world: int, n: int, device: torch.device, checked: bool) -> Prepared:
+    x = _values(rank, n, device, checked)
+    out = torch.zeros(n, dtype=DTYPE, device=device)
 
-    def call():
+    def call() -> torch.Tensor:
         dist.all_to_all_single(out, x)
         return out
 
-    return call, lambda: torch.cat(
-        [_values(r, n, device, True).chunk(world)[rank] for r in range(world)]
-    )
+    def expected() -> torch.Tensor:
+        inputs = [_values(r, n, device, checked=True) for r in range(world)]
+        return torch.cat([x.chunk(world)[rank] for x in inputs])
+
+    return call, expected
 
 
-def _ring(rank, world, n, device, checked):
-    x, out = _values(rank, n, device, checked), torch.zeros(n, dtype=DTYPE, device=device)
+def _ring(rank: int, world: int, n: int, device: torch.device, checked: bool) -> Prepared:
+    x = _values(rank, n, device, checked)
+    out = torch.zeros(n, dtype=DTYPE, device=device)
     following, previous = (rank + 1) % world, (rank - 1) % world
 
-    def call():
-        for work in dist.batch_isend_irecv(
-            [dist.P2POp(dist.isend, x, following), dist.P2POp(dist.irecv, out, previous)]
-        ):
+    def call() -> torch.Tensor:
+        send = dist.P2POp(dist.isend, x, following)
+        receive = dist.P2POp(dist.irecv, out, previous)
+        for work in dist.batch_isend_irecv([send, receive]):
             work.wait()
         return out
 
-    return call, lambda: _values(previous, n, device, True)
+    return call, lambda: _values(previous, n, device, checked=True)
 
 
 # What is measured for each row of the table of collectives.
@@ -166,8 +195,8 @@ PREPARATIONS: dict[str, Preparation] = {
 
 
 @dataclass(frozen=True)
-class Case:
-    """One record; what each field means is in ``records.FIELDS``."""
+class CollectiveCase:
+    """One record of a collective; what each entry means is in ``records.COLLECTIVE``."""
 
     collective: str
     world: int
@@ -179,6 +208,9 @@ class Case:
     @property
     def id(self) -> str:
         return f"collective_{self.collective}_{self.dtype}_n{self.world}_hosts{self.hosts}"
+
+
+# ---- the command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -223,54 +255,47 @@ def add_matrix(parser: argparse._ActionsContainer) -> None:
         "--seconds", type=float, default=60, help="for each collective, about (default: 60)"
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=600,
-        metavar="S",
-        help="seconds that ranks wait for each other (default: 600)",
-    )
-    text = "note this in the records, such as link_mbit=200; repeatable"
-    parser.add_argument("--label", action="append", default=[], metavar="NAME=TEXT", help=text)
+    add_run_options(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     with Watch() as watch:
-        me = launch.init(device=args.device, timeout=args.timeout) if launch.launched() else None
-        names, faults = examine(args)
-        worlds = _worlds(args, me.world_size if me else None, faults)
-        if faults:
-            raise ValueError(all_of(faults))
-        before = launch.decide(me, lambda: _count(args.out, 2**14 * len(names) * len(worlds)))
-        told = None
-        try:
-            for world in worlds:
-                with watch.at_once(not me):
-                    told = launch.run(
-                        measure, world, names, args, device=args.device, timeout=args.timeout
-                    )[0]
-                if told:
-                    break
-        except KeyboardInterrupt:
-            told = watch.stop_signal or "SIGINT"
-        chief = not me or me.rank == 0
-        if not told:
-            if chief:
-                print(
-                    f"records and {machine.FILE} in {args.out}; `ringx plot {args.out}` draws them"
-                )
-            return 0
-        if chief:
+        return _main(args, watch)
+
+
+def _main(args: argparse.Namespace, watch: Watch) -> int:
+    world = None  # None: this process starts the ranks
+    if launch.launched():
+        world = launch.init(device=args.device, timeout=args.timeout)
+    is_main_rank = world is None or world.rank == 0
+    names, faults = examine(args)
+    world_sizes = _world_sizes(args, world.world_size if world else None, faults)
+    if faults:
+        raise ValueError(fault_message(faults))
+    room = RECORD_BYTES * len(names) * len(world_sizes)
+    existing = launch.decide(world, lambda: _count_records(args.out, room))
+    runs = [partial(_run, args, world_size, names) for world_size in world_sizes]
+    stop_signal = run_until_stopped(runs, watch, only_waits=world is None)
+    if stop_signal:
+        if is_main_rank:
             print(
-                f"interrupted by {told}: what is complete is in {args.out}; the same command with --resume measures the rest"
+                f"interrupted by {stop_signal}: what is complete is in {args.out};"
+                " the same command with --resume measures the rest"
             )
-            if told != "SIGINT" and _count(args.out) == before:
-                return 1  # not AGAIN: without progress it would come again forever
-        return 130 if told == "SIGINT" else AGAIN
+        useless = is_main_rank and stop_signal != "SIGINT" and _count_records(args.out) == existing
+        return exit_status(stop_signal, useless=useless)
+    if is_main_rank:
+        print(f"records and {machine.FILE} in {args.out}; `ringx plot {args.out}` draws them")
+    return 0
 
 
-def _count(out: Path, room: int = 0) -> int:
-    """The records of collectives in a folder, which must have so much room for others."""
+def _run(args: argparse.Namespace, world_size: int, names: list[str]) -> str | None:
+    results = launch.run(measure, world_size, names, args, device=args.device, timeout=args.timeout)
+    return results[0]
+
+
+def _count_records(out: Path, room: int = 0) -> int:
+    """How many records of collectives a folder holds, which must have so much room for others."""
     records.expect_room(out, room)
     return len(list(out.glob("collective_*.json")))
 
@@ -278,41 +303,42 @@ def _count(out: Path, room: int = 0) -> int:
 def examine(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     """(the collectives that are asked for, everything that is wrong with the options)."""
     faults: list[str] = []
-    names: list[str] = []
 
-    def parse(kind: Callable[[], Any], prefix: str = "") -> Any:
+    def parse(option: str, kind: Callable[[], Any]) -> Any:
+        """What `kind` returns; None if it raises, and then a fault."""
         try:
             return kind()
-        except (ValueError, argparse.ArgumentTypeError) as e:
-            faults.append(f"{prefix}{e}")
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            faults.append(f"{option}{error}")
             return None
 
-    names = parse(lambda: choices(BENCHMARKS)(args.collectives), "--collectives: ") or []
-    low = parse(partial(in_bytes, args.min_bytes), "--min-bytes: ")
-    high = parse(partial(in_bytes, args.max_bytes), "--max-bytes: ")
+    names = parse("--collectives: ", lambda: choices(BENCHMARKS)(args.collectives)) or []
+    low = parse("--min-bytes: ", lambda: in_bytes(args.min_bytes))
+    high = parse("--max-bytes: ", lambda: in_bytes(args.max_bytes))
     if low and high and low > high:
         faults.append(f"--min-bytes {args.min_bytes} is more than --max-bytes {args.max_bytes}")
-    parse(partial(_also, args), "--also: ")
+    parse("--also: ", lambda: _additional_sizes(args))
     for name, least in (("factor", 2), ("reps", LEAST_REPS), ("warmup", 1)):
         if getattr(args, name) < least:
             faults.append(f"--{name} {getattr(args, name)} must be at least {least}")
     if not 0 < args.seconds < 1e6:
         faults.append(f"--seconds {args.seconds} must be a positive number of seconds")
-    parse(lambda: labelled(args.label))
+    parse("", lambda: parse_labels(args.label))  # whose errors name the option
     return names, faults
 
 
-def _worlds(args: argparse.Namespace, launched: int | None, faults: list[str]) -> list[int]:
+def _world_sizes(args: argparse.Namespace, launched: int | None, faults: list[str]) -> list[int]:
     try:
         worlds = integers(args.nproc or str(launched or 2))
-    except argparse.ArgumentTypeError as e:
-        faults.append(f"--nproc: {e}")
+    except argparse.ArgumentTypeError as error:
+        faults.append(f"--nproc: {error}")
         return []
     if min(worlds) < 2:
         faults.append(f"--nproc {min(worlds)}: it takes two ranks to communicate")
     if launched and worlds != [launched]:
         faults.append(
-            f"--nproc {args.nproc}: the launcher started {launched} ranks, and only that many can be measured in this job"
+            f"--nproc {args.nproc}: the launcher started {launched} ranks,"
+            " and only that many can be measured in this job"
         )
     return worlds
 
@@ -325,133 +351,144 @@ def in_bytes(text: str) -> int:
     match = re.fullmatch(r"([1-9]\d*)([KMG]?)", text.strip().upper().removesuffix("B"))
     if not match:
         raise ValueError(f"{text!r} is no size in bytes such as 1024, 1K, 16M or 1G")
-    return int(match[1]) * 1024 ** ("KMG".find(match[2]) + 1 if match[2] else 0)
+    number, unit = match.groups()
+    power = " KMG".index(unit) if unit else 0
+    return int(number) * 1024**power
 
 
-def _also(args: argparse.Namespace) -> list[int]:
+def _additional_sizes(args: argparse.Namespace) -> list[int]:
     return [in_bytes(text) for text in args.also.split(",")] if args.also else []
 
 
 def sizes_of(low: int, high: int, factor: int, world: int, also: Sequence[int] = ()) -> list[int]:
     """Rising sizes in bytes, each a whole number of elements for each rank."""
-    unit, found, size = DTYPE.itemsize * world, list(also), low
+    sizes = list(also)
+    size = low
     while size <= high:
-        found.append(size)
+        sizes.append(size)
         size *= factor
-    return sorted({max(size // unit, 1) * unit for size in found})
+    unit = DTYPE.itemsize * world
+    return sorted({max(size // unit, 1) * unit for size in sizes})
 
 
 # ---- measuring, on every rank
 
 
 def measure(world: launch.World, names: list[str], args: argparse.Namespace) -> str | None:
-    """Measures the collectives one after another; rank 0 writes their records and prints a table.  None, or the signal that ended
-    it early."""
-    labels = labelled(args.label)
-    options = {
-        k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if not callable(v)
-    }
-    common = provenance.of_run(world, options, labels)
+    """Measures the collectives one after another; rank 0 writes their records and prints a table.
+
+    Returns, the same on every rank: None, or the signal that ended it early."""
+    labels = parse_labels(args.label)
+    run = provenance.of_run(world, options_of(args), labels)
     launch.announce(world)
-    hosts = len(common["machine"]["hosts"])
+    hosts = len(run["machine"]["hosts"])
     cases = [
-        Case(name, world.world_size, hosts, DTYPE_NAME, args.warmup, args.reps) for name in names
+        CollectiveCase(
+            collective=name,
+            world=world.world_size,
+            hosts=hosts,
+            dtype=DTYPE_NAME,
+            warmup=args.warmup,
+            reps=args.reps,
+        )
+        for name in names
     ]
     todo = launch.decide(world, lambda: remaining(args.out, cases, args.resume, labels))
-    chief = world.rank == 0
-    if chief:
+    if world.rank == 0:
+        plural = "" if hosts == 1 else "s"
         print(
-            f"{world.world_size} ranks on {hosts} host{'s'[: hosts != 1]}, {world.backend}, {common['machine']['device']}\n{HEADER}",
+            f"{world.world_size} ranks on {hosts} host{plural}, {world.backend},"
+            f" {run['machine']['device']}\n{HEADER}",
             flush=True,
         )
+    quiet = world.rank != 0 or not sys.stderr.isatty()
     with (
         Watch() as watch,
-        Progress(
-            console=Console(stderr=True),
-            transient=True,
-            disable=not (chief and sys.stderr.isatty()),
-        ) as bar,
+        Progress(console=Console(stderr=True), transient=True, disable=quiet) as progress,
     ):
-        task = bar.add_task("", total=len(todo))
+        bar = progress.add_task("", total=len(todo))
         for case in todo:
-            bar.update(task, description=case.collective)
+            progress.update(bar, description=case.collective)
             try:
-                found = measure_collective(
-                    world, case, args, watch, print if chief else lambda *_, **__: None
-                )
+                measured = measure_collective(world, case, args, watch)
             except Stopped:
-                return next(told for told in launch.gather(watch.stop_signal, world) if told)
-            bar.advance(task)
-            if chief:
-                head = {
-                    "schema": records.SCHEMA,
-                    "kind": "collective",
-                    "id": case.id,
-                    "date": provenance.now(),
-                    "case": asdict(case),
-                }
-                try:
-                    records.write(args.out, {**head, **found, **common})
-                except FileExistsError as e:
-                    print(
-                        f"not written, for it was measured elsewhere meanwhile: {e}",
-                        file=sys.stderr,
-                    )
+                return first_stop_signal(watch, world)
+            progress.advance(bar)
+            if world.rank == 0:
+                record = records.new_record("collective", case, measured, run)
+                write_record(args.out, record, "it")
                 machine.write(args.out, machine.collected(args.out))
     return None
 
 
 def measure_collective(
-    world: launch.World,
-    case: Case,
-    args: argparse.Namespace,
-    watch: Watch,
-    say: Callable[..., None],
+    world: launch.World, case: CollectiveCase, args: argparse.Namespace, watch: Watch
 ) -> dict[str, Any]:
-    """What the record of this collective holds; the same on every rank."""
+    """The entries that the record of this collective has to itself, the same on every rank; rank 0
+    prints a line for each size."""
     meter = wire.Meter(world)
-    missing = next((m for m in launch.gather(meter.missing, world) if m), None)
-    end, ended = time.monotonic() + args.seconds, None
-    rows: list[dict[str, Any]] = []
+    wire_missing = next((reason for reason in launch.gather(meter.missing, world) if reason), None)
+    deadline = time.monotonic() + args.seconds
+    measured: list[dict[str, Any]] = []
+    ended = None
     for size in sizes_of(
-        in_bytes(args.min_bytes),
-        in_bytes(args.max_bytes),
-        args.factor,
-        world.world_size,
-        _also(args),
+        low=in_bytes(args.min_bytes),
+        high=in_bytes(args.max_bytes),
+        factor=args.factor,
+        world=world.world_size,
+        also=_additional_sizes(args),
     ):
-        expected = rows[-1]["median"] * size / rows[-1]["bytes"] if rows else 0.0
-        ended = launch.decide(
-            world, partial(_enough, size, expected * (case.warmup + LEAST_REPS), end)
-        )
-        ended = next((e for e in launch.gather(ended or _no_room(size, world), world) if e), None)
+        ended = _why_end(world, case, size, measured, deadline)
         if ended:
             break
-        rows.append(_measure_size(world, size, case, watch, meter, missing, end))
-        say(_line(case.collective, rows[-1]), flush=True)
-    return {"sizes": rows, "ended": ended, "wire_missing": missing}
+        passes = _measure_size(world, case, size, watch, meter, deadline)
+        measured.append(_size_entries(world, case, size, passes, wire_missing))
+        if world.rank == 0:
+            print(_line(case.collective, measured[-1]), flush=True)
+    return {"sizes": measured, "ended": ended, "wire_missing": wire_missing}
 
 
-def _enough(size: int, expected: float, end: float) -> str | None:
-    left = end - time.monotonic()
+def _why_end(
+    world: launch.World,
+    case: CollectiveCase,
+    size: int,
+    measured: Sequence[dict[str, Any]],
+    deadline: float,
+) -> str | None:
+    """Why this size and larger ones are left out, or None.  Collective."""
+    expected = 0.0  # seconds of a pass
+    if measured:
+        expected = measured[-1]["median"] * size / measured[-1]["bytes"]
+    needed = expected * (case.warmup + LEAST_REPS)
+    no_time = launch.decide(world, partial(_no_time, size, needed, deadline))
+    reasons = launch.gather(no_time or _no_room(size, world), world)
+    return next((reason for reason in reasons if reason), None)
+
+
+def _no_time(size: int, needed: float, deadline: float) -> str | None:
+    """Why this size takes too long, if it does; needed: seconds."""
+    left = deadline - time.monotonic()
+    if needed <= left:
+        return None
     return (
-        f"{size} bytes would take about {expected:.0f} s, and {max(left, 0):.0f} s are left of --seconds"
-        if expected > left
-        else None
+        f"{size} bytes would take about {needed:.0f} s,"
+        f" and {max(left, 0):.0f} s are left of --seconds"
     )
 
 
 def _no_room(size: int, world: launch.World) -> str | None:
-    """Why the buffers of this size do not fit: at most half of what is free, for input, result and what a backend adds."""
+    """Why the buffers of this size do not fit, if they do not: they may take half of what is
+    free."""
     if world.device.type == "cuda":
         free, sharing = torch.cuda.mem_get_info(world.device)[0], 1
     else:
         free, sharing = _free_memory(), world.local_world
-    need = 4 * size * sharing
+    needed = BUFFERS * size * sharing
+    if needed <= free / 2:
+        return None
     return (
-        f"{size} bytes a rank need {need / 2**30:.1f} GiB of the {free / 2**30:.1f} GiB that are free"
-        if need > free / 2
-        else None
+        f"{size} bytes a rank need {needed / 2**30:.1f} GiB"
+        f" of the {free / 2**30:.1f} GiB that are free"
     )
 
 
@@ -461,21 +498,36 @@ def _free_memory() -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return sys.maxsize
-    return next(
-        (1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")),
-        sys.maxsize,
-    )
+    for line in lines:
+        if line.startswith("MemAvailable"):
+            return 1024 * int(line.split()[1])
+    return sys.maxsize
 
 
-def _measure_size(world, size, case, watch, meter, missing, end) -> dict[str, Any]:
-    row, prepare = BENCHMARKS[case.collective], PREPARATIONS[case.collective]
+@dataclass
+class LocalPasses:
+    """What one rank finds out about one size of a collective."""
+
+    seconds: list[float]  # of each repetition
+    wrong: int  # elements of the result
+    wire: list[int]  # bytes that left this host in each repetition; 0 if not counted here
+
+
+def _measure_size(
+    world: launch.World,
+    case: CollectiveCase,
+    size: int,
+    watch: Watch,
+    meter: wire.Meter,
+    deadline: float,
+) -> LocalPasses:
+    """Checks the result once, then does the other passes before, then the timed ones."""
+    prepare = PREPARATIONS[case.collective]
     n = size // DTYPE.itemsize
     call, expected = prepare(world.rank, world.world_size, n, world.device, True)
     watch.barrier_or_stop(world)
-    got, want = call(), expected()
-    wrong = 0 if want is None else int((got != want).sum())
+    wrong = _count_wrong(call(), expected())
     call, _ = prepare(world.rank, world.world_size, n, world.device, False)
-    del got, want
     for _ in range(case.warmup - 1):
         watch.barrier_or_stop(world)
         _timed(call, world.device)
@@ -485,61 +537,78 @@ def _measure_size(world, size, case, watch, meter, missing, end) -> dict[str, An
         watch.barrier_or_stop(world)
         meter.mark()
         seconds.append(_timed(call, world.device))
-        if len(seconds) >= LEAST_REPS and launch.decide(world, partial(_late, end)):
+        if len(seconds) >= LEAST_REPS and launch.decide(world, partial(_is_late, deadline)):
             break
     watch.barrier_or_stop(world)
     meter.mark()
     sent = [meter.between(i) for i in range(len(seconds))]
-    everyone = launch.gather({"seconds": seconds, "wrong": wrong, "sent": sent}, world)
-    slowest = [max(rep) for rep in zip(*(r["seconds"] for r in everyone), strict=True)]
-    mean = statistics.fmean(slowest)
-    left = statistics.median(sum(rep) for rep in zip(*(r["sent"] for r in everyone), strict=True))
-    return {
-        "bytes": size,
-        "reps": len(slowest),
-        "mean": mean,
-        "min": min(slowest),
-        "median": statistics.median(slowest),
-        "p99": float(np.quantile(slowest, 0.99)),
-        "algbw": size / mean,
-        "busbw": size / mean * row.bus(world.world_size),
-        "wrong": sum(r["wrong"] for r in everyone),
-        "wire_factor": None
-        if missing
-        else left / (row.sent(world.world_size) * size * world.world_size),
-    }
+    return LocalPasses(seconds=seconds, wrong=wrong, wire=sent)
 
 
-def _late(end: float) -> bool:
-    return time.monotonic() > end
+def _count_wrong(result: torch.Tensor, expected: torch.Tensor | None) -> int:
+    if expected is None:
+        return 0
+    return int((result != expected).sum())
+
+
+def _is_late(deadline: float) -> bool:
+    return time.monotonic() > deadline
 
 
 def _timed(call: Callable[[], object], device: torch.device) -> float:
-    if device.type != "cuda":
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-    torch.cuda.synchronize(device)
+    """Seconds that a call takes."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     start = time.perf_counter()
     call()
-    torch.cuda.synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter() - start
+
+
+def _size_entries(
+    world: launch.World,
+    case: CollectiveCase,
+    size: int,
+    local: LocalPasses,
+    wire_missing: str | None,
+) -> dict[str, Any]:
+    """What a record holds of a size, from the passes of all ranks.  Collective."""
+    row = BENCHMARKS[case.collective]
+    of_ranks: list[LocalPasses] = launch.gather(local, world)
+    seconds = [max(times) for times in zip(*(rank.seconds for rank in of_ranks), strict=True)]
+    mean = statistics.fmean(seconds)
+    wire_factor = None
+    if not wire_missing:
+        left = [sum(sent) for sent in zip(*(rank.wire for rank in of_ranks), strict=True)]
+        optimal = row.sent(world.world_size) * size * world.world_size
+        wire_factor = statistics.median(left) / optimal
+    return {
+        "bytes": size,
+        "reps": len(seconds),
+        "mean": mean,
+        "min": min(seconds),
+        "median": statistics.median(seconds),
+        "p99": float(np.quantile(seconds, 0.99)),
+        "algbw": size / mean,
+        "busbw": size / mean * row.bus(world.world_size),
+        "wrong": sum(rank.wrong for rank in of_ranks),
+        "wire_factor": wire_factor,
+    }
 
 
 # ---- the table
 
 HEADER = (
-    f"{'collective':14} {'size (B)':>10} {'type':>5} {'time us':>10} {'min us':>10} {'p99 us':>10} {'algbw GB/s':>10}"
-    f" {'busbw GB/s':>10} {'wrong':>5} {'wire':>5}"
+    f"{'collective':14} {'size (B)':>10} {'type':>5} {'time us':>10} {'min us':>10} {'p99 us':>10}"
+    f" {'algbw GB/s':>10} {'busbw GB/s':>10} {'wrong':>5} {'wire':>5}"
 )
 
 
-def _line(name: str, r: dict[str, Any]) -> str:
-    def micro(key: str) -> str:
-        return f"{1e6 * r[key]:10.5g}"
-
-    wired = "-" if r["wire_factor"] is None else f"{r['wire_factor']:.2f}"
+def _line(name: str, size: dict[str, Any]) -> str:
+    wire_factor = "-" if size["wire_factor"] is None else f"{size['wire_factor']:.2f}"
+    times = " ".join(f"{1e6 * size[key]:10.5g}" for key in ("mean", "min", "p99"))
     return (
-        f"{name:14} {r['bytes']:10} {DTYPE_NAME:>5} {micro('mean')} {micro('min')} {micro('p99')} {r['algbw'] / 1e9:10.3g}"
-        f" {r['busbw'] / 1e9:10.3g} {r['wrong']:5} {wired:>5}"
+        f"{name:14} {size['bytes']:10} {DTYPE_NAME:>5} {times} {size['algbw'] / 1e9:10.3g}"
+        f" {size['busbw'] / 1e9:10.3g} {size['wrong']:5} {wire_factor:>5}"
     )

@@ -3,7 +3,8 @@ tables of `ringx collect`.
 
     ringx plot results/here                    # PNG, SVG and CSV beside the records
     ringx plot results/here --out figures
-    ringx plot results/study/attention.parquet results/study/collectives.parquet --out plots
+    ringx plot results/study/attention.parquet results/study/collectives.parquet \\
+        --out results/study/plots
 
 Each figure comes as PNG and SVG, with the numbers it shows as CSV.  Records that differ in machine,
 dtype, kernel or sizes of heads go to separate files.  Broken records are named and left out; a

@@ -80,7 +80,7 @@ def prepare(args: argparse.Namespace, root: Path, python: str) -> tuple[list[Bat
         matrix = _bench_comm_matrix(args, allocation, faults)
     array_tasks = _array_tasks(args, allocation, matrix, faults)
     if faults or allocation.site is None:
-        raise ValueError(benchmark.all_of(list(dict.fromkeys(faults))))
+        raise ValueError(benchmark.fault_message(list(dict.fromkeys(faults))))
     jobs: list[BatchJob] = []
     for nodes in allocation.nodes:
         tasks = array_tasks[nodes]
@@ -237,7 +237,7 @@ def _output_words(args: argparse.Namespace) -> list[str]:
 def _check_memory(
     args: argparse.Namespace,
     known_site: Site | None,
-    cases: Sequence[attention_cases.Case],
+    cases: Sequence[attention_cases.AttentionCase],
     faults: list[str],
 ) -> None:
     memory = args.memory_per_rank  # GiB
@@ -254,7 +254,7 @@ def _check_memory(
             )
 
 
-def least_memory(case: attention_cases.Case) -> int:
+def least_memory(case: attention_cases.AttentionCase) -> int:
     """Bytes that a rank holds at least, at the end of its backward: q, k, v, dout, out and their
     gradients, the accumulator of dq, and for algorithms that gather all keys and values those."""
     itemsize = DTYPES[case.dtype].itemsize
@@ -292,14 +292,14 @@ def _bench_comm_matrix(
     options.label = args.label
     collectives, wrong = bench_collectives.examine(options)
     faults += wrong
-    cases: list[bench_collectives.Case] = []
+    cases: list[bench_collectives.CollectiveCase] = []
     for world_size, nodes in allocation.nodes_by_ranks().items():
         if world_size < 2:
             faults.append(
                 f"--nodes: {world_size} rank cannot communicate with itself; take at least two"
             )
         for collective in collectives:
-            case = bench_collectives.Case(
+            case = bench_collectives.CollectiveCase(
                 collective=collective,
                 world=world_size,
                 hosts=nodes,

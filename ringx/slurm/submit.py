@@ -114,7 +114,7 @@ def main(args: argparse.Namespace) -> int:
             "sbatch is not to be found here: submit from a login node, or look with --dry-run."
         )
     # records that are there must fit what the jobs would measure
-    labels = benchmark.labelled(args.label)
+    labels = benchmark.parse_labels(args.label)
     unmeasured = benchmark.remaining(args.out, cases, True, labels)
     remark = "" if unmeasured else "; nothing to submit"
     print(f"{len(unmeasured)} of {len(cases)} cases are to be measured{remark}")

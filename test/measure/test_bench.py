@@ -1,4 +1,4 @@
-"""ringx bench: its records are valid, its arithmetic is right, and nothing that was measured is lost."""
+"""ringx bench: records are valid, its arithmetic is right, nothing that was measured is lost."""
 
 import argparse
 import itertools
@@ -8,16 +8,16 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
-from helpers import ranks
+from helpers import invented, ranks
 from helpers.paths import ROOT
 
 from ringx import launch
 from ringx.layout import Sharding
-from ringx.measure import attention_table, bench_attention, cases, records
+from ringx.measure import attention_table, bench_attention, bench_collectives, cases, records
 from ringx.measure.peak import peak_bytes
 from ringx.patterns.registry import ALGORITHMS
 from ringx.tiles import tiles
@@ -81,10 +81,26 @@ def test_median_and_quartiles():
 
 
 def case(**changes):
-    made = cases.Case(
-        "ringx3", "zigzag", "causal", "bf16", 2, 48, 3, 4, 2, 8, "auto", True, 1, None, True, 1, 7
+    default = cases.AttentionCase(
+        algorithm="ringx3",
+        layout="zigzag",
+        mask="causal",
+        dtype="bf16",
+        world=2,
+        seqlen=48,
+        batch=3,
+        heads=4,
+        kv_heads=2,
+        head_dim=8,
+        kernel="auto",
+        overlap=True,
+        threads=1,
+        baseline_threads=None,
+        baseline=True,
+        warmup=1,
+        reps=7,
     )
-    return replace(made, **changes)
+    return replace(default, **changes)
 
 
 @pytest.mark.fast
@@ -154,7 +170,8 @@ def test_a_record_survives_the_file(record, tmp_path):
 
 @pytest.mark.fast
 def test_a_late_write_changes_nothing(record, tmp_path):
-    """A rank that lost its job to a restart may still come to the end of a case that the restarted job has measured."""
+    """A rank that lost its job to a restart may still come to the end of a case that the restarted
+    job has measured."""
     path = records.path_of(tmp_path, record["id"])
     before = path.read_bytes()
     with pytest.raises(FileExistsError, match="is there already and was kept"):
@@ -163,6 +180,24 @@ def test_a_late_write_changes_nothing(record, tmp_path):
 
 
 @pytest.mark.fast
+def test_the_schema_holds_the_fields_of_the_cases():
+    """What a record holds under "case" is declared once more, as a dataclass that is measured."""
+    of_kind = {
+        "attention": cases.AttentionCase,
+        "collective": bench_collectives.CollectiveCase,
+    }
+    for kind, dataclass in of_kind.items():
+        paths = [field.path for field in records.FIELDS[kind] if field.path.startswith("case.")]
+        assert sorted(paths) == sorted(f"case.{field.name}" for field in fields(dataclass))
+
+
+def test_figures_name_columns_that_there_are(record):
+    (row,) = records.flat_rows(record, {"source": {}, "sent": {}, "expected": {}})
+    assert {*records.CASE_COLUMNS, *records.SETTING_COLUMNS["attention"]} <= row.keys()
+    (row, *_) = records.flat_rows(invented.collective(), {"source": {}, "fit": {}})
+    assert row.keys() >= {*records.SETTING_COLUMNS["collective"]}
+
+
 def test_records_of_schema_1_are_read(record, tmp_path):
     old = json.loads(json.dumps(record))
     for key in ("labels", "wire", "wire_missing"):
@@ -245,9 +280,9 @@ def test_every_case_gives_a_valid_record(tmp_path, capsys):
     )
     assert bench_attention.main(options(tmp_path, *argv, "--reps", "1")) == 0
     found, broken = records.read_all(tmp_path)
-    assert (
-        not broken and len(found) == 4 * 2 * 2 * 2 * 2 * 2
-    )  # algorithms, N, masks, layouts, Hkv, overlap
+    assert not broken
+    # algorithms, N, masks, layouts, Hkv, overlap
+    assert len(found) == len(ALGORITHMS) * 2 * 2 * 2 * 2 * 2
     for r in found:
         assert (
             r["kernel"] == "cpu"
@@ -273,7 +308,7 @@ def test_every_case_gives_a_valid_record(tmp_path, capsys):
             2 * 4 + 2 * r["case"]["kv_heads"]
         )  # out, dq, dk, dv at least
         again = bench_attention.derived(
-            cases.Case(**r["case"]), r["seconds"], r["workers"], r["baseline"]
+            cases.AttentionCase(**r["case"]), r["seconds"], r["workers"], r["baseline"]
         )
         assert again["efficiency_percent"] == r["efficiency_percent"]
     printed = capsys.readouterr().out
@@ -295,7 +330,8 @@ def test_weak_scaling_and_no_baseline(tmp_path):
 def test_where_the_baseline_does_not_fit_the_algorithms_are_measured_still(tmp_path, monkeypatch):
     def full(self):
         raise RuntimeError(
-            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory:"
+            " you tried to allocate 8 bytes."
         )
 
     monkeypatch.setattr(bench_attention.Baseline, "_once", full)
@@ -309,7 +345,9 @@ def test_resume_measures_only_what_is_missing_or_broken(tmp_path, capsys, monkey
     assert bench_attention.main(options(tmp_path, *first)) == 0
     paths = sorted(tmp_path.glob("*.json"))
     before = [p.stat().st_mtime_ns for p in paths]
-    with pytest.raises(ValueError, match=r"already holds 2 of these 4 cases.*--resume"):
+    with pytest.raises(
+        ValueError, match=f"already holds 2 of these {len(ALGORITHMS)} cases.*--resume"
+    ):
         bench_attention.main(options(tmp_path))
     paths[1].write_text(paths[1].read_text()[:100])
     assert bench_attention.main(options(tmp_path, "--resume")) == 0
@@ -317,13 +355,15 @@ def test_resume_measures_only_what_is_missing_or_broken(tmp_path, capsys, monkey
     assert (
         len(paths[1].with_name(f"{paths[1].name}.broken").read_text()) == 100
     )  # nothing is thrown away
-    assert len(list(tmp_path.glob("*.json"))) == 4
+    assert len(list(tmp_path.glob("*.json"))) == len(ALGORITHMS)
     assert paths[0].stat().st_mtime_ns == before[0] and records.read(paths[1])
     monkeypatch.setattr(bench_attention, "measure_size", None)
     assert (
         bench_attention.main(options(tmp_path, "--resume")) == 0
     )  # everything is there: nothing is called
-    with pytest.raises(ValueError, match=r"4 faults(.|\n)*measured with reps=2, now 3"):
+    with pytest.raises(
+        ValueError, match=rf"{len(ALGORITHMS)} faults(.|\n)*measured with reps=2, now 3"
+    ):
         bench_attention.main(options(tmp_path, "--resume", "--reps", "3"))
 
 

@@ -21,7 +21,8 @@ def put(folder, record):
 
 @pytest.fixture
 def folders(tmp_path):
-    """Two jobs' folders: attention at two rates of the link, collectives, one copy, and three files that are no records."""
+    """Two jobs' folders: attention at two rates of the link, collectives, one copy, and three files
+    that are no records."""
     a, b = tmp_path / "a/200", tmp_path / "b"
     for world in (1, 2, 4):
         put(

@@ -1,4 +1,5 @@
-"""The notebooks in results/notebooks run, on committed data alone, and ARTIFACT.md lists what there is.
+"""The notebooks in results/notebooks run, on committed data alone, and ARTIFACT.md lists what there
+is.
 
 python -m pytest test/report/test_notebooks.py
 """
