@@ -1,4 +1,4 @@
-"""Configuration of the GPT app: the shape of a Llama, the sequences that it is trained on, and the presets."""
+"""Configuration of the GPT app: the shape of a Llama, how it is trained, and the presets."""
 
 from dataclasses import dataclass, field, replace
 
@@ -46,7 +46,8 @@ class ModelConfig:
             object.__setattr__(self, "head_dim", self.dim // self.heads)
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(
-                f"head_dim={self.head_dim} (dim={self.dim}, heads={self.heads}): RoPE needs an even head size."
+                f"head_dim={self.head_dim} (dim={self.dim}, heads={self.heads}): "
+                "RoPE needs an even head size."
             )
         if self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}.")
@@ -71,8 +72,8 @@ class TrainConfig(Training):
         require_at_least(self, 1, "seqlen", "loss_chunk")
         if self.mask_documents:
             raise ValueError(
-                "mask_documents: ringx.attention cannot mask documents packed into one sequence yet; without it, tokens see the "
-                "documents before theirs in the sequence."
+                "mask_documents: ringx.attention cannot mask documents packed into one sequence "
+                "yet; without it, tokens see the documents before theirs in the sequence."
             )
 
 
@@ -87,27 +88,38 @@ class Config(RunConfig):
 
     def expect_fits(self, shape: Shape) -> None:
         """ValueError naming the first size that this mesh cannot cut."""
-        c, m = self.train, self.model
+        train = self.train
         self.plan_batch(shape)
-        sharding = ringx.Sharding(c.seqlen, shape.cp, c.layout)
+        sharding = ringx.Sharding(train.seqlen, shape.cp, train.layout)
+        local_sizes = [sharding.size(rank) for rank in range(shape.cp)]
         if shape.tp > 1:
-            for name in ("heads", "kv_heads", "ffn", "vocab"):
-                if getattr(m, name) % shape.tp:
-                    raise ValueError(
-                        f"tp={shape.tp} does not divide {name}={getattr(m, name)} of the model; take a smaller --tp."
-                    )
-            for rank in range(shape.cp):
-                if sharding.size(rank) % shape.tp:
-                    raise ValueError(
-                        f"seqlen={c.seqlen} leaves {sharding.size(rank)} tokens on a cp rank, which tp={shape.tp} cannot cut "
-                        f"evenly; take a multiple of {2 * shape.cp * shape.tp}."
-                    )
-            if self.mesh.dp_engine != "fsdp":
+            self._expect_tensor_parallel(shape, local_sizes)
+        if train.mlp_tiles > min(local_sizes) // shape.tp:
+            raise ValueError(
+                f"mlp_tiles={train.mlp_tiles} is more than the tokens that a rank holds."
+            )
+
+    def _expect_tensor_parallel(self, shape: Shape, local_sizes: list[int]) -> None:
+        """ValueError naming the first size that tp cannot cut; local_sizes: tokens of cp ranks."""
+        for name in ("heads", "kv_heads", "ffn", "vocab"):
+            size = getattr(self.model, name)
+            if size % shape.tp:
                 raise ValueError(
-                    f"dp_engine={self.mesh.dp_engine} cannot be combined with tp={shape.tp}; use --dp-engine fsdp."
+                    f"tp={shape.tp} does not divide {name}={size} of the model; "
+                    "take a smaller --tp."
                 )
-        if c.mlp_tiles > min(sharding.size(r) for r in range(shape.cp)) // shape.tp:
-            raise ValueError(f"mlp_tiles={c.mlp_tiles} is more than the tokens that a rank holds.")
+        for size in local_sizes:
+            if size % shape.tp:
+                raise ValueError(
+                    f"seqlen={self.train.seqlen} leaves {size} tokens on a cp rank, "
+                    f"which tp={shape.tp} cannot cut evenly; "
+                    f"take a multiple of {2 * shape.cp * shape.tp}."
+                )
+        if self.mesh.dp_engine != "fsdp":
+            raise ValueError(
+                f"dp_engine={self.mesh.dp_engine} cannot be combined with tp={shape.tp}; "
+                "use --dp-engine fsdp."
+            )
 
 
 def load(path: str) -> Config:
@@ -116,27 +128,41 @@ def load(path: str) -> Config:
 
 
 def preset(name: str) -> Config:
+    """The preset of this name; ValueError if there is none."""
     return PRESETS[require_name(name, PRESETS, "preset")]
 
 
 def long_base(
     seqlen: int, head_dim: int = 128, base: float = 500_000.0, trained: int = 8192
 ) -> float:
-    """RoPE's base for a longer context: the slowest frequency then turns over seqlen as it did over `trained`, and the fastest
-    is left alone ("NTK-aware" interpolation; e.g. Peng et al., YaRN, arXiv 2309.00071, eq. 16)."""
+    """RoPE's base for a longer context.
+
+    The slowest frequency then turns over seqlen as it did over `trained`, and the fastest is left
+    as it is ("NTK-aware" interpolation; e.g. Peng et al., YaRN, arXiv 2309.00071, eq. 16)."""
     return round(base * max(1.0, seqlen / trained) ** (head_dim / (head_dim - 2)))
 
 
-_8B = ModelConfig(dim=4096, layers=32, heads=32, kv_heads=8, ffn=14336, vocab=128256, tied=False)
-_LONG = {"8k": 8192, "32k": 32768, "128k": 131072, "256k": 262144, "512k": 524288, "1m": 1048576}
+LLAMA_8B = ModelConfig(
+    dim=4096, layers=32, heads=32, kv_heads=8, ffn=14336, vocab=128256, tied=False
+)
+CONTEXT_LENGTHS = {
+    "8k": 8192,
+    "32k": 32768,
+    "128k": 131072,
+    "256k": 262144,
+    "512k": 524288,
+    "1m": 1048576,
+}
 
 
-def _recipe(name: str, seqlen: int) -> Config:
-    """Llama 3 8B at a context length: 8K tokens a rank, whatever the length; attention is never recomputed."""
+def _long_context_preset(name: str, seqlen: int) -> Config:
+    """Llama 3 8B at a context length.
+
+    Each rank holds 8K tokens, whatever the length; attention is never recomputed."""
     if seqlen == 131072:  # as Llama 3.1 was trained
-        model = replace(_8B, rope_factor=8.0)
+        model = replace(LLAMA_8B, rope_factor=8.0)
     else:
-        model = replace(_8B, rope_base=float(long_base(seqlen)))
+        model = replace(LLAMA_8B, rope_base=float(long_base(seqlen)))
     train = TrainConfig(
         seqlen=seqlen,
         steps=1000,
@@ -192,7 +218,7 @@ PRESETS = {
         ),
         Config(  # Llama 3.1 8B
             "8b",
-            replace(_8B, rope_factor=8.0),
+            replace(LLAMA_8B, rope_factor=8.0),
             TrainConfig(
                 seqlen=8192,
                 steps=10_000,
@@ -203,6 +229,6 @@ PRESETS = {
                 save_every=500,
             ),
         ),
-        *(_recipe(f"8b-{label}", seqlen) for label, seqlen in _LONG.items()),
+        *(_long_context_preset(f"8b-{label}", seqlen) for label, seqlen in CONTEXT_LENGTHS.items()),
     )
 }
