@@ -1,5 +1,6 @@
 #!/bin/bash
-# The real run of apps/gpt/longer.yaml on four ranks, and the same model at 1K, 4K and 16K tokens of context, on as many tokens:
+# The real run of apps/gpt/longer.yaml on four ranks, and the same model at 1K, 4K and 16K tokens of
+# context, on as many tokens:
 #   script/gpt_context.sh results/gpt_cpu2_202611
 # Half an hour on two cores.  Keeps metrics, configurations, figures and what one process reached.
 set -euo pipefail
@@ -9,7 +10,10 @@ work=${WORK:-$(mktemp -d)}
 export OMP_NUM_THREADS=1
 python=${PYTHON:-python3}
 cd "$here"
-train() { "$python" -m apps.gpt.train --config apps/gpt/longer.yaml --data "$work/text8k" --no-tensorboard "$@"; }
+train() {
+  "$python" -m apps.gpt.train --config apps/gpt/longer.yaml --data "$work/text8k" --no-tensorboard \
+    "$@"
+}
 
 "$python" -m apps.gpt.prepare --out "$work/text8k" --vocab 8192
 [ -f "$work/one/metrics.jsonl" ] || train --out "$work/one"

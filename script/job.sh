@@ -1,12 +1,16 @@
 # shellcheck shell=bash disable=SC1090,SC2034
-# Sourced by every batch script, in the checkout: source script/job.sh SITE [PYTHON].  Loads env/SITE.sh and gives the script
+# Sourced by every batch script, in the checkout: source
+# script/job.sh SITE [PYTHON].  Loads env/SITE.sh and gives the script
 #
-#   $PYTHON            the Python to run: what the environment or the site says, PYTHON, the checkout's .venv, python3
+#   $PYTHON            the Python to run: what the environment or the site says, PYTHON, the
+#                      checkout's .venv, python3
 #   $TASKS             how many ranks the job has
-#   ranks COMMAND...   starts COMMAND on all tasks of the job and waits for it.  Slurm's warning before a time limit
-#                      (#SBATCH --signal=B:USR1@120 sends SIGUSR1 to the batch script) is passed on to the ranks
-#   job_end            ends the script with the status of `ranks`.  Ranks that stopped early on a warning end with status 75: the
-#                      job then puts itself back into the queue, unless the script has said on_limit=leave (a chained job follows)
+#   ranks COMMAND...   starts COMMAND on all tasks of the job and waits for it.  Slurm's warning
+#                      before a time limit (#SBATCH --signal=B:USR1@120 sends SIGUSR1 to the batch
+#                      script) is passed on to the ranks
+#   job_end            ends the script with the status of `ranks`.  Ranks that stopped early on a
+#                      warning end with status 75: the job then puts itself back into the queue,
+#                      unless the script has set on_limit=leave (a chained job follows)
 #
 # It stops the script where something is missing, before any rank starts.
 
@@ -29,14 +33,16 @@ fi
 TASKS=${SLURM_NTASKS:-$((${SLURM_JOB_NUM_NODES:-1} * ${SLURM_NTASKS_PER_NODE:-1}))}
 export RINGX_SITE PYTHON PYTHONUNBUFFERED=1
 # RINGX_SRUN: more options for srun, one word each, such as RINGX_SRUN="--cpu-bind=none"
-read -r -a _srun <<<"$(sed -n 's/^#SITE srun  *//p' "env/$RINGX_SITE.sh" | sed 's/ # .*//' | tr '\n' ' ') ${RINGX_SRUN:-}"
+_site_srun=$(sed -n 's/^#SITE srun  *//p' "env/$RINGX_SITE.sh" | sed 's/ # .*//' | tr '\n' ' ')
+read -r -a _srun <<<"$_site_srun ${RINGX_SRUN:-}"
 _status=0
 
 ranks() {
-  local told=
-  trap 'told=1' USR1
-  # A rank ignores the warning until its program listens; it is repeated until all ranks have ended.  The first rank that ends with a
-  # status other than 0 has srun end the others, and then srun reports how *they* ended: so only rank 0 says 75, after the others.
+  local warned=
+  trap 'warned=1' USR1
+  # A rank ignores the warning until its program listens; it is repeated until all ranks have ended.
+  # The first rank that ends with a status other than 0 has srun end the others, and then srun
+  # reports how *they* ended: so only rank 0 says 75, after the others.
   srun --kill-on-bad-exit=1 "${_srun[@]}" bash -c '
     trap "" USR1
     "$@"
@@ -51,7 +57,7 @@ ranks() {
     wait "$steps"
     _status=$?
     kill -0 "$steps" 2>/dev/null || break          # wait also returns when a signal arrives
-    while [ -n "$told" ] && kill -USR1 "$steps" 2>/dev/null; do sleep 3; done
+    while [ -n "$warned" ] && kill -USR1 "$steps" 2>/dev/null; do sleep 3; done
   done
   trap - USR1
   return "$_status"

@@ -1,6 +1,7 @@
 #!/bin/bash
-# Makes the study of results/study_testbed_202611 again: communication of every algorithm on 1, 2, 4 and 8 nodes of the testbed, at links of
-# 200 and 1000 Mbit/s.  About 25 minutes on two cores that nothing else uses; needs root and Slurm, see test/slurm/cluster.
+# Makes the study of results/study_testbed_202611 again: communication of every algorithm on 1, 2, 4
+# and 8 nodes of the testbed, at links of 200 and 1000 Mbit/s.  About 25 minutes on two cores that
+# nothing else uses; needs root and Slurm, see test/slurm/cluster.
 #
 #   script/study.sh study_out                      # then look at study_out/plots
 #
@@ -15,10 +16,13 @@ trap '$cluster down' EXIT
 $cluster up
 for rate in 200 1000; do
   $cluster rate "$rate"
-  $cluster exec $ringx submit --site generic-cpu --job bench-comm --nodes 2,4,8 --serial --wait --out "$out/records/$rate" \
-    --label "link_mbit=$rate" --options "--max-bytes 16M --also 4160K,8M --reps 7 --seconds 15"    # gloo's reduce changes above 4 MiB
-  $cluster exec $ringx submit --site generic-cpu --nodes 1,2,4,8 --array 1 --serial --wait --out "$out/records/$rate" \
-    --label "link_mbit=$rate" --seqlens 2048,4096 --kv-heads 8,2 --layouts zigzag --dtypes fp32 --reps 5 --no-baseline
+  # sizes beside the powers of two: gloo's reduce changes above 4 MiB
+  $cluster exec $ringx submit --site generic-cpu --job bench-comm --nodes 2,4,8 --serial --wait \
+    --out "$out/records/$rate" --label "link_mbit=$rate" \
+    --options "--max-bytes 16M --also 4160K,8M --reps 7 --seconds 15"
+  $cluster exec $ringx submit --site generic-cpu --nodes 1,2,4,8 --array 1 --serial --wait \
+    --out "$out/records/$rate" --label "link_mbit=$rate" \
+    --seqlens 2048,4096 --kv-heads 8,2 --layouts zigzag --dtypes fp32 --reps 5 --no-baseline
 done
 $ringx collect "$out/records" --out "$out"
 $ringx plot "$out/attention.parquet" "$out/collectives.parquet" --out "$out/plots"
