@@ -10,11 +10,9 @@ import sys
 import time
 
 import pytest
-import torch
 from helpers import ranks
 from helpers.paths import ROOT
 
-from ringx import launch
 from ringx.comm import PeerError
 from ringx.launch import stopping
 from ringx.measure import records
@@ -43,7 +41,7 @@ def test_one_rank_is_told_and_all_stop_at_the_same_place(monkeypatch):
     watches = [type("OneRank", (stopping.Watch,), {"stop_signal": None})() for _ in range(world)]
 
     def rank_main(rank):
-        me = launch.World(rank, world, rank, world, torch.device("cpu"), "gloo", "threads", "", 0)
+        me = ranks.world_of(rank, world)
         for place in range(5):
             try:
                 watches[rank].barrier_or_stop(me)
@@ -59,7 +57,7 @@ def test_one_rank_is_told_and_all_stop_at_the_same_place(monkeypatch):
 @pytest.mark.fast
 def test_a_rank_that_does_not_come_is_named_as_in_any_other_collective():
     def rank_main(rank):
-        me = launch.World(rank, 2, rank, 2, torch.device("cpu"), "gloo", "threads", "", 0)
+        me = ranks.world_of(rank, 2)
         if rank == 0:
             stopping.Watch().barrier_or_stop(me)
 

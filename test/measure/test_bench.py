@@ -35,20 +35,7 @@ def options(out, *argv):
 
 @pytest.fixture(autouse=True)
 def on_threads(monkeypatch):
-    """Ranks are threads of this process."""
-
-    def run(fn, nproc, *args, threads=1, **_):
-        def rank_main(rank):
-            return fn(
-                launch.World(
-                    rank, nproc, rank, nproc, torch.device("cpu"), "gloo", "threads", "", 0
-                ),
-                *args,
-            )
-
-        return [rank_main(0)] if nproc == 1 else ranks.run(nproc, rank_main)
-
-    monkeypatch.setattr(launch, "run", run)
+    monkeypatch.setattr(launch, "run", ranks.launch_threads)
 
 
 @pytest.fixture

@@ -29,20 +29,7 @@ def options(out, *argv):
 
 @pytest.fixture
 def on_threads(monkeypatch):
-    """Ranks are threads of this process."""
-
-    def run(fn, nproc, *args, **_):
-        def rank_main(rank):
-            return fn(
-                launch.World(
-                    rank, nproc, rank, nproc, torch.device("cpu"), "gloo", "threads", "", 0
-                ),
-                *args,
-            )
-
-        return ranks.run(nproc, rank_main)
-
-    monkeypatch.setattr(launch, "run", run)
+    monkeypatch.setattr(launch, "run", ranks.launch_threads)
 
 
 # ---- what is measured
@@ -369,8 +356,6 @@ def test_messages_of_attention_are_counted(tmp_path):
         "--kv-heads",
         "2",
         "--head-dim",
-        "16",
-        "--masks",
         "full",
     ]
     assert (

@@ -7,7 +7,6 @@ import io
 import sys
 
 import pytest
-import torch
 from helpers import invented, ranks
 
 from ringx import launch
@@ -156,18 +155,7 @@ def test_without_matplotlib_the_remedy_is_named(tmp_path, monkeypatch):
 
 
 def test_records_that_were_measured(tmp_path, monkeypatch):
-    def on_threads(fn, nproc, *args, **_):
-        def rank_main(rank):
-            return fn(
-                launch.World(
-                    rank, nproc, rank, nproc, torch.device("cpu"), "gloo", "threads", "", 0
-                ),
-                *args,
-            )
-
-        return [rank_main(0)] if nproc == 1 else ranks.run(nproc, rank_main)
-
-    monkeypatch.setattr(launch, "run", on_threads)
+    monkeypatch.setattr(launch, "run", ranks.launch_threads)
     parser = argparse.ArgumentParser()
     bench_attention.add_arguments(parser)
     sizes = [
