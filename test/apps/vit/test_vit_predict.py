@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from helpers.ranks import run
+from helpers.ranks import run, world_of
 
 pytestmark = [
     pytest.mark.filterwarnings(
@@ -40,7 +40,6 @@ from apps.vit.data.dataset import open_fields, splits  # noqa: E402
 from apps.vit.data.samples import INPUTS, Samples  # noqa: E402
 from apps.vit.data.statistics import statistics  # noqa: E402
 from apps.vit.model import ViT  # noqa: E402
-from ringx.launch import World  # noqa: E402
 
 CHANNELS, LEADS, HISTORY, ROLLOUT = ("t2m", "u10"), (6, 24), (6, 12), 48
 TRAIN, TEST = slice(0, 168), range(204, 240)  # of 240 times: 70 %, and the last 15 %
@@ -369,9 +368,7 @@ def test_cp_and_dp_together_score_as_one_to_all_digits(one, trained_run, tmp_pat
     job = replace(predict.configure(predict.parser().parse_args(words)), cp=2)
 
     def work(rank):
-        return predict.work(
-            World(rank, 4, rank, 4, torch.device("cpu"), "gloo", "threads", "", 0), job
-        )
+        return predict.work(world_of(rank, 4), job)
 
     assert run(4, work) == [0] * 4
     wanted = [r for r in one[1].values() if r.lead_hours in LEADS and r.forecast != "roll-out"]
