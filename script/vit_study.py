@@ -1,12 +1,18 @@
-"""The ViT app's figures: skill on real data and on the data at hand, what small patches bring, and what they cost.
+"""The ViT app's figures: skill on real and on simulated data, what small patches bring and cost.
 
-    python script/vit_study.py era5 --data era5_t2m_uk_2019-03.nc --out DIR   # three seeds; by day, where it loses (10 minutes)
-    python script/vit_study.py default --out DIR                              # the simulated record (5 minutes)
-    python script/vit_study.py patches --out DIR                              # patch 4, 2, 1, as many epochs each (15 minutes)
-    python script/vit_study.py time --out DIR                                 # seconds a step, by patch and algorithm (10 minutes)
+    python script/vit_study.py era5 --data era5_t2m_uk_2019-03.nc --out DIR
+    python script/vit_study.py default --out DIR
+    python script/vit_study.py patches --out DIR
+    python script/vit_study.py time --out DIR
 
-All run the trainer's own command on two ranks (--nproc changes that), sequences cut over them.  Each writes tables, the runs' logs
-and figures into DIR; whole runs, with their checkpoints, go to --work (default: a folder that is removed).
+era5      three seeds; by day, where it loses (10 minutes)
+default   the simulated record (5 minutes)
+patches   patches of 4, 2 and 1 points, as many epochs each (15 minutes)
+time      seconds of a step, by patch and algorithm (10 minutes)
+
+All run the trainer's own command on two ranks (--nproc changes that), sequences cut over them.
+Each writes tables, the runs' logs and figures into DIR; whole runs, with their checkpoints, go to
+--work (default: a folder that is removed).
 """
 
 import argparse
@@ -17,7 +23,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,80 +38,73 @@ from apps.common.plot import plot_runs
 from apps.vit.scores import ScoreRow, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
+SIMPLE = ("persistence", "climatology", "damped anomaly")  # forecasts beside the model's
+SEEDS = (0, 1, 2)
 PATCHES = (4, 2, 1)
+POINTS = 32 * 64  # of the simulated record
+# Half of the usual training times.
 PARTS = (
-    "--train-times",
-    "0/560",
-    "--val-times",
-    "1120/1360",
-    "--test-times",
-    "1360/1600",
-)  # half of the usual training times
+    *("--train-times", "0/560"),
+    *("--val-times", "1120/1360"),
+    *("--test-times", "1360/1600"),
+)
 SMALL = (
-    "--dim",
-    64,
-    "--layers",
-    2,
-    "--heads",
-    2,
-    "--ffn",
-    384,
-    "--leads",
-    6,
-    "--base",
-    "damped",
-    "--warmup",
-    20,
+    *("--dim", 64),
+    *("--layers", 2),
+    *("--heads", 2),
+    *("--ffn", 384),
+    *("--leads", 6),
+    *("--base", "damped"),
+    *("--warmup", 20),
     *PARTS,
 )
 
 
-def ask(module: str, *words: object) -> str:
-    """What a command of the app says."""
+def run_module(module: str, *words: object) -> None:
+    """Runs a command of the app; its output is not shown."""
     command = [sys.executable, "-m", f"apps.vit.{module}", *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False
     )
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {done.returncode}")
-    return done.stdout
 
 
 def train(args: argparse.Namespace, name: str, *words: object) -> Path:
     """A run, or what is left to do of it; its log is kept."""
     run = args.work / name
-    ask("train", *words, "--cp", args.nproc, "--nproc", args.nproc, "--out", run, "--resume", run)
-    keep(run, args.out / name, "config.yaml", "metrics.jsonl")
+    ranks = ("--cp", args.nproc, "--nproc", args.nproc)
+    run_module("train", *words, *ranks, "--out", run, "--resume", run)
+    copy_files(run, args.out / name, "config.yaml", "metrics.jsonl")
     return run
 
 
 def predict(args: argparse.Namespace, run: Path, *words: object) -> Path:
+    """The folder of a run's forecasts; its scores are kept."""
     folder = args.work / f"{run.name}_forecast"
-    ask("predict", "--checkpoint", run, "--out", folder, "--nproc", args.nproc, *words)
-    keep(folder, args.out / run.name, "scores.csv")
+    run_module("predict", "--checkpoint", run, "--out", folder, "--nproc", args.nproc, *words)
+    copy_files(folder, args.out / run.name, "scores.csv")
     return folder
 
 
-def keep(source: Path, into: Path, *names: str) -> None:
+def copy_files(source: Path, into: Path, *names: str) -> None:
     into.mkdir(parents=True, exist_ok=True)
     for name in names:
         shutil.copy(source / name, into / name)
 
 
-def keep_figures(maps: Path, into: Path) -> None:
-    """PNGs, and the numbers behind them."""
-    into.mkdir(parents=True, exist_ok=True)
-    for path in (*maps.glob("*.png"), *maps.glob("*.csv")):
-        shutil.copy(path, into / path.name)
+def copy_figures(maps: Path, into: Path) -> None:
+    """Copies PNGs, and the numbers behind them."""
+    paths = [*maps.glob("*.png"), *maps.glob("*.csv")]
+    copy_files(maps, into, *(path.name for path in paths))
 
 
-def write_table(path: Path, head: tuple[str, ...], rows: list[tuple]) -> None:
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (head, ("---",) * len(head), *rows)]
+def write_table(path: Path, head: Sequence[object], rows: Sequence[Sequence[object]]) -> None:
+    """Writes a table in Markdown, and prints it."""
+    lines = []
+    for row in (head, ["---"] * len(head), *rows):
+        lines.append("| " + " | ".join(map(str, row)) + " |")
     path.write_text("\n".join(lines) + "\n")
     print(path.read_text(), flush=True)
 
@@ -111,55 +112,70 @@ def write_table(path: Path, head: tuple[str, ...], rows: list[tuple]) -> None:
 # ---- real data
 
 
-def era5(args: argparse.Namespace) -> None:
+class DayError(NamedTuple):
+    """Errors of the forecasts that start on a day."""
+
+    day: str
+    lead: int  # hours
+    model: float  # RMSE
+    damped: float  # RMSE of the damped anomaly
+
+
+def study_era5(args: argparse.Namespace) -> None:
     """Three seeds of apps/vit/configs/era5_t2m_uk.yaml."""
-    rmse: dict[tuple[int, str], list[float]] = {}
-    days: dict[tuple[str, int], list[tuple[float, float]]] = {}
-    for seed in range(3):
-        run = train(
-            args, f"seed{seed}", "--config", "era5_t2m_uk", "--data", args.data, "--seed", seed
-        )
+    rmse: dict[tuple[int, str], list[float]] = {}  # by lead and forecast, of each seed
+    days: dict[tuple[str, int], list[DayError]] = {}  # by day and lead, of each seed
+    for seed in SEEDS:
+        source = ("--config", "era5_t2m_uk", "--data", args.data)
+        run = train(args, f"seed{seed}", *source, "--seed", seed)
         forecast = predict(args, run, "--save", 1000)
         for row in read_rows(forecast / "scores.csv", ScoreRow):
             rmse.setdefault((row.lead_hours, row.forecast), []).append(row.rmse)
-        for day, lead, *errors in by_day(run, forecast, args.data):
-            days.setdefault((day, lead), []).append((errors[0], errors[1]))
+        for error in errors_by_day(run, forecast, args.data):
+            days.setdefault((error.day, error.lead), []).append(error)
         if seed == 0:
-            keep_figures(predict(args, run, "--save", 2) / "maps", args.out / "plots/era5")
+            few_maps = predict(args, run, "--save", 2) / "maps"
+            copy_figures(few_maps, args.out / "plots/era5")
     leads = sorted({lead for lead, _ in rmse})
-    names = ("persistence", "climatology", "damped anomaly")
-    rows = [
-        (
-            f"{lead} h",
-            *(f"{x:.3f}" for x in rmse[lead, "model"]),
-            f"**{statistics.median(rmse[lead, 'model']):.3f}**",
+    rows = []
+    for lead in leads:
+        of_seeds = rmse[lead, "model"]
+        simple = [rmse[lead, name][0] for name in SIMPLE]
+        rows.append(
+            [
+                f"{lead} h",
+                *(f"{x:.3f}" for x in of_seeds),
+                f"**{statistics.median(of_seeds):.3f}**",
+                *(f"{x:.3f}" for x in simple),
+            ]
         )
-        + tuple(f"{rmse[lead, name][0]:.3f}" for name in names)
-        for lead in leads
-    ]
-    write_table(
-        args.out / "table.md", ("RMSE (K)", "seed 0", "seed 1", "seed 2", "median", *names), rows
-    )
-    found = []
+    head = ["RMSE (K)", *(f"seed {seed}" for seed in SEEDS), "median", *SIMPLE]
+    write_table(args.out / "table.md", head, rows)
+    write_days(args.out / "days.md", days, leads)
+
+
+def write_days(
+    path: Path, days: dict[tuple[str, int], list[DayError]], leads: Sequence[int]
+) -> None:
+    """Writes the table of the days and leads, which tells where the damped anomaly is better."""
+    rows = []
     for day in sorted({day for day, _ in days}):
-        cells = []
+        cells = [day]
         for lead in leads:
-            pairs = days[day, lead]
-            lost = sum(model > damped for model, damped in pairs)
-            cells.append(
-                f"{statistics.median(m for m, _ in pairs):.3f} / {pairs[0][1]:.3f}"
-                + (f" (lost by {lost} of 3)" if lost else "")
-            )
-        found.append((day, *cells))
-    write_table(
-        args.out / "days.md",
-        ("initial day", *(f"{lead} h: median / damped anomaly" for lead in leads)),
-        found,
-    )
+            errors = days[day, lead]
+            median = statistics.median(error.model for error in errors)
+            cell = f"{median:.3f} / {errors[0].damped:.3f}"
+            lost = sum(error.model > error.damped for error in errors)
+            if lost:
+                cell += f" (lost by {lost} of {len(SEEDS)})"
+            cells.append(cell)
+        rows.append(cells)
+    head = ["initial day", *(f"{lead} h: median / damped anomaly" for lead in leads)]
+    write_table(path, head, rows)
 
 
-def by_day(run: Path, forecast: Path, data: str) -> list[tuple[str, int, float, float]]:
-    """(initial day, lead, RMSE of the model, of the damped anomaly), from the forecasts' file and the record alone."""
+def errors_by_day(run: Path, forecast: Path, data: str) -> list[DayError]:
+    """The errors by initial day and lead, from the forecasts' file and the record alone."""
     import xarray as xr
 
     from apps.vit.config import load
@@ -167,141 +183,147 @@ def by_day(run: Path, forecast: Path, data: str) -> list[tuple[str, int, float, 
     from apps.vit.data.statistics import statistics as statistics_of
     from apps.vit.open_data import open_record, split_record
 
-    c = load(str(run / "config.yaml")).data
-    fields = open_record(data, c)
-    parts = split_record(fields, c)
-    made = statistics_of(fields, parts["train"], c.hours(), cache=run / "statistics")
-    damped = Samples(fields, parts["test"], made, c.lead_hours(), (), "valid", base="damped")
-    with xr.open_dataset(forecast / "forecasts.nc") as ds:
-        t0s = np.searchsorted(fields.times, ds.time.values.astype("datetime64[s]"))
-        model, truth = (ds[name].values[:, :, None].astype(float) for name in ("t2m", "t2m_truth"))
-        simple = damped.to_fields(np.zeros(truth.shape, np.float32), t0s).astype(float)
-        day = ds.time.values.astype("datetime64[D]")
+    config = load(str(run / "config.yaml")).data
+    leads = config.lead_hours()
+    fields = open_record(data, config)
+    parts = split_record(fields, config)
+    made = statistics_of(fields, parts["train"], config.hours(), cache=run / "statistics")
+    samples = Samples(fields, parts["test"], made, leads, (), "valid", base="damped")
+    with xr.open_dataset(forecast / "forecasts.nc") as dataset:
+        times = dataset.time.values
+        model, truth = (
+            dataset[name].values[:, :, None].astype(float) for name in ("t2m", "t2m_truth")
+        )
+    t0s = np.searchsorted(fields.times, times.astype("datetime64[s]"))
+    # A prediction of 0 leaves the damped anomaly as it is.
+    damped = samples.to_fields(np.zeros(truth.shape, np.float32), t0s).astype(float)
+    initial_days = times.astype("datetime64[D]")
     weights = fields.grid.weights()[:, None] / fields.grid.weights().mean()
-    out = []
-    for one in np.unique(day):
-        at = day == one
-        for i, lead in enumerate(c.lead_hours()):
-            errors = [
-                float(np.sqrt((np.square(x[at, i] - truth[at, i]) * weights).mean()))
-                for x in (model, simple)
-            ]
-            out.append((str(one), lead, *errors))
-    return out
+    errors = []
+    for day in np.unique(initial_days):
+        on_day = initial_days == day
+        for i, lead in enumerate(leads):
+            model_rmse, damped_rmse = (
+                float(np.sqrt((np.square(x[on_day, i] - truth[on_day, i]) * weights).mean()))
+                for x in (model, damped)
+            )
+            errors.append(DayError(str(day), lead, model_rmse, damped_rmse))
+    return errors
 
 
-# ---- the data at hand
+# ---- the simulated record
 
 
-def default(args: argparse.Namespace) -> None:
-    run = train(
-        args,
-        "default",
-        "--patch",
-        4,
-        "--leads",
-        "6,24,72",
-        "--base",
-        "damped",
-        "--warmup",
-        20,
-        "--epochs",
-        8,
+def study_default(args: argparse.Namespace) -> None:
+    """One run of a small model on the default record, and forecasts fed with themselves."""
+    words = (
+        *("--patch", 4),
+        *("--leads", "6,24,72"),
+        *("--base", "damped"),
+        *("--warmup", 20),
+        *("--epochs", 8),
     )
+    run = train(args, "default", *words)
     forecast = predict(args, run, "--save", 2, "--rollout", 72)
-    keep_figures(forecast / "maps", args.out / "plots/default")
-    rows: dict[tuple[str, int], dict[str, str]] = {}
+    copy_figures(forecast / "maps", args.out / "plots/default")
+    by_line: dict[tuple[str, int], dict[str, str]] = {}  # by variable and lead, then forecast
     for row in read_rows(forecast / "scores.csv", ScoreRow):
-        rows.setdefault((f"{row.variable} ({row.units})", row.lead_hours), {})[row.forecast] = (
-            f"{row.rmse:.4g}"
-        )
-    names = ("model", "roll-out", "persistence", "climatology", "damped anomaly")
-    shown = [
-        (v, f"{lead} h", *(found.get(name, "") for name in names))
-        for (v, lead), found in rows.items()
-        if "model" in found
-    ]
-    write_table(args.out / "table_default.md", ("RMSE", "lead", *names), shown)
+        line = by_line.setdefault((f"{row.variable} ({row.units})", row.lead_hours), {})
+        line[row.forecast] = f"{row.rmse:.4g}"
+    names = ("model", "roll-out", *SIMPLE)
+    rows = []
+    for (variable, lead), line in by_line.items():
+        if "model" in line:
+            rows.append([variable, f"{lead} h", *(line.get(name, "") for name in names)])
+    write_table(args.out / "table_default.md", ["RMSE", "lead", *names], rows)
 
 
-def patches(args: argparse.Namespace) -> None:
+def study_patches(args: argparse.Namespace) -> None:
     """The same model but for the patch, over as many epochs: the validation loss after each."""
-    runs = [train(args, f"p{p}", *SMALL, "--patch", p, "--epochs", args.epochs) for p in PATCHES]
+    runs = [
+        train(args, f"p{patch}", *SMALL, "--patch", patch, "--epochs", args.epochs)
+        for patch in PATCHES
+    ]
     plot_runs(runs, args.out / "plots/patches")
-    losses = [
-        [r["val_loss"] for r in read_metrics(run) if r.get("val_loss") is not None] for run in runs
-    ]
-    skill = [
-        next(
-            r
-            for r in read_rows(predict(args, run, "--no-maps") / "scores.csv", ScoreRow)
-            if (r.variable, r.forecast) == ("h", "model")
-        )
-        for run in runs
-    ]
-    head = (
-        "patch",
-        "tokens",
-        *(f"epoch {n + 1}" for n in range(len(losses[0]))),
-        "RMSE of h in the test times (m)",
-    )
-    rows = [
-        (p, 32 * 64 // p**2, *(f"{x:.4f}" for x in mine), f"{s.rmse:.2f}")
-        for p, mine, s in zip(PATCHES, losses, skill, strict=True)
-    ]
+    losses = [validation_losses(run) for run in runs]
+    rows = []
+    for patch, run, of_run in zip(PATCHES, runs, losses, strict=True):
+        rmse = rmse_of_height(predict(args, run, "--no-maps"))
+        rows.append([patch, POINTS // patch**2, *(f"{loss:.4f}" for loss in of_run), f"{rmse:.2f}"])
+    epochs = [f"epoch {n}" for n in range(1, len(losses[0]) + 1)]
+    head = ["patch", "tokens", *epochs, "RMSE of h in the test times (m)"]
     write_table(args.out / "patches.md", head, rows)
 
 
-def time(args: argparse.Namespace) -> None:
+def validation_losses(run: Path) -> list[float]:
+    losses = [record.get("val_loss") for record in read_metrics(run)]
+    return [loss for loss in losses if loss is not None]
+
+
+def rmse_of_height(forecast: Path) -> float:
+    """The model's error of h, m."""
+    for row in read_rows(forecast / "scores.csv", ScoreRow):
+        if row.variable == "h" and row.forecast == "model":
+            return row.rmse
+    raise ValueError(f"{forecast}/scores.csv has no row of h and the model.")
+
+
+def study_time(args: argparse.Namespace) -> None:
     """Algorithms take turns; the median of all their steps but each run's first two."""
+    algorithms = ringx.algorithms()
     seconds: dict[tuple[int, str], list[float]] = {}
     for turn in range(args.turns):
-        for p in PATCHES:
-            for algorithm in ringx.algorithms():
-                words = (
-                    "--patch",
-                    p,
-                    "--steps",
-                    8,
-                    "--algorithm",
-                    algorithm,
-                    "--val-every",
-                    0,
-                    "--save-every",
-                    0,
-                )
-                run = args.work / f"time_p{p}_{algorithm}_{turn}"
-                ask(
-                    "train", *SMALL, *words, "--cp", args.nproc, "--nproc", args.nproc, "--out", run
-                )
-                seconds.setdefault((p, algorithm), []).extend(
-                    r["seconds"] for r in read_metrics(run)[2:]
-                )
-    found = [{"patch": p, "algorithm": a, "seconds": s} for (p, a), s in seconds.items()]
-    (args.out / "time.json").write_text(
-        json.dumps({"ranks": args.nproc, "times": found}, indent=1) + "\n"
-    )
-    middle = {key: statistics.median(s) for key, s in seconds.items()}
-    head = ("patch", "tokens", *(f"{a} (ratio to ringx3)" for a in ringx.algorithms()))
-    rows = [
-        (
-            p,
-            32 * 64 // p**2,
-            *(
-                f"{middle[p, a]:.2f} s ({middle[p, a] / middle[p, 'ringx3']:.2f})"
-                for a in ringx.algorithms()
-            ),
-        )
-        for p in PATCHES
+        for patch in PATCHES:
+            for algorithm in algorithms:
+                run = args.work / f"time_p{patch}_{algorithm}_{turn}"
+                train_8_steps(args, run, patch, algorithm)
+                of_steps = [record["seconds"] for record in read_metrics(run)[2:]]
+                seconds.setdefault((patch, algorithm), []).extend(of_steps)
+    times = [
+        {"patch": patch, "algorithm": algorithm, "seconds": of_steps}
+        for (patch, algorithm), of_steps in seconds.items()
     ]
+    text = json.dumps({"ranks": args.nproc, "times": times}, indent=1)
+    (args.out / "time.json").write_text(text + "\n")
+    medians = {key: statistics.median(of_steps) for key, of_steps in seconds.items()}
+    rows = []
+    for patch in PATCHES:
+        cells: list[object] = [patch, POINTS // patch**2]
+        for algorithm in algorithms:
+            median = medians[patch, algorithm]
+            cells.append(f"{median:.2f} s ({median / medians[patch, 'ringx3']:.2f})")
+        rows.append(cells)
+    head = ["patch", "tokens", *(f"{name} (ratio to ringx3)" for name in algorithms)]
     write_table(args.out / "time.md", head, rows)
+
+
+def train_8_steps(args: argparse.Namespace, run: Path, patch: int, algorithm: str) -> None:
+    """A run that is only timed."""
+    words = (
+        *("--patch", patch),
+        *("--steps", 8),
+        *("--algorithm", algorithm),
+        *("--val-every", 0),
+        *("--save-every", 0),
+        *("--cp", args.nproc),
+        *("--nproc", args.nproc),
+    )
+    run_module("train", *SMALL, *words, "--out", run)
+
+
+STUDIES = {
+    "era5": study_era5,
+    "default": study_default,
+    "patches": study_patches,
+    "time": study_time,
+}
 
 
 def main() -> int:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("what", choices=("era5", "default", "patches", "time"))
+    p.add_argument("what", choices=STUDIES)
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--data", help="era5's file")
     p.add_argument("--work", type=Path, help="where runs are made, or gone on with")
@@ -312,9 +334,9 @@ def main() -> int:
     if args.what == "era5" and not args.data:
         p.error("era5 needs --data FILE")
     args.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as made:
-        args.work = args.work or Path(made)
-        {"era5": era5, "default": default, "patches": patches, "time": time}[args.what](args)
+    with tempfile.TemporaryDirectory() as folder:
+        args.work = args.work or Path(folder)
+        STUDIES[args.what](args)
     return 0
 
 
