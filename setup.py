@@ -34,13 +34,14 @@ extras = {
     "zero": [
         "deepspeed==0.19.*"
     ],  # --dp-engine zero1..3; parts of it that it does not document are used
-    "hpc": [
-        "mpi4py>=4"
-    ],  # NVIDIA/ROCm apex is built from source and detected at run time: PyPI's apex is another project
+    # NVIDIA/ROCm apex is built from source and found at run time: PyPI's apex is another project
+    "hpc": ["mpi4py>=4"],
+    # import-linter, radon, tomli: the floors of the house and its measures (script/house.py)
     # transformers: an independent Llama to compare with; mpich: a real mpiexec for the launch tests
     # nbclient, nbformat, ipykernel: the notebooks in results/ are executed
     "dev": [
         *("pytest>=8", "pytest-xdist>=3.5", "ruff>=0.17", "mypy>=1.11", "pre-commit>=3"),
+        *("import-linter>=2.1", "radon>=6", 'tomli>=2; python_version < "3.11"'),
         *("transformers>=5", "mpi4py>=4", "mpich", "nbclient>=0.10", "nbformat>=5", "ipykernel>=6"),
     ],
 }
@@ -48,7 +49,8 @@ extras = {
 setup(
     name="ringx",
     version=version,
-    description="Exact attention over sequences too long for one GPU: algorithms, measurement, training",
+    description="Exact attention over sequences too long for one GPU: "
+    "algorithms, measurement, training",
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

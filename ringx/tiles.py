@@ -6,7 +6,7 @@ through it.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from .layout import TokenRange
@@ -91,14 +91,8 @@ def tiles(
     """
     q_parts = _cut_at_documents(q_runs, cu_seqlens)
     k_parts = _cut_at_documents(k_runs, cu_seqlens)
-    if by_keys:
-        pairs = [(q, k) for k in k_parts for q in q_parts]
-    else:
-        pairs = [(q, k) for q in q_parts for k in k_parts]
     fused_tiles: list[Tile] = []
-    for (q_run, q_document), (k_run, k_document) in pairs:
-        if q_document != k_document:
-            continue
+    for q_run, k_run in _pairs_in_one_document(q_parts, k_parts, by_keys):
         tile = _tile_of(q_run, k_run, window)
         if tile is None:
             continue
@@ -107,6 +101,17 @@ def tiles(
             tile = fused
         fused_tiles.append(tile)
     return fused_tiles
+
+
+def _pairs_in_one_document(
+    q_parts: list[tuple[TokenRange, int]], k_parts: list[tuple[TokenRange, int]], by_keys: bool
+) -> Iterator[tuple[TokenRange, TokenRange]]:
+    """(queries, keys) of the same document, by ascending queries, or by ascending keys."""
+    outer, inner = (k_parts, q_parts) if by_keys else (q_parts, k_parts)
+    for outer_run, outer_document in outer:
+        for inner_run, inner_document in inner:
+            if outer_document == inner_document:
+                yield (inner_run, outer_run) if by_keys else (outer_run, inner_run)
 
 
 def _tile_of(
