@@ -1,4 +1,4 @@
-"""The data that a configuration asks for: its record opened, split into parts, made samples of."""
+"""Opens the record that a configuration asks for, splits it into parts and makes samples of them."""
 
 import os
 from dataclasses import replace
