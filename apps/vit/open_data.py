@@ -1,4 +1,4 @@
-"""Opens the record that a configuration asks for, splits it into parts and makes samples of them."""
+"""Opens the record that a configuration asks for, splits it into parts and makes samples."""
 
 import os
 from dataclasses import replace
