@@ -36,23 +36,32 @@ def found(out):
 
 @pytest.fixture(scope="module")
 def limited(cluster):
-    """A job with a real time limit of a minute, submitted with the first test; a later one waits."""
+    """A job with a real time limit of a minute, submitted with the first test; a later one
+    waits."""
     out = cluster.folder / "limited.out"
     script = cluster.folder / "limited.sbatch"
     script.write_text(
-        "#!/bin/bash\n#SBATCH -N2 --ntasks-per-node=1 --time=1 --signal=B:USR1@10 --requeue --open-mode=append\n"
-        f"#SBATCH --output={out}\ncd {ROOT}\nsource script/job.sh generic-cpu\nranks python3 {PROGRAMS / 'await_signal.py'}\njob_end\n"
+        "#!/bin/bash\n"
+        "#SBATCH -N2 --ntasks-per-node=1 --time=1 --signal=B:USR1@10 --requeue\n"
+        "#SBATCH --open-mode=append\n"
+        f"#SBATCH --output={out}\n"
+        f"cd {ROOT}\n"
+        "source script/job.sh generic-cpu\n"
+        f"ranks python3 {PROGRAMS / 'await_signal.py'}\n"
+        "job_end\n"
     )
     return cluster.sbatch(script), out
 
 
 def test_submit_collect_plot(cluster, limited, tmp_path):
-    """A folder and a label with blanks and quotes; two numbers of nodes, an array, a chain; then one table and its plots."""
+    """A folder and a label with blanks and quotes; two numbers of nodes, an array, a chain; then
+    one table and its plots."""
     out = tmp_path / "my runs; $(touch oops)"
     label = "note=a 'b' $(touch oops)"
     ids, said = submit(
-        cluster, out, "--nodes", "1,2", "--seqlens", "64,128", *SMALL, "--reps", "2", "--algorithms", "ringx3,ringx4",
-        "--label", label, "--label", "net=veth", "--chain", "2", "--wait",
+        cluster, out, "--nodes", "1,2", "--seqlens", "64,128", *SMALL, "--reps", "2",
+        "--algorithms", "ringx3,ringx4", "--label", label,
+        "--label", "net=veth", "--chain", "2", "--wait",
     )  # fmt: skip
     assert (
         len(ids) == 4 and "asks for 6.00 node-hours" in said and "8 of 8 records are there" in said
@@ -90,7 +99,8 @@ def test_submit_collect_plot(cluster, limited, tmp_path):
 
 
 def test_results_that_cannot_be_written_fail_before_the_first_case(cluster):
-    """Rank 0's node has a folder that is read-only, then one that is full; the other rank's is fine."""
+    """Rank 0's node has a folder that is read-only, then one that is full; the other rank's is
+    fine."""
     out = cluster.folder / "here"
     out.mkdir()
     room = 2**14 * len(ringx.algorithms())
@@ -135,7 +145,8 @@ def test_batch_scripts_by_hand(cluster, tmp_path):
         ),
     ):
         script = os.path.relpath(ROOT / "script" / words[0], folder)
-        command = f"cd {folder} && sbatch --parsable -N2 --ntasks-per-node=1 -o {log}_%x {script} {' '.join(words[1:])}"
+        options = f"--parsable -N2 --ntasks-per-node=1 -o {log}_%x"
+        command = f"cd {folder} && sbatch {options} {script} {' '.join(words[1:])}"
         jobs.append(cluster("exec", "bash", "-c", command, **env).strip())
     for job in jobs:
         assert cluster.await_job(job)["JobState"] == "COMPLETED", [
@@ -157,7 +168,8 @@ def test_an_environment_is_staged_to_every_node(cluster, tmp_path):
     local = cluster.folder / "cluster/local"
     script, log = tmp_path / "stage.sbatch", tmp_path / "log"
     script.write_text(
-        f"#!/bin/bash\n#SBATCH -N2 --ntasks-per-node=2 -o {log}\ncd {ROOT}\nexport PYTHON={tmp_path}/env/bin/python\n"
+        f"#!/bin/bash\n#SBATCH -N2 --ntasks-per-node=2 -o {log}\ncd {ROOT}\n"
+        f"export PYTHON={tmp_path}/env/bin/python\n"
         f"source script/job.sh generic-cpu\nSTAGE={local} source script/stage_env.sh\n"
         'ranks "$PYTHON" -c "import glob, socket, sys; '
         "print(socket.gethostname(), sys.prefix, len(glob.glob(sys.argv[1] + '/*.tar')))\" "
@@ -182,7 +194,8 @@ def test_an_environment_is_staged_to_every_node(cluster, tmp_path):
     [4, pytest.param(2, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)],
 )
 def test_wire_bytes_are_the_closed_form_times_the_collectives_factors(cluster, tmp_path, world):
-    """Of every algorithm, within 5 %: what interfaces counted, against sizes times factors that bench-comm measured."""
+    """Of every algorithm, within 5 %: what interfaces counted, against sizes times factors that
+    bench-comm measured."""
     program = ROOT / "test/slurm/wire.py"
     cluster(
         "exec",
@@ -250,8 +263,8 @@ def test_a_warning_ends_the_job_between_cases_and_it_requeues_itself(healthy, tm
     """The warning is sent to the batch script, as Slurm does for --signal=B:USR1@N."""
     out = tmp_path / "out"
     (job,), _ = submit(
-        healthy, out, "--nodes", "2", "--array", "1", "--algorithms", "ringx3", "--seqlens", "64,2048,4096", *SMALL, "--reps", "40",
-        "--time", "10",
+        healthy, out, "--nodes", "2", "--array", "1", "--algorithms", "ringx3",
+        "--seqlens", "64,2048,4096", *SMALL, "--reps", "40", "--time", "10",
     )  # fmt: skip
     begun(healthy, out)
     healthy("exec", "scancel", "--batch", "--signal=USR1", job)
@@ -271,14 +284,15 @@ def test_a_warning_ends_the_job_between_cases_and_it_requeues_itself(healthy, tm
 
 @pytest.mark.parametrize("what", ["cable", pytest.param("crash", marks=pytest.mark.slow)])
 def test_a_job_that_loses_a_node_is_restarted_on_others(healthy, tmp_path, what):
-    """A node of a job of two crashes, or the node of rank 0 is cut off and its processes go on for a
-    while.  The job is restarted on other nodes and measures every case exactly once; ranks that were
-    cut off end by their timeout."""
+    """A node of a job of two crashes, or the node of rank 0 is cut off and its processes go on for
+    a while.  The job is restarted on other nodes and measures every case exactly once; ranks that
+    were cut off end by their timeout."""
     (job,), _ = submit(
-        healthy, tmp_path, "--nodes", "2", "--algorithms", "ringx4", "--seqlens", "64,2048", *SMALL, "--reps", "200",
-        "--timeout", "8", "--sbatch=--exclusive",
+        healthy, tmp_path, "--nodes", "2", "--algorithms", "ringx4", "--seqlens", "64,2048",
+        *SMALL, "--reps", "200", "--timeout", "8", "--sbatch=--exclusive",
     )  # fmt: skip
-    # an array of two tasks of two nodes: once the small case is measured, the large one loses a node
+    # an array of two tasks of two nodes: once the small case is measured, the large one loses a
+    # node
     begun(healthy, tmp_path)
     large = tmp_path / "jobs" / f"ringx-bench-n2_{job}_1.out"
     wait_for(

@@ -33,10 +33,10 @@ MODEL = ModelConfig(dim=16, layers=2, heads=4, ffn=24, patch=4)
 TRAIN = TrainConfig(global_batch=2, steps=20, lr=1e-2, warmup=3, dtype="float64")
 MESHES = [
     (3, 1, 1),
-    (2, 2, 1),
+    # with fewer tokens, CI has tp and dp in the tests below
     *(
         pytest.param(sizes, marks=pytest.mark.slow)
-        for sizes in ((2, 1, 1), (4, 1, 1), (1, 2, 1), (2, 1, 2))
+        for sizes in ((2, 1, 1), (4, 1, 1), (1, 2, 1), (2, 2, 1), (2, 1, 2))
     ),
 ]
 

@@ -317,6 +317,7 @@ def test_a_file_gives_its_sizes_and_is_not_read(times, year, tmp_path, monkeypat
     )
 
 
+@pytest.mark.slow  # CI has thousands of ranks in test_gpt_plan.py
 def test_thousands_of_ranks(capsys):
     """259,200 tokens a field (half a degree, point by point) over 32 of 4,096 ranks.
 
