@@ -289,7 +289,7 @@ def test_a_job_that_loses_a_node_is_restarted_on_others(healthy, tmp_path, what)
     were cut off end by their timeout."""
     (job,), _ = submit(
         healthy, tmp_path, "--nodes", "2", "--algorithms", "ringx4", "--seqlens", "64,2048",
-        *SMALL, "--reps", "200", "--timeout", "8", "--sbatch=--exclusive",
+        *SMALL, "--reps", "100", "--timeout", "8", "--sbatch=--exclusive",
     )  # fmt: skip
     # an array of two tasks of two nodes: once the small case is measured, the large one loses a
     # node
