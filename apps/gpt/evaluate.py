@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -244,7 +245,7 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def _draw_perplexity(plt: Any, rows: list[Row]) -> tuple[Any, list[Row]]:
+def _draw_perplexity(plt: Any, rows: Sequence[Row]) -> tuple[Any, list[Row]]:
     """Perplexity against position, a line for each length of windows: (figure, rows shown)."""
     contexts = sorted({row["context"] for row in rows})
     seqlen = contexts[-1]
