@@ -1,4 +1,7 @@
-"""apps/vit's data: a record comes out as it was written, whatever its format; statistics are xarray's; samples are reproducible.
+"""apps/vit's data: records, statistics and samples.
+
+A record comes out as it was written, whatever its format; statistics are those of xarray; samples
+are reproducible.
 
 python -m pytest test/apps/vit/test_vit_data.py
 """
@@ -29,7 +32,9 @@ needs_era5 = pytest.mark.skipif(not ERA5.exists(), reason=f"real data is not the
 
 
 def record(times=48, start="2001-01-30", step=6, height=5, width=8, seed=0, lat=None, lon=None):
-    """A dataset with a 2-D variable, one at two levels, and a static one; weather with a daily cycle and memory."""
+    """A dataset with a 2-D variable, one at two levels, and a static one.
+
+    Its weather has a daily cycle and memory."""
     rng = np.random.default_rng(seed)
     time = np.datetime64(start, "ns") + np.arange(times) * np.timedelta64(step, "h")
     lat = np.linspace(60, -60, height) if lat is None else np.asarray(lat, float)
@@ -114,9 +119,9 @@ def test_every_format_gives_what_was_written(tmp_path, kind):
     )
     assert (fields.times == data.time.values).all() and fields.grid.periodic
     np.testing.assert_array_equal(fields.static["lsm"], data.lsm.values)
-    got = fields.read([7, 3, 4, 3])  # any order, twice
-    assert got.dtype == np.float32
-    np.testing.assert_array_equal(got, stacked(data)[[7, 3, 4, 3]])
+    result = fields.read([7, 3, 4, 3])  # any order, twice
+    assert result.dtype == np.float32
+    np.testing.assert_array_equal(result, stacked(data)[[7, 3, 4, 3]])
     assert fields.read([]).shape == (0, 3, 5, 8)
 
 
@@ -312,7 +317,7 @@ def test_hdf5_refusals(tmp_path):
     assert "orography" in refusal(open_fields, tmp_path / "1999.h5")
 
 
-# ---- what is refused
+# ---- records that are refused
 
 
 def test_months_are_no_times():
@@ -532,11 +537,12 @@ def test_statistics_are_xarrays(tmp_path, monkeypatch, piece):
     monkeypatch.setattr("apps.vit.data.statistics.PIECE", piece)
     data = record()
     fields = opened(tmp_path, data)
-    told: list[tuple[int, int]] = []
-    got = statistics(
-        fields, Split(2, 41), (6, 18), cache=None, progress=lambda *at: told.append(at)
+    reported: list[tuple[int, int]] = []
+    result = statistics(
+        fields, Split(2, 41), (6, 18), cache=None, progress=lambda *counts: reported.append(counts)
     )
-    assert told[-1] == (78, 78) and got.leads == (6, 18) and got.channels == fields.channels
+    assert reported[-1] == (78, 78)
+    assert result.leads == (6, 18) and result.channels == fields.channels
     t2m, z = (
         data.t2m.astype("f8").isel(time=slice(2, 41)),
         data.z.astype("f8").isel(time=slice(2, 41)),
@@ -545,36 +551,39 @@ def test_statistics_are_xarrays(tmp_path, monkeypatch, piece):
         [t2m, z.sel(level=500), z.sel(level=850)], "channel", coords="minimal", compat="override"
     )
     dims = ("time", "latitude", "longitude")
-    np.testing.assert_allclose(got.mean, x.mean(dims), rtol=1e-12)
-    np.testing.assert_allclose(got.std, x.std(dims), rtol=1e-11)
+    np.testing.assert_allclose(result.mean, x.mean(dims), rtol=1e-12)
+    np.testing.assert_allclose(result.std, x.std(dims), rtol=1e-11)
     hourly = x.groupby("time.hour").mean("time")
-    assert got.slots.tolist() == [0, 21600, 43200, 64800] and got.climate.shape == (1, 4, 3, 5, 8)
-    np.testing.assert_allclose(got.climate[0], hourly.transpose("hour", "channel", ...), rtol=2e-7)
+    assert result.slots.tolist() == [0, 21600, 43200, 64800]
+    assert result.climate.shape == (1, 4, 3, 5, 8)
+    np.testing.assert_allclose(
+        result.climate[0], hourly.transpose("hour", "channel", ...), rtol=2e-7
+    )
     np.testing.assert_array_equal(
-        got.climatology(fields.times[[3, 4, 47]]), got.climate[0][[3, 0, 3]]
+        result.climatology(fields.times[[3, 4, 47]]), result.climate[0][[3, 0, 3]]
     )
     anomalies = (x.groupby("time.hour") - hourly).transpose("time", "channel", ...).values
     for i, lag in enumerate((1, 3)):
         change = (x.shift(time=-lag) - x).std(dims)
-        np.testing.assert_allclose(got.std_change[i], change, rtol=1e-11)
+        np.testing.assert_allclose(result.std_change[i], change, rtol=1e-11)
         a, b = anomalies[:-lag], anomalies[lag:]
         np.testing.assert_allclose(
-            got.damping[i], [damped(a[:, c], b[:, c]) for c in range(3)], rtol=1e-4
+            result.damping[i], [damped(a[:, c], b[:, c]) for c in range(3)], rtol=1e-4
         )
-        assert got.damping_map[i, 2, 1, 3] == pytest.approx(
+        assert result.damping_map[i, 2, 1, 3] == pytest.approx(
             damped(a[:, 2, 1, 3], b[:, 2, 1, 3]), rel=1e-3
         )
-        left = b - got.damping[i][:, None, None] * a
+        left = b - result.damping[i][:, None, None] * a
         np.testing.assert_allclose(
-            got.std_damped[i], np.sqrt(np.square(left).mean((0, 2, 3))), rtol=1e-4
+            result.std_damped[i], np.sqrt(np.square(left).mean((0, 2, 3))), rtol=1e-4
         )
 
 
 def test_climatology_by_month(tmp_path):
     data = record(times=3 * 365 * 2, start="2001-01-01", step=12, height=2, width=2)
     fields = opened(tmp_path, data)
-    got = statistics(fields, Split(0, 3 * 365 * 2), (12,), cache=None)
-    assert got.climate.shape == (12, 2, 3, 2, 2)
+    result = statistics(fields, Split(0, 3 * 365 * 2), (12,), cache=None)
+    assert result.climate.shape == (12, 2, 3, 2, 2)
     t2m = data.t2m.astype("f8")
     july = t2m.sel(time=(t2m.time.dt.month == 7) & (t2m.time.dt.hour == 12)).mean("time")
     august = t2m.sel(time=(t2m.time.dt.month == 8) & (t2m.time.dt.hour == 12)).mean("time")
@@ -582,9 +591,9 @@ def test_climatology_by_month(tmp_path):
     december = t2m.sel(time=(t2m.time.dt.month == 12) & (t2m.time.dt.hour == 12)).mean("time")
 
     def at(time):
-        return got.climatology(np.array([time], "datetime64[s]"))[0, 0]
+        return result.climatology(np.array([time], "datetime64[s]"))[0, 0]
 
-    np.testing.assert_allclose(got.climate[6, 1, 0], july, rtol=1e-6)
+    np.testing.assert_allclose(result.climate[6, 1, 0], july, rtol=1e-6)
     np.testing.assert_allclose(
         at("2003-08-01T12"), july + (august - july) * 16 / 31, rtol=1e-6
     )  # 16 of 31 days after July 16.5
@@ -606,9 +615,9 @@ def test_a_constant_offset_does_not_hurt_precision(tmp_path):
     data = record()[["t2m"]]
     wave = np.tile([0.0, 1.0], 24)[:, None, None] * np.ones((48, 5, 8)) * 2**-6
     data["t2m"] = data.t2m.dims, 131071 + wave
-    got = statistics(opened(tmp_path, data), Split(0, 48), (6,), cache=None)
-    assert got.mean[0] == 131071 + 2**-7 and got.std[0] == pytest.approx(2**-7, rel=1e-9)
-    assert got.damping.tolist() == [[0]]  # no anomaly is left
+    result = statistics(opened(tmp_path, data), Split(0, 48), (6,), cache=None)
+    assert result.mean[0] == 131071 + 2**-7 and result.std[0] == pytest.approx(2**-7, rel=1e-9)
+    assert result.damping.tolist() == [[0]]  # no anomaly is left
 
 
 def test_statistics_refusals(tmp_path):
@@ -640,8 +649,8 @@ def test_statistics_refusals(tmp_path):
         ((6, 6), "twice"),
     ):
         assert word in refusal(statistics, fields, Split(0, 40), leads, cache=None)
-    got = statistics(fields, Split(0, 40), (6,), cache=None)
-    assert "03:00:00" in refusal(got.climatology, fields.times[:1] + np.timedelta64(3, "h"))
+    result = statistics(fields, Split(0, 40), (6,), cache=None)
+    assert "03:00:00" in refusal(result.climatology, fields.times[:1] + np.timedelta64(3, "h"))
 
 
 def same(a: Statistics, b: Statistics) -> bool:
@@ -652,18 +661,18 @@ def same(a: Statistics, b: Statistics) -> bool:
 
 def test_cache(tmp_path, monkeypatch, capsys):
     fields, cache = opened(tmp_path), tmp_path / "cache" / "below"
-    made = statistics(fields, Split(0, 40), (6, 12), cache=cache)
+    computed = statistics(fields, Split(0, 40), (6, 12), cache=cache)
     (file,) = cache.iterdir()
     with monkeypatch.context() as patch:
         patch.setattr(Fields, "read", None)  # nothing is read a second time
-        assert same(statistics(fields, Split(0, 40), (6, 12), cache=cache), made)
+        assert same(statistics(fields, Split(0, 40), (6, 12), cache=cache), computed)
     assert capsys.readouterr().err == ""
     whole = file.read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
     for broken in (whole[: len(whole) // 2], b"", b"text", bytes(flipped)):
         file.write_bytes(broken)
-        assert same(statistics(fields, Split(0, 40), (6, 12), cache=cache), made)
+        assert same(statistics(fields, Split(0, 40), (6, 12), cache=cache), computed)
         assert f"{file} is broken" in capsys.readouterr().err and file.read_bytes() == whole
     statistics(fields, Split(0, 41), (6, 12), cache=cache)
     statistics(fields, Split(0, 40), (6,), cache=cache)
@@ -851,11 +860,11 @@ def test_order_is_a_function_of_the_step(prepared):
 
 
 def test_time_of_year_needs_60_days(tmp_path):
-    for times, there in ((239, False), (240, True)):
+    for times, long_enough in ((239, False), (240, True)):
         fields = opened(tmp_path, record(times=times), f"{times}.nc")
         stats = statistics(fields, Split(0, 100), (6,), cache=None)
         names = Samples(fields, Split(0, 100), stats, (6,)).input_names
-        assert ("time_of_year:sin" in names) is there and "time_of_day:sin" in names
+        assert ("time_of_year:sin" in names) is long_enough and "time_of_day:sin" in names
 
 
 def test_samples_refusals(tmp_path, prepared):
@@ -900,7 +909,9 @@ def test_a_static_field_without_contrast_is_zero(tmp_path):
 
 @needs_era5
 def test_era5_baselines():
-    """Known figures: persistence, climatology and the damped anomaly on the valid hours 576..743, trained on the first 504."""
+    """Persistence, climatology and the damped anomaly have known errors.
+
+    They are of the valid hours 576..743, trained on the first 504."""
     fields = open_fields(ERA5)
     assert (
         fields.channels == ("t2m",)

@@ -1,4 +1,4 @@
-"""Maps, skill and spectra drawn from what apps.vit.predict leaves: the figures' own numbers and texts, and the command.
+"""Maps, skill and spectra drawn from what apps.vit.predict writes: numbers, texts, the command.
 
 python -m pytest test/apps/vit/test_vit_maps.py
 """
@@ -21,8 +21,11 @@ LEADS = (6, 24, 72)
 TIMES = np.array(["2020-01-31T00", "2020-01-31T18"], "datetime64[ns]")
 
 
-def made(channels=("u10", "z500"), lat=None, lon=None):
-    """Forecasts whose number says where they are: target 100 c + 10 t + l, forecast 1 more at the equator's side."""
+def forecasts(channels=("u10", "z500"), lat=None, lon=None):
+    """Forecasts whose values follow from their place.
+
+    The target is 100 channel + 10 time + lead; the forecast is 3 less in the first row and 1 more
+    in the others."""
     lat = np.array([60.0, 30.0, 0.0, -30.0]) if lat is None else lat
     lon = np.arange(8) * 45.0 if lon is None else lon
     dataset = xr.Dataset(
@@ -71,9 +74,9 @@ def spectra_rows(channels=("u10", "z500")):
     ]
 
 
-def left(folder, *channels):
-    """As apps.vit.predict leaves it."""
-    made(channels).to_netcdf(folder / "forecasts.nc")
+def write_folder(folder, *channels):
+    """The files that apps.vit.predict writes."""
+    forecasts(channels).to_netcdf(folder / "forecasts.nc")
     write_rows(folder / "scores.csv", ScoreRow, score_rows(channels))
     write_rows(folder / "spectra.csv", SpectrumRow, spectra_rows(channels))
     return folder
@@ -81,7 +84,7 @@ def left(folder, *channels):
 
 @pytest.fixture
 def folder(tmp_path):
-    return left(tmp_path, "u10", "z500")
+    return write_folder(tmp_path, "u10", "z500")
 
 
 def texts(fig):
@@ -104,7 +107,7 @@ def meshes(fig):
 
 @pytest.mark.fast
 def test_a_map_shows_target_forecast_and_difference():
-    dataset = made()
+    dataset = forecasts()
     fig = maps.draw_maps(dataset, "z500", 1, 2)
     target, forecast, difference = meshes(fig)
     where = dict(time=1, lead_time=2)
@@ -119,13 +122,16 @@ def test_a_map_shows_target_forecast_and_difference():
 
 
 @pytest.mark.fast
-def test_a_map_says_what_it_shows():
-    dataset = made()
+def test_a_map_names_what_it_shows():
+    dataset = forecasts()
     error = (dataset.u10 - dataset.u10_truth).isel(time=1, lead_time=2)
     weighted = error.weighted(np.cos(np.deg2rad(dataset.latitude)))
     rmse = math.sqrt((error**2).weighted(np.cos(np.deg2rad(dataset.latitude))).mean())
-    said = texts(maps.draw_maps(dataset, "u10", 1, 2))
-    title = f"field u10 (u10), RMSE {rmse:.4g} m s-1\ninitial time 2020-01-31 18:00 UTC, valid 2020-02-03 18:00 UTC, lead 72 h"
+    printed = texts(maps.draw_maps(dataset, "u10", 1, 2))
+    title = (
+        f"field u10 (u10), RMSE {rmse:.4g} m s-1\n"
+        "initial time 2020-01-31 18:00 UTC, valid 2020-02-03 18:00 UTC, lead 72 h"
+    )
     labels = {
         "target",
         "forecast",
@@ -133,7 +139,7 @@ def test_a_map_says_what_it_shows():
         "latitude (degrees north)",
         "longitude (degrees east)",
     }
-    assert {title, "u10 (m s-1)", "difference (m s-1)"} | labels <= set(said)
+    assert {title, "u10 (m s-1)", "difference (m s-1)"} | labels <= set(printed)
     numbers = maps.map_numbers(dataset, "u10", 1, 2)
     assert numbers["rmse"] == pytest.approx(rmse) and numbers["bias"] == pytest.approx(
         float(weighted.mean())
@@ -147,7 +153,7 @@ def test_a_map_says_what_it_shows():
 
 @pytest.mark.fast
 def test_the_first_row_is_drawn_in_the_north_whatever_the_order_of_dimensions():
-    dataset = made(lat=np.array([58.0, 56.0, 54.0, 52.0]), lon=np.arange(-4.0, 4.0))
+    dataset = forecasts(lat=np.array([58.0, 56.0, 54.0, 52.0]), lon=np.arange(-4.0, 4.0))
     for given in (dataset, dataset.transpose("longitude", "latitude", "lead_time", "time")):
         fig = maps.draw_maps(given, "u10", 0, 0)
         difference = meshes(fig)[2]
@@ -161,7 +167,9 @@ def test_the_first_row_is_drawn_in_the_north_whatever_the_order_of_dimensions():
 @pytest.mark.fast
 @pytest.mark.parametrize(("lat", "lon"), [((80, -80), (0, 355)), ((58, 50), (-10, 2))])
 def test_titles_do_not_lie_on_each_other(lat, lon):
-    fig = maps.draw_maps(made(lat=np.linspace(*lat, 33), lon=np.linspace(*lon, 49)), "u10", 0, 0)
+    fig = maps.draw_maps(
+        forecasts(lat=np.linspace(*lat, 33), lon=np.linspace(*lon, 49)), "u10", 0, 0
+    )
     fig.draw_without_rendering()
     above = fig._suptitle.get_window_extent()
     for ax in fig.axes[:3]:
@@ -171,7 +179,7 @@ def test_titles_do_not_lie_on_each_other(lat, lon):
 
 @pytest.mark.fast
 def test_an_exact_forecast_and_one_with_gaps_can_be_drawn():
-    dataset = made()
+    dataset = forecasts()
     dataset["u10"] = dataset.u10_truth
     assert meshes(maps.draw_maps(dataset, "u10", 0, 0))[2].get_clim() == (-1.0, 1.0)
     dataset["u10"] = dataset.u10.where(dataset.longitude > 0)
@@ -188,7 +196,7 @@ def test_an_exact_forecast_and_one_with_gaps_can_be_drawn():
 @pytest.mark.fast
 def test_coastlines_come_round_the_globe():
     line = np.array([[-30.0, 0.0], [-25.0, 10.0], [-40.0, 20.0]])
-    fig = maps.draw_maps(made(), "u10", 0, 0, [line])  # longitudes 0 .. 315
+    fig = maps.draw_maps(forecasts(), "u10", 0, 0, [line])  # longitudes 0 .. 315
     for ax in fig.axes[:3]:
         (drawn,) = ax.lines
         np.testing.assert_array_equal(drawn.get_xdata(), line[:, 0] + 360)
@@ -212,22 +220,22 @@ def cartopy(monkeypatch, natural_earth):
 
 @pytest.mark.fast
 def test_coastlines_are_finer_for_a_region(monkeypatch):
-    asked = []
-    cartopy(monkeypatch, lambda **how: asked.append(how["resolution"]))
+    resolutions = []
+    cartopy(monkeypatch, lambda **options: resolutions.append(options["resolution"]))
     for lon in (np.arange(8) * 45.0, np.arange(8) * 1.0):
-        first, second = maps.coastlines(made(lon=lon))
+        first, second = maps.coastlines(forecasts(lon=lon))
         assert first.tolist() == [[0, 50], [1, 51]] and second.tolist() == [[2, 50], [3, 51]]
-    assert asked == ["110m", "50m"]
+    assert resolutions == ["110m", "50m"]
 
 
 @pytest.mark.fast
-def test_without_coastlines_the_reason_is_said(monkeypatch, folder):
-    def offline(**how):
+def test_without_coastlines_the_reason_is_printed(monkeypatch, folder):
+    def offline(**options):
         raise OSError("no route to host")
 
     cartopy(monkeypatch, offline)
     with pytest.raises(ValueError, match="no route to host"):
-        maps.coastlines(made())
+        maps.coastlines(forecasts())
     monkeypatch.setitem(sys.modules, "cartopy.io", None)
     assert (
         next(iter(maps.draw(folder, folder / "out", variable="u10", lead=6)))
@@ -299,7 +307,7 @@ def test_a_figure_has_at_most_6_panels():
 
 @pytest.mark.fast
 def test_zarr_and_netcdf_are_read_alike(tmp_path):
-    dataset = made()
+    dataset = forecasts()
     dataset["age"] = (("time",), [1.0, 2.0], {"units": "hours"})  # not a lead
     dataset.to_netcdf(tmp_path / "forecasts.nc")
     (tmp_path / "z").mkdir()
@@ -314,7 +322,7 @@ def test_zarr_and_netcdf_are_read_alike(tmp_path):
 
 @pytest.mark.fast
 def test_leads_in_hours_as_plain_numbers_need_units(tmp_path):
-    dataset = made().assign_coords(lead_time=("lead_time", [6, 24, 72], {"units": "hours"}))
+    dataset = forecasts().assign_coords(lead_time=("lead_time", [6, 24, 72], {"units": "hours"}))
     dataset.to_netcdf(tmp_path / "forecasts.nc")
     with maps.open_forecasts(tmp_path) as opened:
         assert maps.lead_hours(opened) == [6, 24, 72]
@@ -339,7 +347,7 @@ def test_leads_in_hours_as_plain_numbers_need_units(tmp_path):
     ],
 )
 def test_other_layouts_are_refused(tmp_path, spoil, message):
-    spoil(made()).to_netcdf(tmp_path / "forecasts.nc")
+    spoil(forecasts()).to_netcdf(tmp_path / "forecasts.nc")
     with pytest.raises(ValueError, match=rf"forecasts\.nc .*{message}"):
         maps.open_forecasts(tmp_path)
 
@@ -354,7 +362,7 @@ def table(path):
 
 def test_the_command_draws_first_and_last_lead_skill_and_spectra(tmp_path, capsys):
     out = tmp_path / "figures"
-    left(tmp_path, "z500")
+    write_folder(tmp_path, "z500")
     assert maps.main([str(tmp_path), "--out", str(out)]) == 0
     stems = [f"map_z500_2020-01-31-00-00_{h}h" for h in (6, 72)]
     stems += ["skill", "spectra_6h", "spectra_72h"]
@@ -372,7 +380,7 @@ def test_the_command_draws_first_and_last_lead_skill_and_spectra(tmp_path, capsy
     ]
     (row,) = table(out / "map_z500_2020-01-31-00-00_72h.csv")
     assert (
-        float(row["rmse"]) == maps.map_numbers(made(["z500"]), "z500", 0, 2)["rmse"]
+        float(row["rmse"]) == maps.map_numbers(forecasts(["z500"]), "z500", 0, 2)["rmse"]
         and row["valid_time"] == "2020-02-03 00:00 UTC"
     )
     assert len(table(out / "skill.csv")) == 3 * 5 and {
@@ -380,10 +388,10 @@ def test_the_command_draws_first_and_last_lead_skill_and_spectra(tmp_path, capsy
     } == {"72"}
 
 
-def test_the_command_draws_what_is_asked_for(folder):
+def test_the_command_draws_only_the_chosen_variable_time_and_lead(folder):
     out = folder / "figures"
-    asked = ["--variable", "z500", "--time", "2020-01-31T18:00", "--lead", "24"]
-    assert maps.main([str(folder), "--out", str(out), *asked]) == 0
+    arguments = ["--variable", "z500", "--time", "2020-01-31T18:00", "--lead", "24"]
+    assert maps.main([str(folder), "--out", str(out), *arguments]) == 0
     assert {p.stem for p in out.iterdir()} == {
         "map_z500_2020-01-31-18-00_24h",
         "skill",
@@ -394,13 +402,13 @@ def test_the_command_draws_what_is_asked_for(folder):
     } == {"z500"}
 
 
-def test_many_variables_make_several_figures_and_lacking_files_are_said(
+def test_many_variables_make_several_figures_and_lacking_files_are_named(
     tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(maps, "PANELS", 2)
     monkeypatch.setattr(maps, "VARIABLES", 1)
     names = ["a", "b", "c"]
-    left(tmp_path, *names)
+    write_folder(tmp_path, *names)
     (tmp_path / "spectra.csv").unlink()
     assert maps.main([str(tmp_path), "--out", str(tmp_path / "out"), "--lead", "6"]) == 0
     assert {p.name for p in (tmp_path / "out").glob("*.png")} == {
@@ -410,14 +418,14 @@ def test_many_variables_make_several_figures_and_lacking_files_are_said(
     }
     drawn = [{r["variable"] for r in table(tmp_path / "out" / f"skill_{i}.csv")} for i in (1, 2)]
     assert drawn == [{"a", "b"}, {"c"}]
-    said = capsys.readouterr().out
-    assert "maps of the first 1 of 3 variables; --variable names another" in said
-    assert f"skipped spectra_6h: {tmp_path / 'spectra.csv'} is not there" in said
+    printed = capsys.readouterr().out
+    assert "maps of the first 1 of 3 variables; --variable names another" in printed
+    assert f"skipped spectra_6h: {tmp_path / 'spectra.csv'} is not there" in printed
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("arguments", "message"),
     [
         (
             ["--variable", "z50"],
@@ -425,24 +433,25 @@ def test_many_variables_make_several_figures_and_lacking_files_are_said(
         ),
         (
             ["--time", "2020-02-01"],
-            "time='2020-02-01' is none of the 2 initial times from 2020-01-31 00:00 UTC to 2020-01-31 18:00",
+            "time='2020-02-01' is none of the 2 initial times from 2020-01-31 00:00 UTC to "
+            "2020-01-31 18:00",
         ),
         (["--time", "monday"], "time='monday' is no time; write it as 2020-01-31T00:00."),
         (["--lead", "7"], "lead=7 is none of the leads, which are 6, 24, 72 hours."),
     ],
 )
-def test_what_is_not_there_is_named(folder, capsys, asked, message):
+def test_unknown_variables_times_and_leads_are_named(folder, capsys, arguments, message):
     with pytest.raises(SystemExit) as end:
-        maps.main([str(folder), "--out", str(folder / "out"), *asked])
+        maps.main([str(folder), "--out", str(folder / "out"), *arguments])
     assert end.value.code == 2
-    said = capsys.readouterr()
-    assert message in said.err and said.err.count("\n") == 1 and not said.out
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.count("\n") == 1 and not printed.out
     assert not (folder / "out").exists()
 
 
 @pytest.mark.fast
 def test_a_broken_or_missing_file_is_one_line(tmp_path, capsys):
-    def said():
+    def message():
         with pytest.raises(SystemExit) as end:
             maps.main([str(tmp_path), "--out", str(tmp_path / "out")])
         assert end.value.code == 2
@@ -450,6 +459,6 @@ def test_a_broken_or_missing_file_is_one_line(tmp_path, capsys):
         assert err.count("\n") == 1
         return err
 
-    assert f"{tmp_path} holds no forecasts.nc or forecasts.zarr" in said()
+    assert f"{tmp_path} holds no forecasts.nc or forecasts.zarr" in message()
     (tmp_path / "forecasts.nc").write_bytes(b"no such format")
-    assert f"{tmp_path / 'forecasts.nc'} cannot be read" in said()
+    assert f"{tmp_path / 'forecasts.nc'} cannot be read" in message()

@@ -1,4 +1,4 @@
-"""What is committed of the ViT app's forecasts is what its README claims, and no worse than what it was meant to reach.
+"""The committed results of the ViT app are what its README claims, and as good as they should be.
 
 pytest test/apps/vit/test_vit_results.py
 """
@@ -35,23 +35,24 @@ def rmse(run: str) -> dict[tuple[str, int, str], float]:
     ],
 )
 def test_skill_on_real_data(lead, most, known):
-    """The median of three seeds, trained with their tokens cut over two ranks, beside known figures of simple forecasts."""
-    found = [rmse(f"seed{n}") for n in range(3)]
-    for one in found:
-        assert [round(one["t2m", lead, name], 3) for name in SIMPLE] == list(known)
-    assert statistics.median(one["t2m", lead, "model"] for one in found) <= most
+    """The median of three seeds, with known errors of simple forecasts beside it.
+
+    The model was trained with its tokens cut over two ranks."""
+    seeds = [rmse(f"seed{n}") for n in range(3)]
+    for errors in seeds:
+        assert [round(errors["t2m", lead, name], 3) for name in SIMPLE] == list(known)
+    assert statistics.median(errors["t2m", lead, "model"] for errors in seeds) <= most
     for n in range(3):
         c = load(str(FOLDER / f"seed{n}/config.yaml"))
         assert (c.mesh.cp, c.model.patch, c.train.seed, c.data.test_times) == (2, 3, n, "576/744")
 
 
 def test_the_default_record_is_forecast_better_than_by_simple_means():
-    found = rmse("default")
+    errors = rmse("default")
     for variable in "uvh":
         for lead in (6, 24, 72):
-            assert found[variable, lead, "model"] < min(
-                found[variable, lead, name] for name in SIMPLE
-            )
+            simple = [errors[variable, lead, name] for name in SIMPLE]
+            assert errors[variable, lead, "model"] < min(simple)
 
 
 def test_patches_were_trained_alike():

@@ -1,4 +1,7 @@
-"""Scores of forecasts against xarray's own weighted means, closed forms, and the ERA5 sample; spectra; scores.csv and spectra.csv.
+"""Scores of forecasts and their files.
+
+Scores are compared with xarray's own weighted means, closed forms, and known figures of the ERA5
+sample.
 
 python -m pytest test/apps/vit/test_vit_scores.py
 """
@@ -86,8 +89,12 @@ def test_a_constant_offset_is_the_rmse_and_the_bias():
     _, o, c = fields()
     o = o.astype("f8")
     score = scored(o - 1.5, o, c)
-    for got, wanted in ((score.rmse, 1.5), (score.rmse_mean_of_roots, 1.5), (score.bias, -1.5)):
-        np.testing.assert_allclose(got, wanted, rtol=1e-12)
+    for result, expected in (
+        (score.rmse, 1.5),
+        (score.rmse_mean_of_roots, 1.5),
+        (score.bias, -1.5),
+    ):
+        np.testing.assert_allclose(result, expected, rtol=1e-12)
 
 
 @pytest.mark.fast
@@ -142,11 +149,12 @@ def test_pieces_and_merged_scores_are_those_of_all_at_once():
 
 @pytest.mark.fast
 def test_sums_that_are_set_in_place_are_the_scores():
-    one, two = scored(*fields(seed=1)), scored(*fields(seed=2))
+    first, second = scored(*fields(seed=1)), scored(*fields(seed=2))
     both = [np.concatenate(pair) for pair in zip(fields(seed=1), fields(seed=2), strict=True)]
-    one.sums[:] = one.sums + two.sums
-    np.testing.assert_allclose(one.rmse, scored(*both).rmse, rtol=1e-13)
-    assert one.sums.flags["C_CONTIGUOUS"] and one.sums.dtype == np.float64 and one.sums.ndim == 1
+    first.sums[:] = first.sums + second.sums
+    np.testing.assert_allclose(first.rmse, scored(*both).rmse, rtol=1e-13)
+    assert first.sums.flags["C_CONTIGUOUS"]
+    assert first.sums.dtype == np.float64 and first.sums.ndim == 1
 
 
 @pytest.mark.fast
@@ -216,7 +224,7 @@ def test_weights_of_all_rows_are_1_and_poles_have_none():
 @pytest.mark.fast
 @pytest.mark.skipif(not ERA5.exists(), reason=f"{ERA5.name} is not in shared/data")
 def test_the_known_scores_of_era5():
-    """2 m temperature over the British Isles: known from an independent evaluation, to 3 decimals."""
+    """2 m temperature over the British Isles, from an independent evaluation, to 3 decimals."""
     with xr.open_dataset(ERA5) as record:
         x, lat, hour = record.t2m.load().astype("f8"), record.latitude.values, record.time.dt.hour
     climatology = x[:504].groupby("time.hour").mean().sel(hour=hour).values[:, None]
@@ -238,8 +246,8 @@ def test_the_known_scores_of_era5():
         "climatology": [1.839] * 3,
         "damped anomaly": [0.432, 1.062, 1.648],
     }
-    for name, wanted in known.items():
-        np.testing.assert_allclose(scores[name].rmse[:, 0], wanted, atol=6e-4)
+    for name, expected in known.items():
+        np.testing.assert_allclose(scores[name].rmse[:, 0], expected, atol=6e-4)
 
 
 # ---- spectra
@@ -297,11 +305,11 @@ def test_the_anomaly_decays_by_channel_or_by_point():
     x0, c0, c1 = fields()
     assert persistence(x0) is x0
     r = np.array([0.5, 0.0])
-    got = damped_anomaly(x0, c0, c1, r)
-    np.testing.assert_allclose(got[:, 0], c1[:, 0] + 0.5 * (x0 - c0)[:, 0], rtol=1e-6)
-    assert np.array_equal(got[:, 1], c1[:, 1])
+    result = damped_anomaly(x0, c0, c1, r)
+    np.testing.assert_allclose(result[:, 0], c1[:, 0] + 0.5 * (x0 - c0)[:, 0], rtol=1e-6)
+    assert np.array_equal(result[:, 1], c1[:, 1])
     by_point = np.broadcast_to(r[:, None, None], (2, 8, 12))
-    assert np.array_equal(damped_anomaly(x0, c0, c1, by_point), got)
+    assert np.array_equal(damped_anomaly(x0, c0, c1, by_point), result)
     with pytest.raises(ValueError, match=r"r has shape \[3\]"):
         damped_anomaly(x0, c0, c1, np.zeros(3))
 
@@ -316,7 +324,9 @@ def rows(variables=("t2m", "z500"), leads=(6, 24)):
             for i, f in enumerate(FORECASTS):
                 acc = math.nan if f == "climatology" else 0.9 - i / 10
                 made.append(
-                    ScoreRow(variable, lead, f, (1 + v) * (1.23456789 + i), acc, -1e-7, 1.0, "K", 168)
+                    ScoreRow(
+                        variable, lead, f, (1 + v) * (1.23456789 + i), acc, -1e-7, 1.0, "K", 168
+                    )
                 )
     return made
 
@@ -348,16 +358,16 @@ def test_scores_csv_is_read_as_it_was_written(tmp_path):
 def test_rows_of_a_score():
     score = Score(["a", "b"], [6, 12], LAT)
     score.add(0, *fields())
-    got = score.rows("model", {"a": "K", "b": ""})
-    assert [(r.variable, r.lead_hours, r.units, r.times) for r in got] == [
+    result = score.rows("model", {"a": "K", "b": ""})
+    assert [(r.variable, r.lead_hours, r.units, r.times) for r in result] == [
         ("a", 6, "K", 9), ("a", 12, "K", 0), ("b", 6, "", 9), ("b", 12, "", 0),
     ]  # fmt: skip
     assert (
-        got[2].rmse == score.rmse[0, 1]
-        and got[2].acc == score.acc[0, 1]
-        and math.isnan(got[3].bias)
+        result[2].rmse == score.rmse[0, 1]
+        and result[2].acc == score.acc[0, 1]
+        and math.isnan(result[3].bias)
     )
-    assert got[0].rmse_mean_of_roots == score.rmse_mean_of_roots[0, 0]
+    assert result[0].rmse_mean_of_roots == score.rmse_mean_of_roots[0, 0]
     with pytest.raises(ValueError, match="'b'"):
         score.rows("model", {"a": "K"})
     with pytest.raises(ValueError, match=r"forecast='modell' is unknown\. Did you mean 'model'"):
@@ -408,7 +418,7 @@ def test_other_files_are_no_scores(tmp_path):
     assert not (tmp_path / "y.csv").exists()
 
 
-# ---- what a person sees
+# ---- for a terminal
 
 
 @pytest.mark.fast

@@ -1,4 +1,4 @@
-"""apps/vit's simulation solves the equations that it says, and makes the same record every time.
+"""apps/vit's simulation solves its equations, and makes the same record every time.
 
 python -m pytest test/apps/vit/test_vit_simulate.py
 """
@@ -170,7 +170,7 @@ def haurwitz(sphere, omega, m, n, size):
 
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (1, 2), (4, 5), (3, 10), (7, 7)])
 def test_vorticity_of_a_rossby_haurwitz_wave_turns_at_haurwitzs_speed(sphere, m, n):
-    """Haurwitz 1940: it turns at omega - 2 (Omega + omega) / (n (n + 1)), exactly, however large it is."""
+    """Haurwitz 1940: its speed is omega - 2 (Omega + omega) / (n (n + 1)), whatever its size."""
     omega = 3e-6
     state = np.zeros((22, 22, 3), complex)
     state[..., 0] = haurwitz(sphere, omega, m, n, 2e-5 + 1e-5j)
@@ -200,8 +200,9 @@ def test_a_rossby_wave_on_deep_water_turns_at_haurwitzs_speed():
 
 
 def test_gravity_waves_have_the_frequency_of_the_scheme_and_in_its_limit_that_of_theory():
-    """Without rotation the latter's square is g H n (n + 1) / a^2; averaged over t - step and t + step, tan(w step) = that x step.
+    """Without rotation the square of the frequency w0 of theory is g H n (n + 1) / a^2.
 
+    That of the scheme, which averages over t - step and t + step, is w with tan(w step) = w0 step.
     Odd and even steps are apart without the filter: each of the two sequences is a cosine."""
     n, height = 5, 6000.0
     frequency = math.sqrt(GRAVITY * height * n * (n + 1)) / RADIUS
@@ -445,13 +446,13 @@ def test_interrupted_it_leaves_no_half_file(tmp_path, monkeypatch, error):
         assert ds.sizes["time"] == 4
 
 
-def test_progress_is_told_every_day_spin_up_included():
-    told = []
-    simulate(2, settings=SMALL, progress=told.append)
-    assert told == [1, 2, 3]
+def test_progress_is_reported_every_day_spin_up_included():
+    reported = []
+    simulate(2, settings=SMALL, progress=reported.append)
+    assert reported == [1, 2, 3]
 
 
-# ---- what people do wrong
+# ---- mistakes of the user
 
 
 @pytest.mark.parametrize(
@@ -483,7 +484,7 @@ def test_a_folder_that_is_a_file_is_named_before_the_work(tmp_path, monkeypatch,
     assert "cannot be written" in capsys.readouterr().err
 
 
-def test_a_simulation_that_leaves_all_bounds_says_so():
+def test_a_simulation_that_leaves_all_bounds_is_refused():
     with (
         pytest.raises(FloatingPointError, match=r"after .* days; take a shorter step than 21600 s"),
         np.errstate(all="ignore"),
