@@ -197,7 +197,7 @@ def _run_step(config: RunConfig, mesh: Mesh, spec: StepSpec) -> tuple[MemoryEsti
         recorder.begin()
         loss = _forward_and_backward(engine, batch, spec.tokens, passes, recorder)
         gradients = [
-            recorder.meet(gradient.untyped_storage(), new=False)
+            recorder.account(gradient.untyped_storage(), new=False)
             for gradient in _local(p.grad for p in engine.module.parameters())
         ]
         recorder.stage = "gradient norm"
@@ -357,7 +357,7 @@ class _StepRecorder(Lifetimes):
                 self._see_received(_tensors(args[0]))
         elif in_place and collective.name == "all_gather":
             for tensor in _tensors(args[0]):
-                self.gathered.add(self.meet(tensor.untyped_storage(), new=False).serial)
+                self.gathered.add(self.account(tensor.untyped_storage(), new=False).serial)
 
     def _count(self, collective: Collective, group: ProcessGroup, sent: float) -> None:
         purpose = self.stage
@@ -371,7 +371,7 @@ class _StepRecorder(Lifetimes):
         """Adds up how much memory received blocks take now."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            self._remote[storage._cdata] = self.meet(storage, new=False).serial
+            self._remote[storage._cdata] = self.account(storage, new=False).serial
         received = 0
         for address, serial in self._remote.items():
             alive = self.alive.get(address)

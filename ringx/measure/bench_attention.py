@@ -335,9 +335,8 @@ def _workers(world: launch.World, size: AttentionCase) -> tuple[int, bool]:
     hosts = launch.gather((socket.gethostname(), provenance.cores()), world)
     if world.device.type == "cuda":
         return size.world, False
-    first_host = hosts[0][0]
-    cores = set().union(*(cores for host, cores in hosts if host == first_host))
-    return size.world * size.threads, world.local_world * size.threads > len(cores)
+    cores = provenance.cores_of_first_host(hosts)
+    return size.world * size.threads, world.local_world * size.threads > cores
 
 
 def timed(

@@ -16,9 +16,11 @@ ON_CPU = "lifetimes of tensors at the dispatcher (buffers inside an operator are
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> tuple[int, str]:
-    """(most bytes that were allocated at once during `call`, above what was allocated before; how that was found).
+    """(most bytes that were allocated at once during `call`, above what was allocated before; how
+    that was found).
 
-    CPU tensors have no such counter in PyTorch: there it is slower than the plain call, so do not time it."""
+    CPU tensors have no such counter in PyTorch: there it is slower than the plain call, so do not
+    time it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -35,17 +37,18 @@ class Alive(NamedTuple):
     """A storage that has been seen and is not freed yet."""
 
     serial: int  # no other storage of the same counter has it
-    before: int  # bytes that it had when the counting began; 0 if it is new
+    before: int  # bytes that it had before the counting began; 0 if it is new
     bytes: int  # above that
 
 
 class Lifetimes(SeesInside):
     """Adds up the storages that appear as results of operators, each until it is freed or resized.
 
-    `now` and `peak` are bytes above what was there before; `at_peak` is {serial: bytes} of the storages alive then, `resized` the
-    serials of those that changed their size by ``UntypedStorage.resize_``: FSDP2 frees and fills unsharded parameters so."""
+    `now` and `peak` are bytes above what was allocated before; `at_peak` is {serial: bytes} of the
+    storages alive then, `resized` the serials of those that changed their size by
+    ``UntypedStorage.resize_``: FSDP2 frees and fills unsharded parameters so."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
         self.at_peak: dict[int, int] = {}
@@ -63,19 +66,23 @@ class Lifetimes(SeesInside):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(hasattr(t, "__tensor_flatten__") for t in types):
-            return NotImplemented  # a DTensor: what it does with the tensors inside it comes here in turn
+            return (
+                NotImplemented  # a DTensor: its operations on the tensors inside come here in turn
+            )
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def see(self, func, args, kwargs):
         for storage in _storages((args, kwargs)):
-            self.meet(storage, new=False)  # what comes in unseen was there before
+            self.account(storage, new=False)  # an unknown input was allocated before
         out = func(*args, **kwargs)
         for storage in _storages(out):
-            self.meet(storage, new=True)
+            self.account(storage, new=True)
         return out
 
-    def meet(self, storage: torch.UntypedStorage, new: bool) -> Alive:
-        """What is known of a storage, as large as it is now."""
+    def account(self, storage: torch.UntypedStorage, new: bool) -> Alive:
+        """Counts a storage as large as it is now; returns what is known of it.
+
+        new: whether the call that is being counted made it, if it is seen for the first time."""
         key, size = storage._cdata, storage.nbytes()
         known = self.alive.get(key)
         if known is None:
@@ -90,18 +97,19 @@ class Lifetimes(SeesInside):
         return known
 
     def _freed(self, key: int) -> None:
-        self.now -= max(0, self.alive.pop(key).bytes)  # what was there before still counts as there
+        # What was allocated before still counts as allocated.
+        self.now -= max(0, self.alive.pop(key).bytes)
 
 
 def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
     for x in tree_leaves(tree):
-        if (
-            isinstance(x, torch.Tensor) and not x.is_meta
-        ):  # a fake tensor says that it is not, and counts
+        # The is_meta of a fake tensor is False: fake tensors count.
+        if isinstance(x, torch.Tensor) and not x.is_meta:
             yield x.untyped_storage()
 
 
-# ---- resizes of storages, which do not pass the dispatcher.  Threads may count at once: each hears of its own
+# ---- resizes of storages, which do not pass the dispatcher.  Several threads may count at the same
+# time: each counts its own
 
 _watching: list[tuple[int, Lifetimes]] = []  # thread, counter; one entered twice is here twice
 _lock = threading.Lock()
@@ -111,7 +119,7 @@ _resize = torch.UntypedStorage.resize_
 def _watch(counter: Lifetimes) -> None:
     with _lock:
         _watching.append((threading.get_ident(), counter))
-        torch.UntypedStorage.resize_ = _resize_and_tell  # type: ignore[assignment, method-assign]
+        torch.UntypedStorage.resize_ = _resize_and_count  # type: ignore[assignment, method-assign]
 
 
 def _unwatch(counter: Lifetimes) -> None:
@@ -121,11 +129,12 @@ def _unwatch(counter: Lifetimes) -> None:
             torch.UntypedStorage.resize_ = _resize  # type: ignore[method-assign]
 
 
-def _resize_and_tell(storage: torch.UntypedStorage, size: int) -> object:
-    mine = {counter for thread, counter in _watching if thread == threading.get_ident()}
-    for counter in mine:
-        counter.meet(storage, new=False)
+def _resize_and_count(storage: torch.UntypedStorage, size: int) -> object:
+    this_thread = threading.get_ident()
+    counters = {counter for thread, counter in _watching if thread == this_thread}
+    for counter in counters:
+        counter.account(storage, new=False)
     out = _resize(storage, size)
-    for counter in mine:
-        counter.resized.add(counter.meet(storage, new=False).serial)
+    for counter in counters:
+        counter.resized.add(counter.account(storage, new=False).serial)
     return out

@@ -1,4 +1,5 @@
-"""Where a measurement comes from: versions, commit, machine, job.  Everything that a record holds besides its numbers."""
+"""Where a measurement comes from: versions, commit, machine, job.  Everything that a record holds
+besides its numbers."""
 
 import contextlib
 import importlib.metadata
@@ -8,7 +9,7 @@ import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,21 +19,18 @@ import torch
 from ..launch import World, gather
 
 PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4", "amd-aiter", "mpi4py")
-ENVIRONMENT = (
-    "OMP_",
-    "KMP_",
-    "NCCL_",
-    "RCCL_",
-    "GLOO_",
-    "FI_",
-    "TORCH_NCCL_",
-)  # variables that change what is measured
+# Variables that change what is measured, by how their names begin.
+ENVIRONMENT = ("OMP_", "KMP_", "NCCL_", "RCCL_", "GLOO_", "FI_", "TORCH_NCCL_")
 
 
 def of_run(world: World, options: Mapping[str, Any], labels: Mapping[str, str]) -> dict[str, Any]:
-    """What all records of a run have in common.  Collective."""
+    """What all records of a run have in common; the same keys on every rank.  Collective.
+
+    options: of the command; what JSON does not know is noted as text."""
     hosts = gather((socket.gethostname(), sorted(cores())), world)
-    cuda = world.device.type == "cuda"
+    environment = {
+        name: value for name, value in sorted(os.environ.items()) if name.startswith(ENVIRONMENT)
+    }
     return {
         "labels": dict(labels),
         "command": {
@@ -45,23 +43,22 @@ def of_run(world: World, options: Mapping[str, Any], labels: Mapping[str, str]) 
             "hosts": list(dict.fromkeys(host for host, _ in hosts)),
             "platform": platform.platform(),
             "cpu": cpu_model(),
-            "cores": len({core for host, cores in hosts if host == hosts[0][0] for core in cores}),
-            "device": torch.cuda.get_device_name(world.device) if cuda else "cpu",
+            "cores": cores_of_first_host(hosts),
+            "device": device_name(world.device),
             "load_average": load_average(),
         },
         "launch": {
             "launcher": str(world.launcher),
             "backend": str(world.backend),
             "local_world": world.local_world,
-            "environment": {
-                k: v for k, v in sorted(os.environ.items()) if k.startswith(ENVIRONMENT)
-            },
+            "environment": environment,
             "job": job(),
         },
     }
 
 
 def now() -> str:
+    """UTC, ISO 8601."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
@@ -72,13 +69,11 @@ def versions() -> dict[str, Any]:
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             packages[name] = importlib.metadata.version(name)
-    accelerator = (
-        f"CUDA {torch.version.cuda}"
-        if torch.version.cuda
-        else f"ROCm {torch.version.hip}"
-        if torch.version.hip
-        else None
-    )
+    accelerator = None
+    if torch.version.cuda:
+        accelerator = f"CUDA {torch.version.cuda}"
+    elif torch.version.hip:
+        accelerator = f"ROCm {torch.version.hip}"
     return {
         "ringx": __version__,
         "torch": str(torch.__version__),
@@ -89,44 +84,60 @@ def versions() -> dict[str, Any]:
 
 
 def git() -> dict[str, Any] | None:
-    """Commit of the checkout that this package runs from, and whether the package differs from it; None if it is installed."""
+    """Commit of the checkout that this package runs from, and whether the package differs from it;
+    None if it is installed."""
     package = Path(__file__).resolve().parents[1]
     if not (package.parent / ".git").exists():
         return None
     try:
-        ask = ["git", "-C", str(package)]
-        commit = subprocess.run(
-            [*ask, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
-        )
-        changes = subprocess.run(
-            [*ask, "status", "--porcelain", "--", "."],
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=True,
-        )
+        commit = _git_output(package, "rev-parse", "HEAD", timeout=10)
+        changes = _git_output(package, "status", "--porcelain", "--", ".", timeout=30)
     except (OSError, subprocess.SubprocessError):
         return None
-    return {"commit": commit.stdout.strip(), "dirty": bool(changes.stdout.strip())}
+    return {"commit": commit, "dirty": bool(changes)}
+
+
+def _git_output(folder: Path, *words: str, timeout: float) -> str:
+    command = ["git", "-C", str(folder), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=True)
+    return done.stdout.strip()
 
 
 def job() -> dict[str, Any] | None:
-    """The Slurm job that this process belongs to."""
+    """The Slurm job that this process belongs to, if it does."""
     if "SLURM_JOB_ID" not in os.environ:
         return None
-
-    def number(name: str) -> int | None:
-        return int(text) if (text := os.environ.get(name, "")).isdigit() else None
-
     return {
-        "id": number("SLURM_ARRAY_JOB_ID") or number("SLURM_JOB_ID"),
-        "array_task": number("SLURM_ARRAY_TASK_ID"),
-        "restart": number("SLURM_RESTART_COUNT") or 0,
-        "nodes": number("SLURM_JOB_NUM_NODES"),
+        "id": _integer_variable("SLURM_ARRAY_JOB_ID") or _integer_variable("SLURM_JOB_ID"),
+        "array_task": _integer_variable("SLURM_ARRAY_TASK_ID"),
+        "restart": _integer_variable("SLURM_RESTART_COUNT") or 0,
+        "nodes": _integer_variable("SLURM_JOB_NUM_NODES"),
         "partition": os.environ.get("SLURM_JOB_PARTITION"),
         "cluster": os.environ.get("SLURM_CLUSTER_NAME"),
         "site": os.environ.get("RINGX_SITE"),
     }
+
+
+def _integer_variable(name: str) -> int | None:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdigit() else None
+
+
+def cores_of_first_host(hosts: Sequence[tuple[str, Iterable[int]]]) -> int:
+    """How many cores the ranks of the first rank's host may use together.
+
+    hosts: (name of the host, numbers of the cores) of each rank."""
+    first_host = hosts[0][0]
+    usable: set[int] = set()
+    for host, numbers in hosts:
+        if host == first_host:
+            usable.update(numbers)
+    return len(usable)
+
+
+def device_name(device: torch.device) -> str:
+    """ "cpu", or the name of the GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def cores() -> set[int]:
@@ -137,13 +148,19 @@ def cores() -> set[int]:
 
 
 def cpu_model() -> str:
+    """The model's name, as far as the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    for line in lines:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def load_average() -> list[float] | None:
-    return [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None
+    """Of 1, 5 and 15 minutes; None where the system has none."""
+    if not hasattr(os, "getloadavg"):
+        return None
+    return [round(load, 2) for load in os.getloadavg()]

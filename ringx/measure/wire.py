@@ -1,10 +1,12 @@
 """Bytes that really leave the hosts: what the network interface of this group's traffic has sent.
 
-The closed forms (``ringx.comm``) say what an optimal implementation would send.  What a backend puts on the wire is more: its own
-algorithm for the collective, headers, acknowledgements.  Linux counts it for each interface, for all processes of the host
-together, so the count means something only where nothing else uses that interface.
+The closed forms (``ringx.comm.collectives``) give what an optimal implementation would send.  What
+a backend puts on the wire is more: its own algorithm for the collective, headers, acknowledgements.
+Linux counts it for each interface, for all processes of the host together, so the count means
+something only where nothing else uses that interface.
 
-gloo only: NCCL and RCCL drive cards that count elsewhere (for InfiniBand under /sys/class/infiniband/*/ports/*/counters).
+gloo only: NCCL and RCCL drive cards that count elsewhere (for InfiniBand under
+/sys/class/infiniband/*/ports/*/counters).
 """
 
 import os
@@ -18,15 +20,18 @@ COUNTERS = Path("/proc/net/dev")
 
 
 class Meter:
-    """Reads the interfaces that gloo uses.  Every rank makes one; the first rank of each host counts for its host."""
+    """Reads the interfaces that gloo uses.  Every rank makes one; the first rank of each host
+    counts for its host.
 
-    def __init__(self, world: World):
+    `missing` says why nothing can be counted; it is None where something can."""
+
+    def __init__(self, world: World) -> None:
         self.names = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
-        self.missing = self._why_not(world)
+        self.missing = self._why_missing(world)
         self._counts = self.missing is None and world.local_rank == 0
         self.marks: list[int] = []
 
-    def _why_not(self, world: World) -> str | None:
+    def _why_missing(self, world: World) -> str | None:
         if world.world_size == 1:
             return "one rank sends nothing"
         if world.device.type != "cpu" or "gloo" not in world.backend:
@@ -35,19 +40,17 @@ class Meter:
             return "all ranks are on one host"
         if not dist.is_initialized() or not self.names or not COUNTERS.exists():
             return f"the interface is not known, or there is no {COUNTERS}"
-        return (
-            None
-            if set(self.names) <= sent().keys()
-            else f"{COUNTERS} has no {', '.join(self.names)}"
-        )
+        if not set(self.names) <= sent().keys():
+            return f"{COUNTERS} has no {', '.join(self.names)}"
+        return None
 
     def mark(self) -> None:
-        """Notes the counter.  Bytes between two marks: ``between``."""
-        if self._counts:
-            now = sent()
-            self.marks.append(sum(now[name] for name in self.names))
-        else:
+        """Notes the counters.  Bytes between two marks: ``between``."""
+        if not self._counts:
             self.marks.append(0)
+            return
+        counters = sent()
+        self.marks.append(sum(counters[name] for name in self.names))
 
     def between(self, i: int) -> int:
         """Bytes that left this host from mark `i` to the next; 0 on ranks that do not count."""
@@ -56,5 +59,9 @@ class Meter:
 
 def sent() -> dict[str, int]:
     """{interface: bytes sent} of this host."""
-    rows = (line.split(":", 1) for line in COUNTERS.read_text().splitlines() if ":" in line)
-    return {name.strip(): int(numbers.split()[8]) for name, numbers in rows}
+    counters = {}
+    for line in COUNTERS.read_text().splitlines():
+        name, colon, numbers = line.partition(":")
+        if colon:  # not a heading
+            counters[name.strip()] = int(numbers.split()[8])
+    return counters

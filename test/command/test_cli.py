@@ -1,4 +1,5 @@
-"""The command line: verify can fail, info explains, mistakes are one line, the demo says what it made."""
+"""The command line: verify can fail, info explains, mistakes are one line, the demo says what it
+made."""
 
 import json
 import subprocess
@@ -60,14 +61,14 @@ def test_verify_on_two_processes(tmp_path, capfd):
 )
 def test_verify_finds_faults(spoil, missed, monkeypatch, capsys):
     original = cpu.backward
-    verify._expected.cache_clear()
+    verify._reference_run.cache_clear()
     monkeypatch.setattr(
         cpu, "backward", lambda *args, **options: spoil(*original(*args, **options))
     )
     assert cli.main(small("--dtypes", "fp64", "--algorithms", "ringx4", "--kernel", "cpu")) == 1
     said = capsys.readouterr().out
     assert any(missed in line.partition("MISS ")[2] for line in said.splitlines())
-    verify._expected.cache_clear()
+    verify._reference_run.cache_clear()
 
 
 @pytest.mark.fast

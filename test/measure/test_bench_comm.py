@@ -343,8 +343,8 @@ def test_wire_bytes_grow_linearly_between_sizes():
 
 
 def test_messages_of_attention_are_counted(tmp_path):
-    """As the docstrings of the algorithms have them, and their closed forms; N = 2: the mean over ranks
-    of the collectives that a rank takes part in."""
+    """As the docstrings of the algorithms have them, and their closed forms; N = 2: the mean over
+    ranks of the collectives that a rank takes part in."""
     argv = [
         "bench",
         "--nproc",
@@ -356,6 +356,8 @@ def test_messages_of_attention_are_counted(tmp_path):
         "--kv-heads",
         "2",
         "--head-dim",
+        "16",
+        "--masks",
         "full",
     ]
     assert (
