@@ -22,8 +22,8 @@ LAYOUTS = {
 
 
 class TokenRange(NamedTuple):
-    """`length` tokens at the global positions start, start+step, ...; they are local rows at, at+1,
-    ..."""
+    """`length` tokens at the global positions start, start + step, ...; they are the local rows at,
+    at + 1, ..."""
 
     start: int
     length: int
@@ -92,21 +92,20 @@ class Sharding:
                 f"Sharding: rank={rank} is not one of the {self.world} ranks 0..{self.world - 1}."
             )
         if self.layout == "striped":
-            return [TokenRange(rank, -(-(self.seqlen - rank) // self.world), 0, self.world)]
+            length = -(-(self.seqlen - rank) // self.world)  # rounded up
+            return [TokenRange(start=rank, length=length, at=0, step=self.world)]
         if self.layout == "contiguous" or self.world == 1:
             chunks = [self._chunk(rank, self.world)]
         else:
-            chunks = [
-                self._chunk(rank, 2 * self.world),
-                self._chunk(2 * self.world - 1 - rank, 2 * self.world),
-            ]
-        return pack([TokenRange(start, stop - start, 0) for start, stop in chunks if stop > start])
+            number = 2 * self.world
+            chunks = [self._chunk(rank, number), self._chunk(number - 1 - rank, number)]
+        return pack([chunk for chunk in chunks if chunk.length])
 
-    def _chunk(self, i: int, of: int) -> tuple[int, int]:
-        """[start, stop) of part i; the first seqlen % of parts hold one token more."""
-        size, extra = divmod(self.seqlen, of)
-        start = i * size + min(i, extra)
-        return start, start + size + (i < extra)
+    def _chunk(self, index: int, number: int) -> TokenRange:
+        """One of `number` consecutive parts; the first seqlen % number hold one token more."""
+        size, extra = divmod(self.seqlen, number)
+        start = index * size + min(index, extra)
+        return TokenRange(start=start, length=size + (index < extra), at=0)
 
     def size(self, rank: int) -> int:
         """Number of tokens that `rank` holds."""
@@ -149,30 +148,39 @@ def resolve_local_sharding(
 def pack(runs: Sequence[TokenRange]) -> list[TokenRange]:
     """The same tokens in the same order, laid out row after row from 0; runs that continue each
     other become one."""
-    out: list[TokenRange] = []
-    at = 0
+    packed: list[TokenRange] = []
+    next_row = 0
     for run in runs:
-        if out and run.step == out[-1].step and run.start == out[-1].last + run.step:
-            out[-1] = out[-1]._replace(length=out[-1].length + run.length)
+        previous = packed[-1] if packed else None
+        if (
+            previous is not None
+            and run.step == previous.step
+            and run.start == previous.last + run.step
+        ):
+            packed[-1] = previous._replace(length=previous.length + run.length)
         else:
-            out.append(run._replace(at=at))
-        at += run.length
-    return out
+            packed.append(run._replace(at=next_row))
+        next_row += run.length
+    return packed
 
 
 def clip(runs: Sequence[TokenRange], rows: slice) -> list[TokenRange]:
     """The runs of local rows [rows.start, rows.stop), as they stand in a tensor that holds only
     those rows."""
-    out = []
+    clipped = []
     for run in runs:
-        a, b = max(rows.start, run.at), min(rows.stop, run.at + run.length)
-        if a < b:
-            out.append(
-                TokenRange(run.start + (a - run.at) * run.step, b - a, a - rows.start, run.step)
-            )
-    return out
+        first = max(rows.start, run.at)
+        last = min(rows.stop, run.at + run.length)
+        if first < last:
+            position = run.start + (first - run.at) * run.step
+            clipped.append(TokenRange(position, last - first, first - rows.start, run.step))
+    return clipped
 
 
 def rows_upto(runs: Sequence[TokenRange], position: int) -> int:
     """How many of the (ascending) tokens lie at global positions <= `position`."""
-    return sum(min(max((position - r.start) // r.step + 1, 0), r.length) for r in runs)
+    rows = 0
+    for run in runs:
+        tokens = (position - run.start) // run.step + 1
+        rows += min(max(tokens, 0), run.length)
+    return rows
