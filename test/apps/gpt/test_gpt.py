@@ -58,7 +58,8 @@ def trained(shape: Shape, c: Config, tokens, **how):
 
 
 def whole(model):
-    # cloned: what nobody looks at is never waited for, and keeps its process group (and threads) alive
+    # Cloned, because a result that nobody uses is never waited for, and keeps its process group
+    # (and threads) alive.
     return [
         (n, p.full_tensor().clone() if hasattr(p, "full_tensor") else p)
         for n, p in model.named_parameters()
@@ -66,7 +67,9 @@ def whole(model):
 
 
 def expect_same(a, b, tolerance=1e-9):
-    """Losses, gradient norms (AdamW itself would not notice a gradient scaled by the number of ranks) and every parameter."""
+    """Losses, gradient norms and every parameter.
+
+    AdamW itself would not notice a gradient scaled by the number of ranks."""
     assert len(a[0]) == len(b[0])
     for x, y in zip(a[0], b[0], strict=True):
         for what in ("loss", "grad_norm"):
@@ -176,8 +179,9 @@ def test_tiles_and_checkpointing_under_tp(tokens):
 
 @pytest.mark.fast
 def test_equals_a_plain_trainer(tokens, alone):
-    """The whole recipe once more, with none of this repository's code but data and model: torch's attention and mean
-    loss; clipping, schedule and AdamW written out."""
+    """The whole recipe once more, with none of this repository's code but data and model.
+
+    Attention and mean loss are torch's; clipping, schedule and AdamW are written out."""
     c, state = TRAIN, {}
     model = Llama.make(MODEL, sdpa, seed=0, dtype=torch.float64)
     for step, record in enumerate(alone[0]):
@@ -231,7 +235,7 @@ def sdpa(q, k, v):
     ids=str,
 )
 def test_gradient_of_every_parameter_equals_plain_sdpa(shape, tied, tokens):
-    """The independent side: torch's own attention on the whole sequence, torch's own mean over tokens."""
+    """The independent side: torch's own attention on the whole sequence and mean over tokens."""
     c = config({"tied": tied}, seqlen=56)
     x, labels, _ = tokens.rows(3, global_batch=2, seqlen=56, seed=0, rows=range(2))
     labels = labels.clone()

@@ -1,4 +1,4 @@
-"""apps/gpt's data: what is prepared is what was given, whatever stops it; and every rank reads what it should.
+"""apps/gpt's data: what is prepared is what was given, whatever stops it; ranks read their parts.
 
 pytest test/apps/gpt/test_gpt_data.py
 """
@@ -329,7 +329,7 @@ def test_any_split_of_the_batch_reads_the_same(dp, default):
 
 @pytest.mark.fast
 def test_labels_and_documents_by_counting(tmp_path):
-    """Every window against the stream itself: labels are one further on, a document ends with its eos."""
+    """Every window against the stream: labels are one further on, a document ends with its eos."""
     folder = prepared(tmp_path, shard_tokens=101, val_fraction=0.0)
     tokens, want = open_dataset(folder), as_bytes(DOCUMENTS)
     which = [n for n, d in enumerate(DOCUMENTS) for _ in range(len(d.encode()) + 1)]
@@ -633,13 +633,15 @@ def test_too_large_a_vocabulary_and_too_short_a_text(tmp_path):
     tokens.check_vocab(257)
     with pytest.raises(
         ValueError,
-        match=r"tokens of vocabulary 257, but the model's vocab=256 is smaller; take a model with vocab=257",
+        match=r"tokens of vocabulary 257, but the model's vocab=256 is smaller; "
+        r"take a model with vocab=257",
     ):
         tokens.check_vocab(256)
     expect_window(tokens, 10)
     with pytest.raises(
         ValueError,
-        match=r"has 11 train tokens, but one sequence of --seqlen 11 and its last label take 12; take a",
+        match=r"has 11 train tokens, but one sequence of --seqlen 11 and its last label take 12; "
+        r"take a",
     ):
         expect_window(tokens, 11)
     with pytest.raises(ValueError, match="take a shorter --seqlen"):
@@ -696,7 +698,8 @@ def edit(folder: Path, **changed) -> None:
         ),
         (
             lambda d: edit(d, version=2),
-            r"dataset\.json is of version 2, but this program reads version 1; delete the folder and prepare",
+            r"dataset\.json is of version 2, but this program reads version 1; "
+            r"delete the folder and prepare",
         ),
         (
             lambda d: (d / "dataset.json").unlink(),

@@ -1,4 +1,5 @@
-"""Hugging Face's Llama and ours: the same logits on any mesh, files read and written without loss, and clear refusals.
+"""Hugging Face's Llama and ours: the same logits on any mesh, files read and written without loss,
+and clear refusals.
 
 python -m pytest test/apps/gpt/test_gpt_hf.py
 """
@@ -70,18 +71,30 @@ def theirs(config: ModelConfig, weights) -> "transformers.LlamaForCausalLM":
     rope = {"rope_type": "default"}
     if config.rope_factor != 1:
         rope = {
-            "rope_type": "llama3", "factor": config.rope_factor, "low_freq_factor": config.rope_low,
-            "high_freq_factor": config.rope_high, "original_max_position_embeddings": config.rope_original,
-        }  # fmt: skip
+            "rope_type": "llama3",
+            "factor": config.rope_factor,
+            "low_freq_factor": config.rope_low,
+            "high_freq_factor": config.rope_high,
+            "original_max_position_embeddings": config.rope_original,
+        }
     llama = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            vocab_size=config.vocab, hidden_size=config.dim, intermediate_size=config.ffn, num_hidden_layers=config.layers,
-            num_attention_heads=config.heads, num_key_value_heads=config.kv_heads, head_dim=config.head_dim,
-            rms_norm_eps=config.norm_eps, tie_word_embeddings=config.tied, max_position_embeddings=256,
-            rope_parameters={"rope_theta": config.rope_base, **rope}, attn_implementation="eager", bos_token_id=None,
+            vocab_size=config.vocab,
+            hidden_size=config.dim,
+            intermediate_size=config.ffn,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            rms_norm_eps=config.norm_eps,
+            tie_word_embeddings=config.tied,
+            max_position_embeddings=256,
+            rope_parameters={"rope_theta": config.rope_base, **rope},
+            attn_implementation="eager",
+            bos_token_id=None,
             eos_token_id=None,
         )
-    ).eval()  # fmt: skip
+    ).eval()
     state = {
         ("" if name.startswith("lm_head") else "model.") + name: w for name, w in weights.items()
     }
@@ -206,7 +219,7 @@ def all_of(folder: Path):
 @pytest.mark.fast
 @pytest.mark.parametrize("tied", [True, False])
 def test_round_trip_is_bitwise(tied, tmp_path):
-    """transformers' files -> ours -> Hugging Face's again, in the dtype that they have; through both commands."""
+    """transformers' files -> ours -> Hugging Face's again, in their dtype, by both commands."""
     config = replace(MODEL, tied=tied, **SCALED)
     theirs(config, random_weights(config, torch.bfloat16)).save_pretrained(
         tmp_path / "hf", max_shard_size="10KB"
@@ -234,7 +247,7 @@ def test_round_trip_is_bitwise(tied, tmp_path):
 
 
 def save_three(world, config, folder):
-    """A rank of a run that saves after each of three steps; returns the model's parameters at each."""
+    """A rank of a run that saves after each of three steps; returns the parameters at each."""
     mesh = Mesh.make(Shape(cp=2))
     attend = Attend(config, mesh)
     engine = build(config, mesh, attend)

@@ -1,4 +1,5 @@
-"""Generation equals Hugging Face's and recomputation; evaluation equals a direct computation, on any number of ranks.
+"""Generation equals Hugging Face's and recomputation; evaluation equals a direct computation, on
+any number of ranks.
 
 python -m pytest test/apps/gpt/test_gpt_infer.py
 """
@@ -292,7 +293,7 @@ def text(tmp_path_factory):
 
 
 def direct(model, tokens, seqlen, windows, context):
-    """[windows * seqlen]: each token's loss, by whole logits and torch's own cross-entropy and attention."""
+    """[windows * seqlen]: each token's loss, by whole logits and torch's own functions."""
     out = []
     for i in range(windows * seqlen // context):
         rows = tokens.take([i], context)

@@ -1,4 +1,4 @@
-"""The chunked, vocabulary-parallel cross-entropy equals torch's on whole logits, and never holds them.
+"""The chunked, vocabulary-parallel cross-entropy equals torch's, without whole logits.
 
 pytest test/apps/gpt/test_gpt_loss.py
 """

@@ -58,7 +58,8 @@ def test_bytes_equal_closed_forms(algorithm):
         got = [sum(e.sent[f"attention {direction}"].values()) for e in estimates]
         assert sum(got) / 4 == pytest.approx(MODEL.layers * want)
 
-    # each block is gathered in the forward and again in the backward; the rest of the model stays gathered in between
+    # Each block is gathered in the forward and again in the backward; the rest of the model stays
+    # gathered in between.
     total, n = parameters(MODEL).total, shape.world_size
     rest = 2 * MODEL.vocab * MODEL.dim + MODEL.dim
     for e in estimates:
@@ -93,7 +94,7 @@ def test_8b_at_a_million_tokens_on_4096_ranks():
     )
     gib = 2**30
     assert estimate.tokens == 32 * 2**20
-    # shards are padded, and a dimension of 1,024 cannot be cut over 4,096 ranks: rank 0 has a row of it
+    # Shards are padded, and a dimension of 1,024 cannot be cut over 4,096 ranks: rank 0 has a row.
     assert 1 < estimate.memory.parameters / (estimate.parameters * 4 / 4096) < 1.5
     assert (
         estimate.memory.remote_blocks == 2 * 2**20 * 8 * 128 * 2
