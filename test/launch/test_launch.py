@@ -37,11 +37,13 @@ LAUNCHERS = (
     "OMP_NUM_THREADS",
 )
 SRUN = {
-    "SLURM_JOB_ID": "71", "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "7", "SLURM_LOCALID": "1",
-    "SLURM_NODEID": "1", "SLURM_STEP_NODELIST": "n[08-09]", "SLURM_STEP_TASKS_PER_NODE": "4,3",
+    "SLURM_JOB_ID": "71", "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "7",
+    "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_STEP_NODELIST": "n[08-09]",
+    "SLURM_STEP_TASKS_PER_NODE": "4,3",
 }  # fmt: skip
 TORCHRUN = {
-    "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "n1", "MASTER_PORT": "29500",
+    "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "n1", "MASTER_PORT": "29500",
 }  # fmt: skip
 OPENMPI = {
     "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
@@ -222,7 +224,8 @@ def test_ranks_have_their_own_gpu_or_say_why_not(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     local = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for count, want in ((1, 0), (2, 1), (4, 1)):  # 1: the scheduler shows each rank its own
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)  # noqa: B023 - called in this round
+        # called in this round
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)  # noqa: B023
         world = launch.detect(local)
         assert (world.device, world.backend) == (torch.device("cuda", want), "cpu:gloo,cuda:nccl")
         assert launch.detect(local, device="cpu").backend == "gloo"
@@ -424,8 +427,9 @@ def test_without_mpi4py_several_hosts_need_an_address(monkeypatch):
 def step(rank, world, job=0, **extra):
     """The variables that srun sets for a task on one node."""
     return {
-        "SLURM_JOB_ID": str(os.getpid() + job), "SLURM_STEP_ID": "0", "SLURM_PROCID": str(rank), "SLURM_NTASKS": str(world),
-        "SLURM_LOCALID": str(rank), "SLURM_STEP_NODELIST": "n1", "SLURM_STEP_TASKS_PER_NODE": str(world), **extra,
+        "SLURM_JOB_ID": str(os.getpid() + job), "SLURM_STEP_ID": "0", "SLURM_PROCID": str(rank),
+        "SLURM_NTASKS": str(world), "SLURM_LOCALID": str(rank), "SLURM_STEP_NODELIST": "n1",
+        "SLURM_STEP_TASKS_PER_NODE": str(world), **extra,
     }  # fmt: skip
 
 
@@ -555,7 +559,8 @@ def test_thousands_of_hosts_are_not_all_listed():
 @pytest.mark.fast
 @pytest.mark.parametrize(("visible", "local_rank", "want"), [(1, 3, 0), (4, 3, 3)])
 def test_both_habits_bind_the_right_gpu(monkeypatch, visible, local_rank, want):
-    """The scheduler shows each rank one GPU, or all of them: rank 3 of 4 takes the only one, or the fourth."""
+    """The scheduler shows each rank one GPU, or all of them: rank 3 of 4 takes the only one, or the
+    fourth."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     assert launch.bind_device("auto", local_rank, 4, "srun") == torch.device("cuda", want)

@@ -1,4 +1,5 @@
-"""Being told to stop: all ranks heed it at the same place; what is done is kept, and the exit status says to come again.
+"""Stopping early: all ranks stop at the same place; what is done is kept, and the exit
+status says to come again.
 
 python -m pytest test/launch/test_stopping.py
 """
@@ -35,7 +36,7 @@ BENCH = [
 
 
 @pytest.mark.fast
-def test_one_rank_is_told_and_all_stop_at_the_same_place(monkeypatch):
+def test_one_rank_receives_a_signal_and_all_stop_at_the_same_place(monkeypatch):
     """Ranks are threads; the signal's handler is called on one of them between two meetings."""
     world = 3
     watches = [type("OneRank", (stopping.Watch,), {"stop_signal": None})() for _ in range(world)]
@@ -69,18 +70,38 @@ def test_a_rank_that_does_not_come_is_named_as_in_any_other_collective():
     )
 
 
+SIGNALLED_PROGRAM = """
+import os, signal
+from ringx.launch.stopping import Watch
+
+with Watch() as watch:
+    assert watch.stop_signal is None
+assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+with Watch() as watch:
+    os.kill(os.getpid(), signal.SIGUSR1)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    print(watch.stop_signal)
+os.kill(os.getpid(), signal.SIGUSR1)  # the batch script repeats it until the end
+print("still here")
+with Watch() as watch:
+    print(watch.stop_signal)
+    with watch.at_once(False):
+        print("goes on")
+    try:
+        with watch.at_once(True):
+            print("waits")
+    except KeyboardInterrupt:
+        print("does not wait")
+"""
+
+
 def test_signals_are_left_alone_outside():
-    program = (
-        "import os,signal\nfrom ringx.launch.stopping import Watch\n"
-        "with Watch() as w: assert w.stop_signal is None\n"
-        "assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL\n"
-        "with Watch() as w:\n    os.kill(os.getpid(), signal.SIGUSR1); os.kill(os.getpid(), signal.SIGUSR1); print(w.stop_signal)\n"
-        "os.kill(os.getpid(), signal.SIGUSR1); print('still here')\n"  # the batch script repeats it until the end
-        "with Watch() as w:\n    print(w.stop_signal)\n    with w.at_once(False): print('goes on')\n"
-        "    try:\n        with w.at_once(True): print('waits')\n    except KeyboardInterrupt: print('does not wait')\n"
-    )
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT
+        [sys.executable, "-c", SIGNALLED_PROGRAM],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
     )
     assert done.stdout.split("\n")[:-1] == [
         "SIGUSR1",
@@ -99,7 +120,8 @@ def test_signals_are_left_alone_outside():
     ],
 )
 def test_bench_keeps_what_it_has_and_says_to_come_again(tmp_path, number, nproc):
-    """A real process, with and without ranks that it has started itself; told after its first size, before its second."""
+    """A real process, with and without ranks that it has started itself; told after its first size,
+    before its second."""
     command = [
         sys.executable,
         "-m",

@@ -28,9 +28,10 @@ if __name__ == "__main__":
         assert not torch.distributed.is_initialized()
         assert ringx.launch.init() == world
         assert ringx.launch.run(lambda w: w.rank, None) == [world.rank]
-    here = f"{world.local_rank}/{world.local_world} {world.address} {world.port} {world.backend}"
-    sys.stdout.write(
-        f"ok {world.launcher} {world.rank}/{world.world_size} {here} threads {torch.get_num_threads()}\n"
+    sys.stdout.write(  # in one piece, so that lines of several ranks do not mix
+        f"ok {world.launcher} {world.rank}/{world.world_size} "
+        f"{world.local_rank}/{world.local_world} {world.address} {world.port} {world.backend} "
+        f"threads {torch.get_num_threads()}\n"
     )
     sys.stdout.flush()
     if "--with-mpi" in sys.argv:

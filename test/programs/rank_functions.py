@@ -37,7 +37,8 @@ def raise_on(world, culprit):
 
 
 def pass_bool_on(world, culprit):
-    """One rank passes what attention refuses: all ranks raise, but the culprit's own words count."""
+    """One rank passes what attention refuses: all ranks raise, but the culprit's own words
+    count."""
     x = torch.zeros(1, 4, 2, 8)
     return ringx.attention(x.bool() if world.rank == culprit else x, x, x)
 

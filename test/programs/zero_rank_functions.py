@@ -33,7 +33,8 @@ def begin(shape: Shape, engine: str, model=None, **train):
 def train(
     world, shape: Shape, engine: str, model=None, first=0, steps=20, load=None, save=None, **changed
 ):
-    """[(loss, gradient norm, loss after the step) of each step], {name: value} of what a checkpoint would hold."""
+    """[(loss, gradient norm, loss after the step) of each step], {name: value} of what a checkpoint
+    would hold."""
     config, mesh, attend, e = begin(shape, engine, model, **changed)
     c, peers = config.train, world if world.world_size > 1 else None
     if load:

@@ -1,4 +1,5 @@
-"""The testbed is a cluster: nodes with addresses of their own, links that can be shaped and pulled, nodes that crash.
+"""The testbed is a cluster: nodes with addresses of their own, links that can be shaped and pulled,
+nodes that crash.
 
 python -m pytest test/slurm -m slurm
 """
@@ -40,11 +41,24 @@ def test_mistakes_are_named(cluster, words, message):
 
 
 def test_a_shaped_link_carries_so_much_and_no_more(cluster):
-    """10 MB by a bare socket, at 200 Mbit/s: at least 0.4 s; what left the interface is 10 MB and headers."""
-    send = "import socket,time;s=socket.create_connection(('n2',9999));t=time.time();s.sendall(bytes(10**7));s.close()"
+    """10 MB by a bare socket, at 200 Mbit/s: at least 0.4 s; what left the interface is 10 MB and
+    headers."""
+    send = (
+        "import socket\n"
+        "connection = socket.create_connection(('n2', 9999))\n"
+        "connection.sendall(bytes(10**7))\n"
+        "connection.close()\n"
+    )
     take = (
-        "import socket,time;l=socket.create_server(('',9999));print('up',flush=True);c,_=l.accept();t=time.time()\n"
-        "n=0\nwhile b:=c.recv(1<<16):n+=len(b)\nprint(n,time.time()-t,flush=True)"
+        "import socket, time\n"
+        "server = socket.create_server(('', 9999))\n"
+        "print('up', flush=True)\n"
+        "connection, _ = server.accept()\n"
+        "start = time.time()\n"
+        "received = 0\n"
+        "while block := connection.recv(1 << 16):\n"
+        "    received += len(block)\n"
+        "print(received, time.time() - start, flush=True)\n"
     )
     cluster("rate", 200)
     try:

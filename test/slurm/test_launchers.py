@@ -18,7 +18,8 @@ ATTEND = PROGRAMS / "attend.py"
 
 
 def reports(output):
-    """{rank: [launcher, local rank/local world, address, port, backend]} of attend.py's lines, however they were mixed."""
+    """{rank: [launcher, local rank/local world, address, port, backend]} of attend.py's lines,
+    however they were mixed."""
     found = re.findall(r"ok (\w+) (\d+)/(\d+) (\S+) (\S+) (\d+) (\S+) threads (\d+)", output)
     worlds = {f[2] for f in found}
     assert len(found) == len({f[1] for f in found}) == int(worlds.pop()) and not worlds, output

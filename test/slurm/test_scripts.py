@@ -69,14 +69,16 @@ def test_is_bash(file):
 
 @pytest.mark.parametrize("nodes", LISTS)
 def test_setup_dist_vars_says_what_ringx_would(nodes):
-    """For every rank of a step on these nodes, one task more on the first: the same as ringx.launch.environ, which asks Slurm itself."""
+    """For every rank of a step on these nodes, one task more on the first: the same as
+    ringx.launch.environ, which asks Slurm itself."""
     hosts = environ.hosts_of(nodes)
     counts = [2, *[1] * (len(hosts) - 1)]
     tasks = "2" if len(hosts) == 1 else f"2,1(x{len(hosts) - 1})" if len(hosts) > 2 else "2,1"
     for rank, (node, local) in enumerate((n, i) for n, c in enumerate(counts) for i in range(c)):
         slurm = {
-            "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "3", "SLURM_PROCID": str(rank), "SLURM_NTASKS": str(sum(counts)),
-            "SLURM_LOCALID": str(local), "SLURM_NODEID": str(node),
+            "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "3", "SLURM_PROCID": str(rank),
+            "SLURM_NTASKS": str(sum(counts)), "SLURM_LOCALID": str(local),
+            "SLURM_NODEID": str(node),
             "SLURM_STEP_NODELIST": nodes, "SLURM_STEP_TASKS_PER_NODE": tasks,
         }  # fmt: skip
         names = (
@@ -151,7 +153,8 @@ def slurm(tmp_path):
 @pytest.mark.parametrize("folder", [SCRIPT.parent, SCRIPT])
 @pytest.mark.parametrize("name", ["bench", "collectives", "test", "gpt", "vit"])
 def test_batch_scripts_call_what_there_is(slurm, name, folder):
-    """With arguments, from the checkout and from script/: the command that the ranks run is one that its program takes."""
+    """With arguments, from the checkout and from script/: the command that the ranks run is one
+    that its program takes."""
     words = {
         "bench": "ringx1",
         "collectives": "ring",

@@ -1,4 +1,5 @@
-"""ringx submit: what it renders (golden files, written anew where one was deleted), refuses and asks for.
+"""ringx submit: what it renders (golden files, written anew where one was deleted), refuses and
+asks for.
 
 python -m pytest test/slurm/test_submit.py
 """
@@ -94,7 +95,8 @@ def test_golden(name):
 @pytest.mark.fast
 @pytest.mark.parametrize("name", RENDERED)
 def test_a_rendered_script_is_bash_and_its_command_says_what_was_asked_for(name, tmp_path):
-    """The command line reaches Python as it was typed: bash splits it, with a stand-in for job.sh and an array task."""
+    """The command line reaches Python as it was typed: bash splits it, with a stand-in for job.sh
+    and an array task."""
     for job in jobs(*RENDERED[name])[0]:
         lines = submit.render(job).splitlines()
         start = next(i for i, line in enumerate(lines) if line.startswith("ranks "))
@@ -312,7 +314,8 @@ def test_a_refusal_half_way_says_what_was_submitted(capsys, tmp_path, monkeypatc
     fake = tmp_path / "bin/sbatch"
     fake.parent.mkdir()
     fake.write_text(
-        '#!/bin/bash\ncase "$*" in *n1.sbatch) echo 17 ;; *) echo "Invalid partition" >&2; exit 1 ;; esac\n'
+        "#!/bin/bash\n"
+        'case "$*" in *n1.sbatch) echo 17 ;; *) echo "Invalid partition" >&2; exit 1 ;; esac\n'
     )
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{fake.parent}:/usr/bin:/bin")
@@ -327,7 +330,8 @@ def test_a_refusal_half_way_says_what_was_submitted(capsys, tmp_path, monkeypatc
 
 
 def test_least_memory_is_below_what_is_measured(tmp_path):
-    """Peaks of real passes lie above the bound (and the inputs, which a peak does not count), but not far."""
+    """Peaks of real passes lie above the bound (and the inputs, which a peak does not count), but
+    not far."""
     argv = [
         "bench",
         "--nproc",
@@ -430,7 +434,8 @@ def test_a_site_file_that_makes_no_sense(tmp_path, line, says):
 @pytest.mark.fast
 def test_site_facts(tmp_path):
     (tmp_path / "here.sh").write_text(
-        "# Here\n#SITE device cuda  # torch's name\n#SITE memory-per-rank 39.5\n#SITE srun --a=b -c 7\n#SITE limit 4 1:00:00\n"
+        "# Here\n#SITE device cuda  # torch's name\n#SITE memory-per-rank 39.5\n"
+        "#SITE srun --a=b -c 7\n#SITE limit 4 1:00:00\n"
         "#SITE limit 8 2-0\n#SBATCH --partition=x\nexport A=1 # SITE\n"
     )
     here = site.load(tmp_path, "here")

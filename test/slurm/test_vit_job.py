@@ -14,7 +14,8 @@ WORDS = "--steps 4 --global-batch 2 --dim 16 --layers 1 --save-every 2 --no-tens
 
 
 def submit(cluster, folder, script, out, *options, **env):
-    command = f"cd {ROOT} && sbatch --parsable -N2 --ntasks-per-node=1 {' '.join(options)} -o {folder}/%x_%a.log apps/vit/{script}"
+    words = ["--parsable", "-N2", "--ntasks-per-node=1", *options, f"-o {folder}/%x_%a.log"]
+    command = f"cd {ROOT} && sbatch {' '.join(words)} apps/vit/{script}"
     return cluster(
         "exec",
         "bash",

@@ -1,4 +1,5 @@
-"""Measures collectives, then every algorithm, in one process per rank: importing torch takes longer than either.
+"""Measures collectives, then every algorithm, in one process per rank: importing torch takes longer
+than either.
 
 srun -N4 --ntasks-per-node=1 python test/slurm/wire.py FOLDER
 """
