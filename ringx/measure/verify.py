@@ -233,7 +233,7 @@ def _attend(
         deterministic=world.device.type == "cpu",
     )
     out.backward(dout)
-    results = (out.detach(), lse.detach(), q.grad, k.grad, v.grad)
+    results: tuple[Any, ...] = (out.detach(), lse.detach(), q.grad, k.grad, v.grad)
     return dict(zip(NAMES, results, strict=True))
 
 

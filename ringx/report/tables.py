@@ -107,9 +107,9 @@ def read_table(path: Path) -> list[Row]:
         frame = reader(path)
     except (ValueError, OSError) as error:
         raise ValueError(f"{path}: {error}") from error
-    if "labels" in frame:
-        frame["labels"] = frame["labels"].fillna("")
     frame = frame.astype(object).where(frame.notna(), None)
+    if "labels" in frame:  # an empty text is written as nothing
+        frame["labels"] = frame["labels"].where(frame["labels"].notna(), "")
     return frame.to_dict("records")
 
 
