@@ -225,21 +225,29 @@ def floor_of(module: str, floors: dict[str, int]) -> int | None:
 
 def as_text(report: dict[str, Any]) -> str:
     upwards, circles = report["imports"]["upwards"], report["imports"]["circles"]
-    text = "no floors are declared" if upwards is None else str(len(upwards))
-    lines = [f"imports upwards    {text}", *(f"    {pair}" for pair in upwards or [])]
-    lines.append(f"circles            {len(circles)}")
-    lines += [f"    {' <-> '.join(modules)}"[:COLUMNS] for modules in circles]
-    lines.append(f"long lines         {sum(report['long_lines'].values())}")
-    lines += [f"    {room:<20} {n}" for room, n in report["long_lines"].items()]
-    lines.append(f"complex functions  {len(report['complex_functions'])}")
-    lines += [f"    {entry}" for entry in report["complex_functions"]]
+    if upwards is None:
+        lines = ["imports upwards    no floors are declared"]
+    else:
+        lines = section("imports upwards", len(upwards), upwards)
+    lines += section("circles", len(circles), [" <-> ".join(modules) for modules in circles])
+    lines += section("long lines", *by_room(report["long_lines"]))
+    complex_ones = report["complex_functions"]
+    lines += section("complex functions", len(complex_ones), complex_ones)
     lines.append(f"{'':<19}{'nodes a line':>13}{'name length':>13}{'conditionals':>14}")
     for scope, numbers in report["density"].items():
         values = "".join(f"{value:>13}" for value in numbers.values())
         lines.append(f"{scope or 'all':<19}{values}")
-    lines.append(f"lines              {report['total_lines']}")
-    lines += [f"    {room:<20} {n}" for room, n in report["lines"].items()]
+    lines += section("lines", *by_room(report["lines"]))
     return "\n".join(lines)
+
+
+def section(title: str, total: int, entries: list[str]) -> list[str]:
+    return [f"{title:<19}{total}", *(f"    {entry}"[:COLUMNS] for entry in entries)]
+
+
+def by_room(numbers: dict[str, int]) -> tuple[int, list[str]]:
+    """(the sum, a line for each room)"""
+    return sum(numbers.values()), [f"{room:<20} {n}" for room, n in numbers.items()]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Tiles cut into pieces whose bands a kernel can compute."""
 
+from typing import NamedTuple
+
 from ..tiles import Tile
 from .protocol import CausalAlignment
 
@@ -39,17 +41,58 @@ def cut(tile: Tile, alignment: CausalAlignment) -> list[Tile]:
     if k_stop <= diagonal + 1:
         return [Tile(slice(first_row, q_stop), slice(k_start, k_stop))]
     full_row = first_row + k_stop - diagonal
+    corners = _Corners(first_row, full_row, q_stop, k_start, diagonal, k_stop)
     if alignment == "bottom-right":
-        band = Tile(slice(first_row, full_row), slice(k_start, k_stop), None, diagonal - k_start)
-        lower_half = Tile(slice(full_row, q_stop), slice(k_start, k_stop))
-        return [band, lower_half] if full_row < q_stop else [band]
-    pieces = []
-    if k_start < diagonal:
-        pieces.append(Tile(slice(first_row, q_stop), slice(k_start, diagonal)))
+        return _cut_at_full_row(corners)
     if alignment == "top-left":
-        pieces.append(Tile(slice(first_row, q_stop), slice(diagonal, k_stop), None, 0))
-        return pieces
-    pieces.append(Tile(slice(first_row, full_row), slice(diagonal, k_stop), None, 0))
-    if full_row < q_stop:
-        pieces.append(Tile(slice(full_row, q_stop), slice(diagonal, k_stop)))
-    return pieces
+        return _cut_at_diagonal(corners)
+    return _cut_at_both(corners)
+
+
+class _Corners(NamedTuple):
+    """Where the lines of the drawing in ``cut`` lie."""
+
+    first_row: int
+    full_row: int
+    q_stop: int
+    k_start: int
+    diagonal: int
+    k_stop: int
+
+    @property
+    def upper(self) -> slice:
+        return slice(self.first_row, self.full_row)
+
+    @property
+    def lower(self) -> slice:
+        return slice(self.full_row, self.q_stop)
+
+    @property
+    def left(self) -> slice:
+        return slice(self.k_start, self.diagonal)
+
+    @property
+    def right(self) -> slice:
+        return slice(self.diagonal, self.k_stop)
+
+
+def _cut_at_full_row(c: _Corners) -> list[Tile]:
+    keys = slice(c.k_start, c.k_stop)
+    band = Tile(c.upper, keys, None, c.diagonal - c.k_start)
+    return [band, *_if_not_empty(c.lower, keys)]
+
+
+def _cut_at_diagonal(c: _Corners) -> list[Tile]:
+    rows = slice(c.first_row, c.q_stop)
+    return [*_if_not_empty(rows, c.left), Tile(rows, c.right, None, 0)]
+
+
+def _cut_at_both(c: _Corners) -> list[Tile]:
+    left_half = _if_not_empty(slice(c.first_row, c.q_stop), c.left)
+    triangle = Tile(c.upper, c.right, None, 0)
+    return [*left_half, triangle, *_if_not_empty(c.lower, c.right)]
+
+
+def _if_not_empty(q: slice, k: slice) -> list[Tile]:
+    """The rectangle, unless it has no rows or no keys."""
+    return [Tile(q, k)] if q.start < q.stop and k.start < k.stop else []

@@ -20,6 +20,7 @@ from ..checks import DTYPES, integers, sift
 from ..measure import bench_collectives, benchmark
 from ..measure import cases as attention_cases
 from ..merge import acc_dtype
+from ..patterns.registry import ALGORITHMS
 from . import site
 from .batch_script import BatchJob
 from .site import Site
@@ -255,18 +256,29 @@ def _check_memory(
 
 
 def least_memory(case: attention_cases.AttentionCase) -> int:
-    """Bytes that a rank holds at least, at the end of its backward: q, k, v, dout, out and their
-    gradients, the accumulator of dq, and for algorithms that gather all keys and values those."""
-    itemsize = DTYPES[case.dtype].itemsize
-    accumulator_itemsize = acc_dtype(DTYPES[case.dtype]).itemsize
-    row = case.batch * case.head_dim  # elements of one head of one token
-    tokens = case.seqlen // case.world
-    tensors = tokens * row * (4 * case.heads + 4 * case.kv_heads) * itemsize
-    accumulator = tokens * row * case.heads * accumulator_itemsize
-    gathered = 0
-    if case.algorithm == "ringx3":
-        gathered = 2 * (case.seqlen - tokens) * row * case.kv_heads * itemsize
-    return tensors + accumulator + gathered
+    """Bytes that a rank holds at least at one of two moments of its backward.
+
+    While other ranks' blocks are here: q, k, v, dout and out, the accumulated dq, and what the
+    blocks are received into.  At its end: q, k, v, dout and out, the accumulated dq, and the
+    gradients of q, k and v."""
+    dtype = DTYPES[case.dtype]
+    received = ALGORITHMS[case.algorithm].received_bytes(
+        B=case.batch,
+        S=case.seqlen,
+        H=case.heads,
+        Hkv=case.kv_heads,
+        D=case.head_dim,
+        N=case.world,
+        itemsize=dtype.itemsize,
+        causal=case.causal,
+        layout=case.layout,
+        overlap=case.overlap,
+    )
+    head = case.batch * (case.seqlen // case.world) * case.head_dim  # elements of one head
+    q, kv = case.heads * head, 2 * case.kv_heads * head
+    always = (3 * q + kv) * dtype.itemsize + q * acc_dtype(dtype).itemsize
+    gradients = (q + kv) * dtype.itemsize
+    return always + max(int(received.backward), gradients)
 
 
 class _RaisingParser(argparse.ArgumentParser):
