@@ -1,5 +1,8 @@
-"""ringx3 equals full attention; by itself on any number of ranks too: `torchrun --nproc_per_node 4 test/test_ringx3.py`, or
-`srun -n4 python test/test_ringx3.py`."""
+"""ringx3 equals full attention; by itself on any number of ranks, too:
+
+torchrun --nproc_per_node 4 test/test_ringx3.py
+srun -n4 python test/test_ringx3.py
+"""
 
 import pytest
 from helpers import exact

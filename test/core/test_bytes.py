@@ -30,9 +30,11 @@ class C10dBytes(SeesInside):
 
     def _count(self, name: str, args) -> None:
         n = self.world
-        size = lambda x: sum(
-            t.numel() * t.element_size() for t in (x if isinstance(x, (list, tuple)) else [x])
-        )  # noqa: E731
+
+        def size(x) -> int:
+            tensors = x if isinstance(x, (list, tuple)) else [x]
+            return sum(t.numel() * t.element_size() for t in tensors)
+
         if name in ("broadcast_", "reduce_"):
             self.sent[name.strip("_")] += size(args[0]) * (n - 1) / n
         elif name == "allreduce_":

@@ -20,39 +20,89 @@ def good():
 
 
 MISTAKES = {
-    "three dimensions": (dict(q=torch.ones(8, 4, 8)), ValueError, r"q has 3 dimensions \(shape \(8, 4, 8\)\)"),
+    "three dimensions": (
+        dict(q=torch.ones(8, 4, 8)),
+        ValueError,
+        r"q has 3 dimensions \(shape \(8, 4, 8\)\)",
+    ),
     "five dimensions": (dict(v=torch.ones(1, 1, 8, 2, 8)), ValueError, "v has 5 dimensions"),
     "no tensor": (dict(k=[1.0]), TypeError, "k must be a torch.Tensor, not list"),
-    "integers": (dict(q=torch.ones(1, 8, 4, 8, dtype=torch.int64)), TypeError, "q.dtype=torch.int64 is not supported; use"),
+    "integers": (
+        dict(q=torch.ones(1, 8, 4, 8, dtype=torch.int64)),
+        TypeError,
+        "q.dtype=torch.int64 is not supported; use",
+    ),
     "booleans": (dict(k=torch.ones(1, 8, 2, 8, dtype=torch.bool)), TypeError, "k.dtype=torch.bool"),
-    "complex": (dict(v=torch.ones(1, 8, 2, 8, dtype=torch.complex64)), TypeError, "v.dtype=torch.complex64"),
+    "complex": (
+        dict(v=torch.ones(1, 8, 2, 8, dtype=torch.complex64)),
+        TypeError,
+        "v.dtype=torch.complex64",
+    ),
     "fp8": (dict(q=torch.ones(1, 8, 4, 8).to(torch.float8_e4m3fn)), TypeError, "float8"),
-    "mixed dtypes": (dict(k=torch.ones(1, 8, 2, 8).double()), TypeError, "k.dtype=torch.float64 differs from q.dtype="),
-    "mixed devices": (dict(v=torch.ones(1, 8, 2, 8, device="meta")), ValueError, "v is on meta, q on cpu"),
-    "heads": (dict(k=torch.ones(1, 8, 3, 8), v=torch.ones(1, 8, 3, 8)), ValueError, "q has 4 heads, no multiple of the 3"),
+    "mixed dtypes": (
+        dict(k=torch.ones(1, 8, 2, 8).double()),
+        TypeError,
+        "k.dtype=torch.float64 differs from q.dtype=",
+    ),
+    "mixed devices": (
+        dict(v=torch.ones(1, 8, 2, 8, device="meta")),
+        ValueError,
+        "v is on meta, q on cpu",
+    ),
+    "heads": (
+        dict(k=torch.ones(1, 8, 3, 8), v=torch.ones(1, 8, 3, 8)),
+        ValueError,
+        "q has 4 heads, no multiple of the 3",
+    ),
     "k and v heads": (dict(k=torch.ones(1, 8, 4, 8)), ValueError, "k has 4 heads, v has 2"),
     "head size": (dict(k=torch.ones(1, 8, 2, 4)), ValueError, "k has head size 4, q has 8"),
     "batch": (dict(v=torch.ones(2, 8, 2, 8)), ValueError, "v has batch size 2, q has 1"),
-    "length of k": (dict(k=torch.ones(1, 6, 2, 8)), ValueError, "k has local sequence length 6, q has 8"),
-    "odd zigzag": (
-        {n: torch.ones(1, 7, 2, 8) for n in "qkv"}, ValueError, r"21 tokens do not divide into; pass layout=ringx.Sharding\(21, 3,",
+    "length of k": (
+        dict(k=torch.ones(1, 6, 2, 8)),
+        ValueError,
+        "k has local sequence length 6, q has 8",
     ),
-    "empty batch": (dict(q=torch.ones(0, 8, 4, 8)), ValueError, r"q has an empty dimension \(shape \(0, 8, 4, 8\)\)"),
+    "odd zigzag": (
+        {n: torch.ones(1, 7, 2, 8) for n in "qkv"},
+        ValueError,
+        r"21 tokens do not divide into; pass layout=ringx.Sharding\(21, 3,",
+    ),
+    "empty batch": (
+        dict(q=torch.ones(0, 8, 4, 8)),
+        ValueError,
+        r"q has an empty dimension \(shape \(0, 8, 4, 8\)\)",
+    ),
     "no tokens": ({n: torch.ones(1, 0, 2, 8) for n in "qkv"}, ValueError, "empty dimension"),
-    "algorithm": (dict(algorithm="ringX3"), ValueError, "algorithm='ringX3' is unknown. Did you mean 'ringx3'"),
+    "algorithm": (
+        dict(algorithm="ringX3"),
+        ValueError,
+        "algorithm='ringX3' is unknown. Did you mean 'ringx3'",
+    ),
     "layout": (dict(layout="zig-zag"), ValueError, "Did you mean 'zigzag'"),
     "layout's type": (dict(layout=3), TypeError, "layout=3 must be a name"),
     "kernel": (dict(kernel="flash"), ValueError, "kernel='flash' is unknown. Did you mean"),
-    "kernel of another device": (dict(kernel="sdpa_flash"), NotImplementedError, "kernel='sdpa_flash' cannot do this"),
+    "kernel of another device": (
+        dict(kernel="sdpa_flash"),
+        NotImplementedError,
+        "kernel='sdpa_flash' cannot do this",
+    ),
     "infinite scale": (dict(scale=float("inf")), ValueError, "scale=inf must be finite"),
     "nan scale": (dict(scale=float("nan")), ValueError, "scale=nan must be finite"),
     "scale's type": (dict(scale="1"), TypeError, "scale='1' must be a number"),
     "causal's type": (dict(causal=1), TypeError, "causal=1 must be True or False"),
     "overlap's type": (dict(overlap=None), TypeError, "overlap=None"),
     "return_lse's type": (dict(return_lse="yes"), TypeError, "return_lse='yes'"),
-    "sharding of other ranks": (dict(layout=ringx.Sharding(24, 2)), ValueError, "a Sharding for 2 ranks, but the group has 3"),
-    "sharding of other tokens": (dict(layout=ringx.Sharding(27, 3)), ValueError, "gives rank . 9 tokens, but its tensor has 8"),
-}  # fmt: skip
+    "sharding of other ranks": (
+        dict(layout=ringx.Sharding(24, 2)),
+        ValueError,
+        "a Sharding for 2 ranks, but the group has 3",
+    ),
+    "sharding of other tokens": (
+        dict(layout=ringx.Sharding(27, 3)),
+        ValueError,
+        "gives rank . 9 tokens, but its tensor has 8",
+    ),
+}
 
 
 @pytest.mark.parametrize("everyone", [False, True], ids=["one rank", "every rank"])

@@ -219,7 +219,7 @@ def test_large_scores_do_not_overflow():
     p = p._replace(q=p.q * 300)
     want = full_attention(p)
     for algorithm in ALGORITHMS:
-        got = run(3, lambda rank: outputs(rank, p, algorithm=algorithm))[0]  # noqa: B023
+        got = run(3, lambda rank: outputs(rank, p, algorithm=algorithm))[0]
         assert relative(got["out"], want["out"]) < 1e-10
         assert relative(got["lse"], want["lse"]) < 1e-10
 

@@ -7,6 +7,8 @@ NaN; 6 (arguments swallowed): test_errors.py; 8 (a backend's lse): test_kernels.
 labels and positions over cp): test_gpt.py; 11 and 12 concern trainers and scripts.
 """
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -27,7 +29,7 @@ def test_2_no_mask_is_taken_and_ignored(algorithm):
     here, and both are right."""
     p = problem(24)
     for causal in (True, False):
-        got = run(2, lambda rank: outputs(rank, p, algorithm=algorithm, causal=causal))[0]  # noqa: B023
+        got = run(2, lambda rank: outputs(rank, p, algorithm=algorithm, causal=causal))[0]
         assert max(errors(got, full_attention(p, causal=causal)).values()) < 1e-10
         assert errors(got, full_attention(p, causal=not causal))["dk"] > 0.1
 
@@ -67,10 +69,8 @@ def test_7_errors_do_not_grow_with_ranks():
     p = problem(256, dtype=torch.bfloat16, D=32)
     want = full_attention(p)
     for algorithm in ALGORITHMS:
-        one, eight = (
-            errors(run(n, lambda rank: outputs(rank, p, algorithm=algorithm))[0], want)
-            for n in (1, 8)
-        )  # noqa: B023
+        attend = partial(outputs, p=p, algorithm=algorithm)
+        one, eight = (errors(run(n, attend)[0], want) for n in (1, 8))
         for name in ("out", "dq", "dk", "dv"):
             assert eight[name] < 1.5 * one[name], (algorithm, name, eight, one)
 
@@ -94,7 +94,6 @@ def test_13_what_a_reduce_leaves_elsewhere_is_not_used(algorithm, monkeypatch):
     monkeypatch.setattr(ringx.comm.Pending, "wait", wait)
     p = problem(33)
     for overlap in (True, False):
-        got = run(
-            3, lambda rank: outputs(rank, p, algorithm=algorithm, causal=True, overlap=overlap)
-        )[0]  # noqa: B023
+        attend = partial(outputs, p=p, algorithm=algorithm, causal=True, overlap=overlap)
+        got = run(3, attend)[0]
         assert max(errors(got, full_attention(p, causal=True)).values()) < 1e-10
