@@ -29,7 +29,7 @@ def test_2_no_mask_is_taken_and_ignored(algorithm):
     here, and both are right."""
     p = problem(24)
     for causal in (True, False):
-        got = run(2, lambda rank: outputs(rank, p, algorithm=algorithm, causal=causal))[0]
+        got = run(2, partial(outputs, p=p, algorithm=algorithm, causal=causal))[0]
         assert max(errors(got, full_attention(p, causal=causal)).values()) < 1e-10
         assert errors(got, full_attention(p, causal=not causal))["dk"] > 0.1
 
