@@ -33,6 +33,7 @@ lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports
 
 # The whole exactness grid: 1, 2, 3, 4 and 8 ranks, every layout, mask, dtype, head count and size (about an hour on 2 cores).
 grid: $(VENV)/installed
