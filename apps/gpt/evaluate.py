@@ -22,7 +22,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -37,7 +37,7 @@ from apps.common.config import SHORT_DTYPES, TORCH_DTYPES
 from apps.gpt.data.dataset import Tokens, expect_window, open_dataset, shard_rows
 from apps.gpt.data.tokenizer import load_tokenizer
 from apps.gpt.generate import inference_dtype, replaced_attention
-from apps.gpt.huggingface import open_model, open_tokenizer
+from apps.gpt.huggingface import StoredModel, open_model, open_tokenizer
 from apps.gpt.loss import token_losses
 from apps.gpt.model import AttentionFunction, Llama
 from ringx.checks import require_name
@@ -221,28 +221,39 @@ def summarize(means: dict[int, Tensor], windows: int) -> list[Row]:
 def table(rows: list[Row]) -> str:
     """Losses: positions down, contexts across; at most 100 columns."""
     contexts = sorted({row["context"] for row in rows})
-    shown = contexts if len(contexts) <= 6 else [*contexts[:2], *contexts[-4:]]
+    shown = _shown_contexts(contexts)
     row_of = {(row["context"], row["from"], row["to"]): row for row in rows}
     seqlen = contexts[-1]
-
-    def line(label: str, tokens: str, cells: list[str]) -> str:
-        return f"{label:>17}  {tokens:>12}" + "".join(f"{cell:>11}" for cell in cells)
-
     lines = ["Loss (nats per token) of the same tokens, by position and length of the windows"]
-    lines.append(line("positions", "tokens", [f"{context:,}" for context in shown]))
+    lines.append(_table_line("positions", "tokens", [f"{context:,}" for context in shown]))
     for start, end in buckets(seqlen):
         label = f"{start:,}" if end == start + 1 else f"{start:,}-{end - 1:,}"
-        tokens = row_of[seqlen, start, end]["tokens"]
-        losses = [row_of[context, start, end]["loss"] for context in shown]
-        lines.append(line(label, f"{tokens:,}", [f"{loss:.4f}" for loss in losses]))
-    totals = [row_of[context, 0, seqlen] for context in shown]
-    total_tokens = f"{totals[-1]['tokens']:,}"
-    lines.append(line("all", total_tokens, [f"{row['loss']:.4f}" for row in totals]))
-    perplexities = [f"{row['perplexity']:.3f}" for row in totals]
-    lines.append(line("perplexity of all", "", perplexities))
+        of_bucket = [row_of[context, start, end] for context in shown]
+        lines.append(_loss_line(label, of_bucket))
+    of_all = [row_of[context, 0, seqlen] for context in shown]
+    lines.append(_loss_line("all", of_all))
+    perplexities = [f"{row['perplexity']:.3f}" for row in of_all]
+    lines.append(_table_line("perplexity of all", "", perplexities))
     if len(shown) < len(contexts):
         lines.append(f"({len(contexts) - len(shown)} lengths in between: see evaluation.json)")
     return "\n".join(lines)
+
+
+def _shown_contexts(contexts: list[int]) -> list[int]:
+    """At most 6, for which the table has room: the shortest 2 and the longest 4."""
+    if len(contexts) <= 6:
+        return contexts
+    return [*contexts[:2], *contexts[-4:]]
+
+
+def _loss_line(label: str, rows: list[Row]) -> str:
+    """The line of the table for the same tokens in each context; the last row is of seqlen."""
+    tokens = f"{rows[-1]['tokens']:,}"
+    return _table_line(label, tokens, [f"{row['loss']:.4f}" for row in rows])
+
+
+def _table_line(label: str, tokens: str, cells: list[str]) -> str:
+    return f"{label:>17}  {tokens:>12}" + "".join(f"{cell:>11}" for cell in cells)
 
 
 def _draw_perplexity(plt: Any, rows: Sequence[Row]) -> tuple[Any, list[Row]]:
@@ -284,37 +295,31 @@ def _draw_perplexity(plt: Any, rows: Sequence[Row]) -> tuple[Any, list[Row]]:
 # ---- a rank
 
 
+class _Inputs(NamedTuple):
+    """What is evaluated."""
+
+    stored: StoredModel
+    data: str | Path  # the folder of `tokens`, as it was named
+    tokens: Tokens
+    seqlen: int
+    windows: int
+
+
 def work(world: World, options: EvaluateOptions) -> int:
     """One rank's part; returns the process's exit status.  Rank 0 alone writes and prints."""
     is_main_rank = world.rank == 0
     ringx.launch.announce(world)
     try:
-        stored = open_model(options.model, step=options.step, world=world)
-        folder = options.data or stored.data
-        if folder is None:
-            raise ValueError(
-                f"--data is needed: {options.model} holds no prepared text; "
-                "name a folder made by apps/gpt/prepare.py."
-            )
-        tokens = open_dataset(folder, "val")
-        tokens.check_vocab(stored.model.vocab)
-        seqlen = options.seqlen or min(stored.seqlen, tokens.length - 1)
-        windows = options.windows or min(16, max(1, tokens.num_windows(seqlen)))
-        expect_lengths(
-            tokens,
-            seqlen=seqlen,
-            windows=windows,
-            contexts=options.contexts,
-            world_size=world.world_size,
-            layout=options.layout,
-        )
+        inputs = _open_inputs(world, options)
     except ValueError as e:  # raised by all ranks alike: what can only be known here
         if is_main_rank:
             print(f"{PROG}: error: {e}", file=sys.stderr, flush=True)
         return 2
+    stored, tokens = inputs.stored, inputs.tokens
     if is_main_rank and stored.tokenizer and not same_tokenizer(tokens, stored.tokenizer):
         print(
-            f"{PROG}: warning: {folder} was not prepared with the tokenizer of {options.model}.",
+            f"{PROG}: warning: {inputs.data} was not prepared with the tokenizer of "
+            f"{options.model}.",
             file=sys.stderr,
             flush=True,
         )
@@ -324,8 +329,8 @@ def work(world: World, options: EvaluateOptions) -> int:
     means = evaluate(
         model,
         tokens,
-        seqlen=seqlen,
-        windows=windows,
+        seqlen=inputs.seqlen,
+        windows=inputs.windows,
         contexts=options.contexts,
         algorithm=options.algorithm,
         layout=options.layout,
@@ -333,10 +338,10 @@ def work(world: World, options: EvaluateOptions) -> int:
     )
     if not is_main_rank:
         return 0
-    rows = summarize(means, windows)
+    rows = summarize(means, inputs.windows)
     print(
-        f"{stored.folder}: {windows} windows of {seqlen:,} tokens of {tokens.source} "
-        f"({tokens.split}), {world.world_size} rank(s)"
+        f"{stored.folder}: {inputs.windows} windows of {inputs.seqlen:,} tokens of "
+        f"{tokens.source} ({tokens.split}), {world.world_size} rank(s)"
     )
     print(table(rows))
     if options.out:
@@ -345,13 +350,37 @@ def work(world: World, options: EvaluateOptions) -> int:
             "data": {"source": tokens.source, "split": tokens.split, "sha256": tokens.sha256},
             "dtype": str(dtype).removeprefix("torch."),
             "world": world.world_size,
-            "windows": windows,
+            "windows": inputs.windows,
             "loss_unit": "nats per token",
             "rows": rows,
         }
         for line in _write_report(Path(options.out), report):
             print(line)
     return 0
+
+
+def _open_inputs(world: World, options: EvaluateOptions) -> _Inputs:
+    """Opens model and text, and chooses the lengths; ValueError on all ranks alike."""
+    stored = open_model(options.model, step=options.step, world=world)
+    data = options.data or stored.data
+    if data is None:
+        raise ValueError(
+            f"--data is needed: {options.model} holds no prepared text; "
+            "name a folder made by apps/gpt/prepare.py."
+        )
+    tokens = open_dataset(data, "val")
+    tokens.check_vocab(stored.model.vocab)
+    seqlen = options.seqlen or min(stored.seqlen, tokens.length - 1)
+    windows = options.windows or min(16, max(1, tokens.num_windows(seqlen)))
+    expect_lengths(
+        tokens,
+        seqlen=seqlen,
+        windows=windows,
+        contexts=options.contexts,
+        world_size=world.world_size,
+        layout=options.layout,
+    )
+    return _Inputs(stored, data, tokens, seqlen, windows)
 
 
 def same_tokenizer(tokens: Tokens, tokenizer: Path) -> bool:

@@ -61,15 +61,8 @@ class HuggingFaceWeights(StoredWeights):
         folder = Path(folder)
         self._files = {_our_name(name): file for name, file in _tensor_files(folder).items()}
         stored = self._read_shapes_and_dtypes()
-        for name, file in self._files.items():
-            if name not in stored:
-                raise ValueError(
-                    f"{file} lacks {name}, which {SHARD_INDEX} says is in it; "
-                    "download or write it again."
-                )
-        ignored = {name for name in stored if name.endswith("rotary_emb.inv_freq")}
-        if stored and (folder / "config.json").exists() and read_model_config(folder).tied:
-            ignored.add("lm_head.weight")
+        self._expect_complete(stored)
+        ignored = _ignored_tensors(folder, stored)
         parameters = {name: entry for name, entry in stored.items() if name not in ignored}
         super().__init__(folder, parameters)
         if not self._stored:
@@ -87,9 +80,26 @@ class HuggingFaceWeights(StoredWeights):
                         stored[_our_name(name)] = (tuple(tensor.get_shape()), dtype)
         return stored
 
+    def _expect_complete(self, stored: Collection[str]) -> None:
+        """ValueError where a file lacks a tensor that the index says is in it."""
+        for name, file in self._files.items():
+            if name not in stored:
+                raise ValueError(
+                    f"{file} lacks {name}, which {SHARD_INDEX} says is in it; "
+                    "download or write it again."
+                )
+
     def _read(self, name: str) -> Tensor:
         with _open_safetensors(self._files[name]) as f:
             return f.get_tensor(_hf_name(name))
+
+
+def _ignored_tensors(folder: Path, stored: Collection[str]) -> set[str]:
+    """The stored tensors that are no parameters of our model, by our names."""
+    ignored = {name for name in stored if name.endswith("rotary_emb.inv_freq")}
+    if stored and (folder / "config.json").exists() and read_model_config(folder).tied:
+        ignored.add("lm_head.weight")
+    return ignored
 
 
 @dataclass(frozen=True)

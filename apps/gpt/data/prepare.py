@@ -153,14 +153,7 @@ def _settings(
     shard_tokens: int,
 ) -> tuple[dict[str, Any], Path | None]:
     """What decides the tokens besides the inputs, and the tokenizer.json that the user gives."""
-    if not 0 <= val_fraction < 1:
-        raise ValueError(f"val_fraction={val_fraction} must be at least 0 and below 1.")
-    if shard_tokens < 1:
-        raise ValueError(f"shard_tokens={shard_tokens} must be at least 1.")
-    if text_key is not None and all(file.kind == "text" for file in files):
-        raise ValueError(
-            f"text_key={text_key!r} is for JSONL and Parquet, and no input is either; leave it out."
-        )
+    _expect_text_options(files, text_key, val_fraction, shard_tokens)
     settings: dict[str, Any] = {
         "tokenizer": str(tokenizer),
         "eos": eos,
@@ -173,12 +166,7 @@ def _settings(
         return settings, None
     _expect_tokenizers_library(tokenizer)
     if tokenizer == "train":
-        settings["vocab"] = DEFAULT_VOCAB if vocab is None else vocab
-        if settings["vocab"] < 257:
-            raise ValueError(
-                f"vocab={vocab} must be at least 257: each byte and {END_OF_TEXT}; "
-                "or take --tokenizer bytes."
-            )
+        settings["vocab"] = _trained_vocab(vocab)
         return settings, None
     file = Path(tokenizer)
     if file.is_dir():
@@ -186,6 +174,32 @@ def _settings(
     JsonTokenizer(file, eos)  # raises if it cannot be read, or does not say how a text ends
     settings["tokenizer"] = file_digest(file)
     return settings, file
+
+
+def _expect_text_options(
+    files: list[InputFile], text_key: str | None, val_fraction: float, shard_tokens: int
+) -> None:
+    """ValueError for options of reading and cutting the text that make no sense."""
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"val_fraction={val_fraction} must be at least 0 and below 1.")
+    if shard_tokens < 1:
+        raise ValueError(f"shard_tokens={shard_tokens} must be at least 1.")
+    if text_key is not None and all(file.kind == "text" for file in files):
+        raise ValueError(
+            f"text_key={text_key!r} is for JSONL and Parquet, and no input is either; leave it out."
+        )
+
+
+def _trained_vocab(vocab: int | None) -> int:
+    """The most tokens of a tokenizer that is trained; ValueError where bytes would not fit."""
+    if vocab is None:
+        return DEFAULT_VOCAB
+    if vocab < 257:
+        raise ValueError(
+            f"vocab={vocab} must be at least 257: each byte and {END_OF_TEXT}; "
+            "or take --tokenizer bytes."
+        )
+    return vocab
 
 
 def _expect_tokenizer_options(tokenizer: str | Path, vocab: int | None, eos: str | None) -> None:
