@@ -43,21 +43,8 @@ SEEDS = (0, 1, 2)
 PATCHES = (4, 2, 1)
 POINTS = 32 * 64  # of the simulated record
 # Half of the usual training times.
-PARTS = (
-    *("--train-times", "0/560"),
-    *("--val-times", "1120/1360"),
-    *("--test-times", "1360/1600"),
-)
-SMALL = (
-    *("--dim", 64),
-    *("--layers", 2),
-    *("--heads", 2),
-    *("--ffn", 384),
-    *("--leads", 6),
-    *("--base", "damped"),
-    *("--warmup", 20),
-    *PARTS,
-)
+PARTS = "--train-times 0/560 --val-times 1120/1360 --test-times 1360/1600"
+SMALL = f"--dim 64 --layers 2 --heads 2 --ffn 384 --leads 6 --base damped --warmup 20 {PARTS}"
 
 
 def run_module(module: str, *words: object) -> None:
@@ -137,21 +124,22 @@ def study_era5(args: argparse.Namespace) -> None:
             few_maps = predict(args, run, "--save", 2) / "maps"
             copy_figures(few_maps, args.out / "plots/era5")
     leads = sorted({lead for lead, _ in rmse})
+    write_rmse(args.out / "table.md", rmse, leads)
+    write_days(args.out / "days.md", days, leads)
+
+
+def write_rmse(path: Path, rmse: dict[tuple[int, str], list[float]], leads: Sequence[int]) -> None:
+    """Writes the table of the leads: each seed, their median, and the simple forecasts."""
     rows = []
     for lead in leads:
         of_seeds = rmse[lead, "model"]
-        simple = [rmse[lead, name][0] for name in SIMPLE]
-        rows.append(
-            [
-                f"{lead} h",
-                *(f"{x:.3f}" for x in of_seeds),
-                f"**{statistics.median(of_seeds):.3f}**",
-                *(f"{x:.3f}" for x in simple),
-            ]
-        )
+        row = [f"{lead} h"]
+        row += [f"{value:.3f}" for value in of_seeds]
+        row.append(f"**{statistics.median(of_seeds):.3f}**")
+        row += [f"{rmse[lead, name][0]:.3f}" for name in SIMPLE]
+        rows.append(row)
     head = ["RMSE (K)", *(f"seed {seed}" for seed in SEEDS), "median", *SIMPLE]
-    write_table(args.out / "table.md", head, rows)
-    write_days(args.out / "days.md", days, leads)
+    write_table(path, head, rows)
 
 
 def write_days(
@@ -191,9 +179,8 @@ def errors_by_day(run: Path, forecast: Path, data: str) -> list[DayError]:
     samples = Samples(fields, parts["test"], made, leads, (), "valid", base="damped")
     with xr.open_dataset(forecast / "forecasts.nc") as dataset:
         times = dataset.time.values
-        model, truth = (
-            dataset[name].values[:, :, None].astype(float) for name in ("t2m", "t2m_truth")
-        )
+        model = dataset["t2m"].values[:, :, None].astype(float)
+        truth = dataset["t2m_truth"].values[:, :, None].astype(float)
     t0s = np.searchsorted(fields.times, times.astype("datetime64[s]"))
     # A prediction of 0 leaves the damped anomaly as it is.
     damped = samples.to_fields(np.zeros(truth.shape, np.float32), t0s).astype(float)
@@ -203,12 +190,19 @@ def errors_by_day(run: Path, forecast: Path, data: str) -> list[DayError]:
     for day in np.unique(initial_days):
         on_day = initial_days == day
         for i, lead in enumerate(leads):
-            model_rmse, damped_rmse = (
-                float(np.sqrt((np.square(x[on_day, i] - truth[on_day, i]) * weights).mean()))
-                for x in (model, damped)
+            error = DayError(
+                day=str(day),
+                lead=lead,
+                model=rmse_of(model[on_day, i] - truth[on_day, i], weights),
+                damped=rmse_of(damped[on_day, i] - truth[on_day, i], weights),
             )
-            errors.append(DayError(str(day), lead, model_rmse, damped_rmse))
+            errors.append(error)
     return errors
+
+
+def rmse_of(differences: np.ndarray, weights: np.ndarray) -> float:
+    """The root of the weighted mean square; the weights have the mean 1."""
+    return float(np.sqrt((np.square(differences) * weights).mean()))
 
 
 # ---- the simulated record
@@ -216,14 +210,8 @@ def errors_by_day(run: Path, forecast: Path, data: str) -> list[DayError]:
 
 def study_default(args: argparse.Namespace) -> None:
     """One run of a small model on the default record, and forecasts fed with themselves."""
-    words = (
-        *("--patch", 4),
-        *("--leads", "6,24,72"),
-        *("--base", "damped"),
-        *("--warmup", 20),
-        *("--epochs", 8),
-    )
-    run = train(args, "default", *words)
+    flags = "--patch 4 --leads 6,24,72 --base damped --warmup 20 --epochs 8"
+    run = train(args, "default", *flags.split())
     forecast = predict(args, run, "--save", 2, "--rollout", 72)
     copy_figures(forecast / "maps", args.out / "plots/default")
     by_line: dict[tuple[str, int], dict[str, str]] = {}  # by variable and lead, then forecast
@@ -241,7 +229,7 @@ def study_default(args: argparse.Namespace) -> None:
 def study_patches(args: argparse.Namespace) -> None:
     """The same model but for the patch, over as many epochs: the validation loss after each."""
     runs = [
-        train(args, f"p{patch}", *SMALL, "--patch", patch, "--epochs", args.epochs)
+        train(args, f"p{patch}", *SMALL.split(), "--patch", patch, "--epochs", args.epochs)
         for patch in PATCHES
     ]
     plot_runs(runs, args.out / "plots/patches")
@@ -299,16 +287,11 @@ def study_time(args: argparse.Namespace) -> None:
 
 def train_8_steps(args: argparse.Namespace, run: Path, patch: int, algorithm: str) -> None:
     """A run that is only timed."""
-    words = (
-        *("--patch", patch),
-        *("--steps", 8),
-        *("--algorithm", algorithm),
-        *("--val-every", 0),
-        *("--save-every", 0),
-        *("--cp", args.nproc),
-        *("--nproc", args.nproc),
+    flags = (
+        f"{SMALL} --patch {patch} --steps 8 --algorithm {algorithm} --val-every 0 --save-every 0 "
+        f"--cp {args.nproc} --nproc {args.nproc}"
     )
-    run_module("train", *SMALL, *words, "--out", run)
+    run_module("train", *flags.split(), "--out", run)
 
 
 STUDIES = {

@@ -95,10 +95,10 @@ class DataConfig:
     test_times: str = option("", "test times (default: the rest)")
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
+        for declared in dataclasses.fields(self):
+            value = getattr(self, declared.name)
             if not isinstance(value, str):
-                object.__setattr__(self, f.name, _to_text(value))
+                object.__setattr__(self, declared.name, _to_text(value))
         require_known_choices(self)
         _require_hours("leads", self.leads, least=1)
         _require_hours("history", self.history, least=0)
@@ -265,7 +265,7 @@ _300M = Config(
 
 
 def _large(patch: int, cp: int = 0, positions: str = "learned") -> Config:
-    """2.6 billion parameters on 20 channels of half a degree, as the public ancestor trains."""
+    """2.6 billion parameters, on 20 channels at half a degree."""
     return Config(
         name=f"2.6b-p{patch}",
         model=ModelConfig(

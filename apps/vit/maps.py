@@ -393,14 +393,7 @@ def draw_spectra(
     Raises:
         ValueError: there is nothing at this lead, or there are more than 6 variables.
         ImportError: matplotlib is missing."""
-    known = sorted({row.lead_hours for row in rows})
-    if lead not in known:
-        raise ValueError(
-            f"lead={lead} is in none of the spectra, which have {_listed(known)} hours."
-        )
-    shown = [
-        row for row in rows if row.lead_hours == lead and row.wavenumber > 0 and row.energy > 0
-    ]
+    shown = _drawable_spectra(rows, lead)
     variables = _variables(shown)
     units = units or {}
     shortest = float(scores.zonal_wavelength(np.array(max(row.wavenumber for row in shown))))
@@ -408,13 +401,8 @@ def draw_spectra(
     with plt.rc_context(figures.RC):
         fig, panels = _panels(plt, variables, f"Zonal energy spectra, lead {lead} h")
         for variable, ax in panels.items():
-            for forecast in scores.SPECTRA:
-                points = [
-                    (row.wavenumber, row.energy)
-                    for row in shown
-                    if row.variable == variable and row.forecast == forecast
-                ]
-                _plot_line(ax, points, forecast, markevery=0.1)
+            of_variable = [row for row in shown if row.variable == variable]
+            _draw_spectra_of_variable(ax, of_variable)
             ylabel = f"energy{_squared(units.get(variable, ''))}"
             ax.set(xscale="log", yscale="log", xlabel="zonal wavenumber", ylabel=ylabel)
             ax.xaxis.set_major_formatter("{x:g}")
@@ -423,6 +411,24 @@ def draw_spectra(
         _legend(fig, panels.values())
     plt.close(fig)
     return fig
+
+
+def _drawable_spectra(rows: Sequence[SpectrumRow], lead: int) -> list[SpectrumRow]:
+    """The rows of a lead that have a place on logarithmic axes; ValueError if it has no rows."""
+    known = sorted({row.lead_hours for row in rows})
+    if lead not in known:
+        raise ValueError(
+            f"lead={lead} is in none of the spectra, which have {_listed(known)} hours."
+        )
+    of_lead = [row for row in rows if row.lead_hours == lead]
+    return [row for row in of_lead if row.wavenumber > 0 and row.energy > 0]
+
+
+def _draw_spectra_of_variable(ax: Any, rows: Sequence[SpectrumRow]) -> None:
+    """A line each for truth, model and persistence."""
+    for forecast in scores.SPECTRA:
+        points = [(row.wavenumber, row.energy) for row in rows if row.forecast == forecast]
+        _plot_line(ax, points, forecast, markevery=0.1)
 
 
 def _add_wavelengths(ax: Any, shortest: float) -> None:
@@ -460,9 +466,9 @@ def _variables(rows: Sequence[ScoreRow] | Sequence[SpectrumRow]) -> list[str]:
 def _panels(plt: Any, names: Sequence[str], title: str) -> tuple[Any, dict[str, Any]]:
     """A figure, and its axes by name."""
     columns = 2 if len(names) == 4 else min(3, len(names))
-    lines = math.ceil(len(names) / columns)
-    size = (max(figures.WIDTH, 3.6 * columns), 1.0 + 2.9 * lines)
-    fig, grid = plt.subplots(lines, columns, squeeze=False, figsize=size)
+    rows = math.ceil(len(names) / columns)
+    size = (max(figures.WIDTH, 3.6 * columns), 1.0 + 2.9 * rows)
+    fig, grid = plt.subplots(rows, columns, squeeze=False, figsize=size)
     for ax in grid.flat[len(names) :]:
         ax.remove()
     fig.suptitle(title)
@@ -481,9 +487,14 @@ def _plot_line(ax: Any, points: Sequence[tuple[int, float]], forecast: str, **op
 
 def _look(forecast: str) -> dict[str, Any]:
     """Colour, marker and line style of a forecast: the same in all figures, and its own."""
-    k = (*scores.FORECASTS, "truth").index(forecast)
-    colour = "black" if forecast == "truth" else figures.COLOURS[k]
-    return {"color": colour, "marker": figures.MARKERS[k], "ls": STYLES[k], "lw": 1.6, "ms": 5}
+    index = (*scores.FORECASTS, "truth").index(forecast)
+    return {
+        "color": "black" if forecast == "truth" else figures.COLOURS[index],
+        "marker": figures.MARKERS[index],
+        "ls": STYLES[index],
+        "lw": 1.6,
+        "ms": 5,
+    }
 
 
 def _legend(fig: Any, panels: Iterable[Any]) -> None:

@@ -155,10 +155,7 @@ def _predict(world: World, options: PredictOptions) -> None:
         if rank_result.error:
             raise ValueError(rank_result.error)
     if is_main_rank:
-        for rank_result in results[1:]:
-            if rank_result.sums is not None:
-                result_scores.add_sums(rank_result.sums)
-            saved |= rank_result.saved
+        saved = _merge_results(results, result_scores)
         fields = np.stack([saved[int(t0)] for t0 in saved_t0s])
         source = {
             "title": f"Forecasts of {samples.fields.source}",
@@ -166,6 +163,18 @@ def _predict(world: World, options: PredictOptions) -> None:
         }
         dataset = forecast_dataset(samples, saved_t0s, fields, source)
         _write(options, dataset, result_scores, rollout)
+
+
+def _merge_results(
+    results: list[_RankResult], result_scores: ForecastScores
+) -> dict[int, np.ndarray]:
+    """Adds the other ranks' scores to those of rank 0; returns the saved fields of all ranks."""
+    saved = dict(results[0].saved)
+    for rank_result in results[1:]:
+        if rank_result.sums is not None:
+            result_scores.add_sums(rank_result.sums)
+        saved.update(rank_result.saved)
+    return saved
 
 
 def _expect_rollout_history(rollout: int, config: Config) -> None:

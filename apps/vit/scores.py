@@ -95,10 +95,9 @@ class Score:
         climatology = np.asarray(climatology)
         self._expect_fields(forecast, truth, climatology)
         sums = self._parts()[:, lead_index]
-        for f, o, c in zip(forecast, truth, climatology, strict=True):
-            sums += self._of_one_time(
-                f.astype(np.float64), o.astype(np.float64), c.astype(np.float64)
-            )
+        for fields_of_time in zip(forecast, truth, climatology, strict=True):
+            in_float64 = [values.astype(np.float64) for values in fields_of_time]
+            sums += self._of_one_time(*in_float64)
 
     def merge(self, other: "Score") -> None:
         """Adds what `other` has seen.
@@ -167,21 +166,23 @@ class Score:
                 raise ValueError(f"units lack channel {channel!r}; give '' where it has none.")
         rmse, acc, bias, roots = self.rmse, self.acc, self.bias, self.rmse_mean_of_roots
         times = self.times
-        return [
-            ScoreRow(
-                variable=channel,
-                lead_hours=hours,
-                forecast=forecast,
-                rmse=float(rmse[l, c]),
-                acc=float(acc[l, c]),
-                bias=float(bias[l, c]),
-                rmse_mean_of_roots=float(roots[l, c]),
-                units=units[channel],
-                times=int(times[l]),
-            )
-            for c, channel in enumerate(self.channels)
-            for l, hours in enumerate(self.leads)
-        ]
+        rows = []
+        for channel_index, channel in enumerate(self.channels):
+            for lead_index, hours in enumerate(self.leads):
+                index = lead_index, channel_index
+                row = ScoreRow(
+                    variable=channel,
+                    lead_hours=hours,
+                    forecast=forecast,
+                    rmse=float(rmse[index]),
+                    acc=float(acc[index]),
+                    bias=float(bias[index]),
+                    rmse_mean_of_roots=float(roots[index]),
+                    units=units[channel],
+                    times=int(times[lead_index]),
+                )
+                rows.append(row)
+        return rows
 
     def _parts(self) -> np.ndarray:
         """[len(SUMS), L, C]: a view of the sums."""
@@ -196,20 +197,22 @@ class Score:
         with np.errstate(invalid="ignore"):  # 0/0 where nothing was added
             return self._sums_of(name) / self._sums_of("times")
 
-    def _of_one_time(self, f: np.ndarray, o: np.ndarray, c: np.ndarray) -> np.ndarray:
-        """[len(SUMS), C] of forecast, truth and climatology [C, H, W]; changes f and o."""
+    def _of_one_time(
+        self, forecast: np.ndarray, truth: np.ndarray, climatology: np.ndarray
+    ) -> np.ndarray:
+        """[len(SUMS), C] of fields [C, H, W] float64."""
         # Forecasts may not be finite, and 0/0 occurs in the correlation.
         with np.errstate(invalid="ignore", over="ignore"):
-            error = f - o
+            error = forecast - truth
             square = self._average(error**2)
-            f -= c
-            o -= c
-            correlation = self._average(f * o) / np.sqrt(
-                self._average(f * f) * self._average(o * o)
-            )
-            return np.stack(
-                [np.ones(len(f)), square, np.sqrt(square), self._average(error), correlation]
-            )
+            forecast_anomaly = forecast - climatology
+            true_anomaly = truth - climatology
+            covariance = self._average(forecast_anomaly * true_anomaly)
+            forecast_variance = self._average(forecast_anomaly * forecast_anomaly)
+            true_variance = self._average(true_anomaly * true_anomaly)
+            correlation = covariance / np.sqrt(forecast_variance * true_variance)
+            times = np.ones(len(forecast))
+            return np.stack([times, square, np.sqrt(square), self._average(error), correlation])
 
     def _average(self, x: np.ndarray) -> np.ndarray:
         """[C, H, W] -> [C]: the weighted mean over the points."""
@@ -536,13 +539,8 @@ def table(rows: Iterable[ScoreRow], model: str = "model") -> str:
 
     names = [COLUMN_OF.get(column.forecast, column.forecast) + column.margin for column in columns]
     lines = [line("", "", _titles(columns)), line("variable", "lead", names)]
-    by_line: dict[tuple[str, int], dict[str, ScoreRow]] = {}
-    for row in shown:
-        by_line.setdefault((row.variable, row.lead_hours), {})[row.forecast] = row
-    for (variable, hours), by_forecast in by_line.items():
-        errors = [row.rmse for row in by_forecast.values() if not math.isnan(row.rmse)]
-        least = min(errors, default=None)
-        cells = [column.cell(by_forecast.get(column.forecast), least) for column in columns]
+    for (variable, hours), by_forecast in _by_line(shown).items():
+        cells = _cells(columns, by_forecast)
         lines.append(line(labels[variable], f"{hours} h", cells))
     lines.append(
         "* least RMSE; persist.: persistence, climat.: climatology, damped: damped anomaly"
@@ -559,6 +557,21 @@ def _columns(rows: Sequence[ScoreRow], forecasts: Sequence[str]) -> list[_Column
             if not all(math.isnan(value) for value in values):
                 columns.append(_Column(score, forecast))
     return columns
+
+
+def _by_line(rows: Sequence[ScoreRow]) -> dict[tuple[str, int], dict[str, ScoreRow]]:
+    """The rows by variable and lead, and then by forecast."""
+    by_line: dict[tuple[str, int], dict[str, ScoreRow]] = {}
+    for row in rows:
+        by_line.setdefault((row.variable, row.lead_hours), {})[row.forecast] = row
+    return by_line
+
+
+def _cells(columns: Sequence[_Column], by_forecast: dict[str, ScoreRow]) -> list[str]:
+    """The cells of a line of the table, the least RMSE marked."""
+    errors = [row.rmse for row in by_forecast.values() if not math.isnan(row.rmse)]
+    least_rmse = min(errors, default=None)
+    return [column.cell(by_forecast.get(column.forecast), least_rmse) for column in columns]
 
 
 def _titles(columns: Sequence[_Column]) -> list[str]:

@@ -103,9 +103,11 @@ def train(
         t0s = samples.rows(step, global_batch, train_config.seed)
         return sharder.read(samples, t0s[local_rows.start : local_rows.stop])
 
-    def parts(batch: Batch) -> list[tuple]:
-        inputs, targets = (x.split(micro_batch) for x in batch)
-        return [sharder.model_arguments(*part) for part in zip(inputs, targets, strict=True)]
+    def split_into_passes(batch: Batch) -> list[tuple]:
+        """The model's arguments for each pass."""
+        inputs, targets = batch
+        micro_batches = zip(inputs.split(micro_batch), targets.split(micro_batch), strict=True)
+        return [sharder.model_arguments(*arrays) for arrays in micro_batches]
 
     def validate() -> dict[str, float]:
         if val is None:
@@ -117,7 +119,7 @@ def train(
 
     work = StepWork(
         read=read,
-        parts=parts,
+        parts=split_into_passes,
         count=global_batch * model.out_channels * model.height * model.width,
         tokens=global_batch * model.patch_grid().tokens,
         flops=flops_per_token(model),
@@ -365,20 +367,9 @@ def configure(args: argparse.Namespace) -> tuple[RunOptions, Shape | None]:
     Raises:
         ValueError, NotImplementedError: for everything that can be known to be wrong before ranks
             start."""
-    if args.preset and args.config:
-        raise ValueError(
-            "--preset and --config: give one; a YAML file may itself start from a preset."
-        )
-    if args.epochs and args.steps:
-        raise ValueError(f"--epochs {args.epochs} and --steps {args.steps}: give one.")
+    _expect_no_contradiction(args)
     config, shape = command.configure(args, base_config(args))
-    if args.steps:
-        config = replace(config, train=replace(config.train, epochs=0))
-    if config.train.epochs and args.val_every is not None:
-        raise ValueError(
-            f"--val-every {args.val_every}: a run of epochs is validated after each; leave it "
-            f"out, or give --steps."
-        )
+    config = _with_steps_or_epochs(config, args)
     options = RunOptions(
         config=config,
         out=args.out or args.resume or DEFAULT_OUT,
@@ -401,6 +392,31 @@ def configure(args: argparse.Namespace) -> tuple[RunOptions, Shape | None]:
             causal=False,
         )
     return options, shape
+
+
+def _expect_no_contradiction(args: argparse.Namespace) -> None:
+    """ValueError for two flags of which only one may be given."""
+    if args.preset and args.config:
+        raise ValueError(
+            "--preset and --config: give one; a YAML file may itself start from a preset."
+        )
+    if args.epochs and args.steps:
+        raise ValueError(f"--epochs {args.epochs} and --steps {args.steps}: give one.")
+
+
+def _with_steps_or_epochs(config: Config, args: argparse.Namespace) -> Config:
+    """The configuration without its epochs where --steps is given.
+
+    Raises:
+        ValueError: --val-every, with epochs."""
+    if args.steps:
+        config = replace(config, train=replace(config.train, epochs=0))
+    if config.train.epochs and args.val_every is not None:
+        raise ValueError(
+            f"--val-every {args.val_every}: a run of epochs is validated after each; leave it "
+            f"out, or give --steps."
+        )
+    return config
 
 
 def _with_estimated_sizes(config: Config, args: argparse.Namespace) -> Config:

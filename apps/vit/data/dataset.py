@@ -197,18 +197,11 @@ def open_fields(
             or twice, an irregular grid, or differs from the others in grid, channels or units; or
             an argument: a name that is not there."""
     opened = _open_files(find_files(path_or_paths), channel_names)
-    with_times = [file for file in opened if len(file.times)]
-    if not with_times:
-        raise ValueError(
-            f"{opened[0].file}: it has no times; name a file with fields that change in time."
-        )
-    files = sorted(with_times, key=_first_time)
+    files = _files_with_times(opened)
     first = files[0]
     for file in opened:
         _expect_same_grid(first, file)
-    static: dict[str, np.ndarray] = {}
-    for file in opened:
-        static = {**file.statics(), **static}
+    static = _statics(opened)
     repeated = _repeated_statics(files) if variables is None else {}
     selected = _select(first, variables, levels, static)
     channels = [name for name in selected if name not in repeated]
@@ -218,10 +211,8 @@ def open_fields(
         )
     for file in files[1:]:
         _expect_same_channels(first, file, channels)
-    given_mean = given_std = None
-    if isinstance(first, Hdf5File):
-        given_mean = _values_beside(first, "global_means.npy", channels)
-        given_std = _values_beside(first, "global_stds.npy", channels)
+    given_mean = _values_beside(first, "global_means.npy", channels)
+    given_std = _values_beside(first, "global_stds.npy", channels)
     return Fields(files, channels, {**static, **repeated}, given_mean, given_std)
 
 
@@ -235,8 +226,26 @@ def _open_files(paths: list[Path], channel_names: Sequence[str] | None) -> list[
     return [Hdf5File(path, channel_names) if path in hdf5 else XarrayFile(path) for path in paths]
 
 
+def _files_with_times(opened: list[FieldFile]) -> list[FieldFile]:
+    """The files that hold times, earliest first; ValueError if there is none."""
+    with_times = [file for file in opened if len(file.times)]
+    if not with_times:
+        raise ValueError(
+            f"{opened[0].file}: it has no times; name a file with fields that change in time."
+        )
+    return sorted(with_times, key=_first_time)
+
+
 def _first_time(file: FieldFile) -> np.datetime64:
     return file.times[0]
+
+
+def _statics(opened: list[FieldFile]) -> dict[str, np.ndarray]:
+    """[H, W] of each variable without time, from the first file that holds it."""
+    static: dict[str, np.ndarray] = {}
+    for file in opened:
+        static = {**file.statics(), **static}
+    return static
 
 
 def _select(
@@ -246,28 +255,29 @@ def _select(
     static: dict[str, np.ndarray],
 ) -> list[str]:
     """The channels that `variables` and `levels` name, or all."""
-    for name, reason in first.refused.items():
-        if variables is None or name in variables:
-            raise ValueError(f"{first.file}: {name} {reason}, or leave it out with variables.")
+    _expect_not_refused(first, variables)
     if levels is not None:
         _expect_levels(first, levels)
+    if variables is None:
+        return _at_levels(first, list(first.channels), levels)
     selected: list[str] = []
-    for name in first.channels if variables is None else variables:
-        matching = [channel for channel in first.channels if _is_named(first, channel, name)]
-        if not matching:
-            hint = " (it is static: it comes along without being named)" if name in static else ""
-            raise ValueError(
-                f"variables: {name!r} is not a channel of {first.file}{hint}; "
-                f"it has {', '.join(first.channels)}."
-            )
-        at_levels = [channel for channel in matching if _is_at(first, channel, levels)]
-        if not at_levels and variables is not None:
+    for name in variables:
+        matching = _channels_named(first, name, static)
+        at_levels = _at_levels(first, matching, levels)
+        if not at_levels:
             raise ValueError(
                 f"variables: {name!r} is at none of levels={list(levels or ())}; "
                 "leave out one or the other."
             )
         selected += [channel for channel in at_levels if channel not in selected]
     return selected
+
+
+def _expect_not_refused(first: FieldFile, variables: Sequence[str] | None) -> None:
+    """ValueError for a variable that is asked for, but cannot be channels."""
+    for name, reason in first.refused.items():
+        if variables is None or name in variables:
+            raise ValueError(f"{first.file}: {name} {reason}, or leave it out with variables.")
 
 
 def _expect_levels(first: FieldFile, levels: Sequence[float]) -> None:
@@ -278,6 +288,18 @@ def _expect_levels(first: FieldFile, levels: Sequence[float]) -> None:
         raise ValueError(f"levels: {missing[0]:g} hPa is not in {first.file}; it has {text}.")
 
 
+def _channels_named(first: FieldFile, name: str, static: dict[str, np.ndarray]) -> list[str]:
+    """The channels of a name, its own or that of its variable; ValueError if there is none."""
+    matching = [channel for channel in first.channels if _is_named(first, channel, name)]
+    if not matching:
+        hint = " (it is static: it comes along without being named)" if name in static else ""
+        raise ValueError(
+            f"variables: {name!r} is not a channel of {first.file}{hint}; "
+            f"it has {', '.join(first.channels)}."
+        )
+    return matching
+
+
 def _is_named(file: FieldFile, channel: str, name: str) -> bool:
     """Whether `name` is the channel's own name or that of its variable."""
     if name == channel:
@@ -286,10 +308,16 @@ def _is_named(file: FieldFile, channel: str, name: str) -> bool:
     return name == file.channels[channel].variable and name != "fields"
 
 
-def _is_at(file: FieldFile, channel: str, levels: Sequence[float] | None) -> bool:
-    """Whether a channel lies at one of the levels; one without a level does."""
-    hpa = file.channels[channel].hpa
-    return levels is None or hpa is None or hpa in levels
+def _at_levels(file: FieldFile, channels: list[str], levels: Sequence[float] | None) -> list[str]:
+    """Those of the channels that lie at one of the levels, or at none of their own."""
+    if levels is None:
+        return channels
+    at_levels = []
+    for channel in channels:
+        hpa = file.channels[channel].hpa
+        if hpa is None or hpa in levels:
+            at_levels.append(channel)
+    return at_levels
 
 
 def _repeated_statics(files: list[FieldFile]) -> dict[str, np.ndarray]:
@@ -308,13 +336,19 @@ def _repeated_statics(files: list[FieldFile]) -> dict[str, np.ndarray]:
 
 def _expect_same_grid(first: FieldFile, other: FieldFile) -> None:
     for kind in ("lat", "lon"):
-        a, b = getattr(first.grid, kind), getattr(other.grid, kind)
-        if a.shape != b.shape or not np.allclose(a, b, rtol=0, atol=1e-4):
+        expected = getattr(first.grid, kind)
+        values = getattr(other.grid, kind)
+        if values.shape != expected.shape or not np.allclose(expected, values, rtol=0, atol=1e-4):
             raise ValueError(
-                f"{other.file}: its grid differs from that of {first.file} ({kind}: {len(b)} from "
-                f"{b[0]:g} to {b[-1]:g}, not {len(a)} from {a[0]:g} to {a[-1]:g}); "
+                f"{other.file}: its grid differs from that of {first.file} "
+                f"({kind}: {_range_of(values)}, not {_range_of(expected)}); "
                 "bring all files to one grid."
             )
+
+
+def _range_of(values: np.ndarray) -> str:
+    """How many coordinates there are, and from where to where they go."""
+    return f"{len(values)} from {values[0]:g} to {values[-1]:g}"
 
 
 def _expect_same_channels(first: FieldFile, other: FieldFile, channels: list[str]) -> None:
@@ -335,7 +369,11 @@ def _expect_same_channels(first: FieldFile, other: FieldFile, channels: list[str
 
 
 def _values_beside(first: FieldFile, name: str, channels: list[str]) -> np.ndarray | None:
-    """[C] float64 of an .npy file in the record's folder, in stats/ in it, or beside it."""
+    """[C] float64 of an .npy file in the record's folder, in stats/ in it, or beside it.
+
+    Only records in HDF5 have such files."""
+    if not isinstance(first, Hdf5File):
+        return None
     folder = first.file.parent
     places = (folder, folder / "stats", folder.parent, folder.parent / "stats")
     file = next((place / name for place in places if (place / name).is_file()), None)
@@ -360,10 +398,11 @@ def expect_finite(fields: Fields, indices: np.ndarray, values: np.ndarray) -> No
     missing = ~np.isfinite(values)
     if not missing.any():
         return
-    i, c = (int(index) for index in np.argwhere(missing.any((2, 3)))[0])
+    time_index, channel_index = np.argwhere(missing.any((2, 3)))[0]
+    points = missing[time_index, channel_index]
     raise ValueError(
-        f"{fields.source}: channel {fields.channels[c]} is missing (or infinite) at "
-        f"{missing[i, c].sum()} of {missing[i, c].size} points at {fields.times[indices[i]]}; "
+        f"{fields.source}: channel {fields.channels[channel_index]} is missing (or infinite) at "
+        f"{points.sum()} of {points.size} points at {fields.times[indices[time_index]]}; "
         "leave the channel out with --variables, or fill it."
     )
 

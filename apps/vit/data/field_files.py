@@ -288,14 +288,10 @@ class XarrayFile(FieldFile):
     def _add_channels(self, name: str) -> None:
         """Adds the channels of a variable, or the reason why it is none."""
         data = self._handle[name]
-        required = {self._time, self._latitude, self._longitude}
-        if self._time is None or not required <= set(data.dims) or data.dtype.kind not in "fiu":
+        if not self._changes_in_time(data):
             return
-        further = [
-            dimension
-            for dimension in data.dims
-            if dimension not in (*required, self._level) and data.sizes[dimension] > 1
-        ]
+        known = (self._time, self._latitude, self._longitude, self._level)
+        further = [axis for axis in data.dims if axis not in known and data.sizes[axis] > 1]
         if further:
             self.refused[name] = (
                 f"has the further dimension {further[0]} of size {data.sizes[further[0]]}; "
@@ -311,6 +307,11 @@ class XarrayFile(FieldFile):
             whole = round(hpa) == round(hpa, 6)
             channel = f"{name}{round(hpa)}" if whole else f"{name}{hpa:g}"
             self.channels[channel] = Channel(name, i, hpa, units, f"{long_name} at {hpa:g} hPa")
+
+    def _changes_in_time(self, data: Any) -> bool:
+        """Whether a variable holds a number for each time and point."""
+        required = {self._time, self._latitude, self._longitude}
+        return self._time is not None and required <= set(data.dims) and data.dtype.kind in "fiu"
 
     def _levels(self) -> list[float]:
         """The levels in hPa; ValueError if they have no values."""
@@ -387,36 +388,14 @@ class Hdf5File(FieldFile):
 
     def __init__(self, file: Path, names: Sequence[str] | None = None):
         super().__init__(file)
-        datasets = self._handle
-        if "fields" not in datasets or getattr(datasets["fields"], "ndim", 0) != 4:
-            raise ValueError(
-                f"{file}: there is no dataset fields[time, channel, lat, lon] (it has "
-                f"{', '.join(datasets) or 'nothing'}); if this is NetCDF, end its name in .nc."
-            )
-        rows, count, height, width = datasets["fields"].shape
+        rows, count, height, width = self._fields_shape()
         with reading(file):
             latitude = self._first_of(LATITUDE[:2])
             longitude = self._first_of(LONGITUDE[:2])
-            stored = None
-            if "channel" in datasets:
-                stored = [_decoded(name) for name in datasets["channel"][...]]
+            stored_names = self._stored_names()
         self.times = self._find_times(rows)
-        if len(self.times) != rows:
-            raise ValueError(
-                f"{file}: it holds {len(self.times)} times, but fields has {rows}; "
-                "write the file again."
-            )
-        if latitude is None:
-            latitude = 90 - np.arange(height) * 180 / (height - height % 2 or 1)
-        if longitude is None:
-            longitude = np.arange(width) * 360 / width
-        self._set_grid(latitude, longitude)
-        if self.grid.shape != (height, width):
-            raise ValueError(
-                f"{file}: fields are {height} x {width}, but its coordinates {len(latitude)} x "
-                f"{len(longitude)}; write it again."
-            )
-        channel_names = list(names or stored or (f"channel{i}" for i in range(count)))
+        self._set_coordinates(latitude, longitude, height, width)
+        channel_names = list(names or stored_names or (f"channel{i}" for i in range(count)))
         _expect_channel_names(file, channel_names, count)
         self.channels = {
             name: Channel("fields", i, None, "", name) for i, name in enumerate(channel_names)
@@ -427,6 +406,37 @@ class Hdf5File(FieldFile):
 
         return h5py.File(self.file, "r")
 
+    def _fields_shape(self) -> tuple[int, int, int, int]:
+        """(times, channels, H, W) of the dataset; ValueError if there is none."""
+        datasets = self._handle
+        if "fields" not in datasets or getattr(datasets["fields"], "ndim", 0) != 4:
+            raise ValueError(
+                f"{self.file}: there is no dataset fields[time, channel, lat, lon] (it has "
+                f"{', '.join(datasets) or 'nothing'}); if this is NetCDF, end its name in .nc."
+            )
+        return datasets["fields"].shape
+
+    def _stored_names(self) -> list[str] | None:
+        """The names of the channels, if the file holds them."""
+        if "channel" not in self._handle:
+            return None
+        return [_decoded(name) for name in self._handle["channel"][...]]
+
+    def _set_coordinates(
+        self, latitude: np.ndarray | None, longitude: np.ndarray | None, height: int, width: int
+    ) -> None:
+        """Takes the coordinates as stored, or else by the conventions for fields of H x W."""
+        if latitude is None:
+            latitude = 90 - np.arange(height) * 180 / (height - height % 2 or 1)
+        if longitude is None:
+            longitude = np.arange(width) * 360 / width
+        self._set_grid(latitude, longitude)
+        if self.grid.shape != (height, width):
+            raise ValueError(
+                f"{self.file}: fields are {height} x {width}, but its coordinates "
+                f"{len(latitude)} x {len(longitude)}; write it again."
+            )
+
     def _first_of(self, names: Sequence[str]) -> np.ndarray | None:
         """The values of the first of these datasets that is there."""
         for name in names:
@@ -435,11 +445,17 @@ class Hdf5File(FieldFile):
         return None
 
     def _find_times(self, rows: int) -> np.ndarray:
-        """[n] datetime64[s] of the file's dataset, or by the year in its name."""
-        for name in ("time", "valid_time", "timestamp"):
-            if name in self._handle:
-                return self._stored_times(name)
-        return self._times_by_year(rows)
+        """[rows] datetime64[s] of the file's dataset, or by the year in its name."""
+        stored = [name for name in ("time", "valid_time", "timestamp") if name in self._handle]
+        if not stored:
+            return self._times_by_year(rows)
+        times = self._stored_times(stored[0])
+        if len(times) != rows:
+            raise ValueError(
+                f"{self.file}: it holds {len(times)} times, but fields has {rows}; "
+                "write the file again."
+            )
+        return times
 
     def _stored_times(self, name: str) -> np.ndarray:
         with reading(self.file):

@@ -78,11 +78,7 @@ class Samples:
         history: Sequence[int] = (),
         base: str = "persistence",
     ):
-        for name in inputs:
-            if name not in INPUTS:
-                raise ValueError(f"inputs: {name!r} is unknown; known: {', '.join(INPUTS)}.")
-        if where not in WHERE:
-            raise ValueError(f"where={where!r} is unknown; known: {', '.join(WHERE)}.")
+        _expect_known(inputs, where)
         _expect_statistics_of(fields, statistics)
         if "static" in inputs and not fields.static:
             raise ValueError(
@@ -102,10 +98,7 @@ class Samples:
         self._static = np.empty((0, *fields.grid.shape), np.float32)
         if "static" in inputs:
             self._static = _standardised(fields)
-        long_enough = len(fields) * fields.step_hours >= SHORT
-        self.inputs = tuple(
-            name for name in INPUTS if name in inputs and (name != "time_of_year" or long_enough)
-        )
+        self.inputs = _useful_inputs(fields, inputs)
         self.input_names = self._input_names()
         self._inside = np.empty(0, np.int64)  # initial times with where="inside"
         if where == "inside":
@@ -245,10 +238,10 @@ class Samples:
         if self.base == "persistence":
             return now[:, None]
         usual = self._climatology(t0s)
-        forecasts = [
-            damped_anomaly(now, usual, self._climatology(t0s, lead), r)
-            for lead, r in zip(self.leads, self._damping, strict=True)
-        ]
+        forecasts = []
+        for lead, damping in zip(self.leads, self._damping, strict=True):
+            usual_later = self._climatology(t0s, lead)
+            forecasts.append(damped_anomaly(now, usual, usual_later, damping))
         return np.stack(forecasts, 1).astype(np.float32, copy=False)
 
     def _climatology(self, t0s: np.ndarray, hours: int = 0) -> np.ndarray:
@@ -350,17 +343,41 @@ class Samples:
         for hours in self.history:
             names += [f"{channel} since -{hours}h" for channel in channels]
         for name in self.inputs:
-            if name in ("time_of_day", "time_of_year"):
-                names += [f"{name}:sin", f"{name}:cos"]
-            elif name == "latitude":
-                names.append("latitude:sin")
-            elif name == "static":
-                names += [f"static:{field}" for field in self.fields.static]
-            else:
-                for lead in self.leads:
-                    names += [f"climatology:{channel}+{lead}h" for channel in channels]
-                names += [f"climatology:{channel}" for channel in channels]
+            names += self._names_of_input(name)
         return tuple(names)
+
+    def _names_of_input(self, name: str) -> list[str]:
+        """The names of the fields that ``_input`` makes, in its order."""
+        channels = self.fields.channels
+        if name in ("time_of_day", "time_of_year"):
+            return [f"{name}:sin", f"{name}:cos"]
+        if name == "latitude":
+            return ["latitude:sin"]
+        if name == "static":
+            return [f"static:{field}" for field in self.fields.static]
+        assert name == "climatology"
+        names = []
+        for lead in self.leads:
+            names += [f"climatology:{channel}+{lead}h" for channel in channels]
+        names += [f"climatology:{channel}" for channel in channels]
+        return names
+
+
+def _expect_known(inputs: Sequence[str], where: str) -> None:
+    """ValueError for an unknown name."""
+    for name in inputs:
+        if name not in INPUTS:
+            raise ValueError(f"inputs: {name!r} is unknown; known: {', '.join(INPUTS)}.")
+    if where not in WHERE:
+        raise ValueError(f"where={where!r} is unknown; known: {', '.join(WHERE)}.")
+
+
+def _useful_inputs(fields: Fields, inputs: Sequence[str]) -> tuple[str, ...]:
+    """The inputs in the order of INPUTS, without the time of year in a short record."""
+    useful = [name for name in INPUTS if name in inputs]
+    if len(fields) * fields.step_hours < SHORT and "time_of_year" in useful:
+        useful.remove("time_of_year")
+    return tuple(useful)
 
 
 def _expect_statistics_of(fields: Fields, statistics: Statistics) -> None:

@@ -224,8 +224,8 @@ def _scales_and_climate(
             later, earlier = piece.pairs(lag)
             if len(later):
                 change.add(later - earlier)
-        for i, x in enumerate(piece.new, piece.new_start):
-            sums[groups.month[i], groups.slot[i]] += x
+        for time_index, values_of_time in enumerate(piece.new, piece.new_start):
+            sums[groups.month[time_index], groups.slot[time_index]] += values_of_time
         progress(piece.stop)
     climate = sums / groups.counts()[:, :, None, None, None]
     return values, changes, climate.astype(np.float32)
@@ -330,9 +330,10 @@ class _Moments:
         return np.sqrt(self._squares / self.count)
 
 
-def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a / b, and 0 where b is 0."""
-    return np.divide(a, b, out=np.zeros_like(a), where=b > 0)
+def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """The quotient, and 0 where the denominator is 0."""
+    zeros = np.zeros_like(numerator)
+    return np.divide(numerator, denominator, out=zeros, where=denominator > 0)
 
 
 # ---- groups of times
@@ -397,8 +398,8 @@ def _climatology(climate: np.ndarray, slots: np.ndarray, times: np.ndarray) -> n
     if len(climate) == 1:
         return climate[0][slot]
     before, after, weight = _nearest_months(times)
-    w = weight.astype(np.float32)[:, None, None, None]
-    return (1 - w) * climate[before, slot] + w * climate[after, slot]
+    weight = weight.astype(np.float32)[:, None, None, None]
+    return (1 - weight) * climate[before, slot] + weight * climate[after, slot]
 
 
 def _seconds_of_day(times: np.ndarray) -> np.ndarray:
@@ -440,13 +441,13 @@ def _expect_varied(
     fields: Fields, split: Split, mean: np.ndarray, std: np.ndarray, std_change: np.ndarray
 ) -> None:
     """ValueError for a channel that is constant in space and time, or in time."""
-    for c, name in enumerate(fields.channels):
-        if std[c] <= 1e-9 * abs(mean[c]):  # float32 resolves 1e-7
+    for index, name in enumerate(fields.channels):
+        if std[index] <= 1e-9 * abs(mean[index]):  # float32 resolves 1e-7
             raise ValueError(
-                f"channel {name} is {mean[c]:g} everywhere in {split.name}; "
+                f"channel {name} is {mean[index]:g} everywhere in {split.name}; "
                 "leave it out with --variables."
             )
-        if (std_change[:, c] == 0).any():
+        if (std_change[:, index] == 0).any():
             raise ValueError(
                 f"channel {name} does not change in time in {split.name}; "
                 "leave it out with --variables."
