@@ -26,6 +26,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
+Share = Fraction | int  # int where it does not depend on N: files then hold a whole number
+
 
 @dataclass(frozen=True)
 class Collective:
@@ -34,8 +36,8 @@ class Collective:
     name: str  # in records and in what ``comm.traffic`` counts; also the method of Transport
     title: str  # for people and profiles
     operators: tuple[str, ...]  # parts of the names of torch's operators, without underscores
-    sent_share: Callable[[int], Fraction]  # N -> bytes that a rank sends / size
-    bus_factor: Callable[[int], Fraction]  # N -> bus bandwidth / (size / time)
+    sent_share: Callable[[int], Share]  # N -> bytes that a rank sends / size
+    bus_factor: Callable[[int], Share]  # N -> bus bandwidth / (size / time)
     benchmark: str = ""  # its name in ``ringx bench-comm``, where it differs
 
     @property
@@ -44,11 +46,11 @@ class Collective:
 
     def sent(self, world_size: int) -> float:
         """Bytes that a rank sends / size."""
-        return float(self.sent_share(world_size))
+        return _as_number(self.sent_share(world_size))
 
     def bus(self, world_size: int) -> float:
         """Bus bandwidth / (size / time)."""
-        return float(self.bus_factor(world_size))
+        return _as_number(self.bus_factor(world_size))
 
     def size(self, message: int, world_size: int) -> int:
         """The size, of what one rank hands over in bytes."""
@@ -59,15 +61,19 @@ class Collective:
         return float(self.size(message, world_size) * self.sent_share(world_size))
 
 
-def _one(world_size: int) -> Fraction:
-    return Fraction(1)
+def _as_number(share: Share) -> float:
+    return share if isinstance(share, int) else float(share)
 
 
-def _share_of_others(world_size: int) -> Fraction:
+def _one(world_size: int) -> Share:
+    return 1
+
+
+def _share_of_others(world_size: int) -> Share:
     return Fraction(world_size - 1, world_size)
 
 
-def _twice_the_share(world_size: int) -> Fraction:
+def _twice_the_share(world_size: int) -> Share:
     return 2 * _share_of_others(world_size)
 
 

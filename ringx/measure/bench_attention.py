@@ -45,6 +45,7 @@ from .benchmark import (
     parse_labels,
     remaining,
     run_until_stopped,
+    world_of_launcher,
     write_record,
 )
 from .cases import FLOPS_RULE, AttentionCase, add_matrix, plan
@@ -87,9 +88,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _main(args: argparse.Namespace, watch: Watch) -> int:
-    world = None  # None: this process starts the ranks
-    if launch.launched():
-        world = launch.init(device=args.device, timeout=args.timeout)
+    world = world_of_launcher(args)
     is_main_rank = world is None or world.rank == 0
     cases = plan(args, world.world_size if world else None)
     labels = parse_labels(args.label)
@@ -98,16 +97,21 @@ def _main(args: argparse.Namespace, watch: Watch) -> int:
         print(f"{len(cases) - len(todo)} of {len(cases)} cases are there already")
     stop_signal = run_until_stopped(_runs(args, todo, labels), watch, only_waits=world is None)
     if stop_signal:
-        done = sum(records.path_of(args.out, case.id).exists() for case in todo)
+        measured = sum(records.path_of(args.out, case.id).exists() for case in todo)
         if is_main_rank:
-            existing = len(cases) - len(todo) + done
-            _print_interrupted(args.out, existing, len(cases), stop_signal, useless=done == 0)
-        return exit_status(stop_signal, useless=is_main_rank and done == 0)
+            existing = len(cases) - len(todo) + measured
+            _print_interrupted(args.out, existing, len(cases), stop_signal, useless=measured == 0)
+        return exit_status(stop_signal, useless=is_main_rank and measured == 0)
     if is_main_rank:
-        if cases:
-            print(table([records.read(records.path_of(args.out, case.id)) for case in cases]))
-        print(f"{len(cases)} records in {args.out}; `ringx plot {args.out}` draws them")
+        _print_results(args.out, cases)
     return 0
+
+
+def _print_results(out: Path, cases: Sequence[AttentionCase]) -> None:
+    """The last lines of a run that measured all its cases."""
+    if cases:
+        print(table([records.read(records.path_of(out, case.id)) for case in cases]))
+    print(f"{len(cases)} records in {out}; `ringx plot {out}` draws them")
 
 
 def _runs(

@@ -58,6 +58,7 @@ from .benchmark import (
     parse_labels,
     remaining,
     run_until_stopped,
+    world_of_launcher,
     write_record,
 )
 
@@ -264,9 +265,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _main(args: argparse.Namespace, watch: Watch) -> int:
-    world = None  # None: this process starts the ranks
-    if launch.launched():
-        world = launch.init(device=args.device, timeout=args.timeout)
+    world = world_of_launcher(args)
     is_main_rank = world is None or world.rank == 0
     names, faults = examine(args)
     world_sizes = _world_sizes(args, world.world_size if world else None, faults)
@@ -276,17 +275,22 @@ def _main(args: argparse.Namespace, watch: Watch) -> int:
     existing = launch.decide(world, lambda: _count_records(args.out, room))
     runs = [partial(_run, args, world_size, names) for world_size in world_sizes]
     stop_signal = run_until_stopped(runs, watch, only_waits=world is None)
+    if not is_main_rank:
+        return exit_status(stop_signal, useless=False) if stop_signal else 0
     if stop_signal:
-        if is_main_rank:
-            print(
-                f"interrupted by {stop_signal}: what is complete is in {args.out};"
-                " the same command with --resume measures the rest"
-            )
-        useless = is_main_rank and stop_signal != "SIGINT" and _count_records(args.out) == existing
-        return exit_status(stop_signal, useless=useless)
-    if is_main_rank:
-        print(f"records and {machine.FILE} in {args.out}; `ringx plot {args.out}` draws them")
+        return _end_interrupted(args.out, stop_signal, existing)
+    print(f"records and {machine.FILE} in {args.out}; `ringx plot {args.out}` draws them")
     return 0
+
+
+def _end_interrupted(out: Path, stop_signal: str, records_before: int) -> int:
+    """Prints the last line of a run that was told to stop; its exit status."""
+    print(
+        f"interrupted by {stop_signal}: what is complete is in {out};"
+        " the same command with --resume measures the rest"
+    )
+    useless = stop_signal != "SIGINT" and _count_records(out) == records_before
+    return exit_status(stop_signal, useless=useless)
 
 
 def _run(args: argparse.Namespace, world_size: int, names: list[str]) -> str | None:

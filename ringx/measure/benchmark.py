@@ -7,14 +7,23 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from .. import launch
 from ..launch.stopping import AGAIN, Watch
 from . import records
 
 RECORD_BYTES = 2**14  # of a record, at most: what an --out folder must have room for
-CaseT = TypeVar("CaseT")  # a dataclass with an id
+
+
+class Case(Protocol):
+    """A dataclass with an id."""
+
+    @property
+    def id(self) -> str: ...
+
+
+CaseT = TypeVar("CaseT", bound=Case)
 
 
 # ---- options
@@ -80,7 +89,7 @@ def fault_message(faults: Sequence[str]) -> str:
 def remaining(
     out: Path, cases: Sequence[CaseT], resume: bool, labels: dict[str, str]
 ) -> list[CaseT]:
-    """The cases (dataclasses with an id) that `out` does not hold yet.  Broken records are set
+    """The cases that `out` does not hold yet.  Broken records are set
     aside, and their cases are among them.
 
     Raises:
@@ -88,32 +97,37 @@ def remaining(
             measured with other options or labels.
         OSError: `out` cannot hold the records."""
     records.expect_room(out, RECORD_BYTES * max(len(cases), 1))
-    existing = [case for case in cases if records.path_of(out, _id(case)).exists()]
+    existing = [case for case in cases if records.path_of(out, case.id).exists()]
     if existing and not resume:
         raise ValueError(
             f"{out} already holds {len(existing)} of these {len(cases)} cases"
-            f" ({_id(existing[0])}, ...): "
+            f" ({existing[0].id}, ...): "
             "pass --resume to measure only the others, or another --out."
         )
-    done, faults = set(), []
+    measured = _measured_alike(out, existing, labels)
+    return [case for case in cases if case not in measured]
+
+
+def _measured_alike(out: Path, existing: Sequence[CaseT], labels: dict[str, str]) -> set[CaseT]:
+    """The cases whose records are not broken.
+
+    Raises:
+        ValueError: a record was measured with other options or labels."""
+    measured = set()
+    faults = []
     for case in existing:
-        record = _read_or_set_aside(records.path_of(out, _id(case)))
+        record = _read_or_set_aside(records.path_of(out, case.id))
         if record is None:
             continue
+        measured.add(case)
         differences = _differences(record, case, labels)
         if differences:
             faults.append(
-                f"{_id(case)} in {out} was measured with {', '.join(differences)}:"
-                " pass another --out"
+                f"{case.id} in {out} was measured with {', '.join(differences)}: pass another --out"
             )
-        done.add(case)
     if faults:
         raise ValueError(fault_message(faults))
-    return [case for case in cases if case not in done]
-
-
-def _id(case: Any) -> str:
-    return case.id
+    return measured
 
 
 def _read_or_set_aside(path: Path) -> records.Record | None:
@@ -154,7 +168,15 @@ def write_record(out: Path, record: records.Record, subject: str) -> None:
         )
 
 
-# ---- stopping
+# ---- ranks, and stopping
+
+
+def world_of_launcher(args: argparse.Namespace) -> launch.World | None:
+    """This rank's place among those that a launcher started; None where this process is to start
+    the ranks itself."""
+    if not launch.launched():
+        return None
+    return launch.init(device=args.device, timeout=args.timeout)
 
 
 def run_until_stopped(

@@ -385,11 +385,11 @@ def flat_rows(record: Record, given: Mapping[str, Row]) -> list[Row]:
     """The flat rows of a record: one of attention, one for each size of a collective.
 
     given: the columns of each ``Given`` of its kind, by name."""
-    own = _columns(record, OF_KIND[record["kind"]], given)
+    of_kind = _columns(record, OF_KIND[record["kind"]], given)
     common = _columns(record, COMMON, given)
     if record["kind"] == "attention":
-        return [{**own, **common}]
-    return [{**own, **_columns(size, SIZE, given), **common} for size in record["sizes"]]
+        return [{**of_kind, **common}]
+    return [{**of_kind, **_columns(size, SIZE, given), **common} for size in record["sizes"]]
 
 
 def _columns(record: Record, entries: Sequence[Entry], given: Mapping[str, Row]) -> Row:
@@ -423,11 +423,13 @@ def new_record(kind: str, case: Any, measured: Record, run: Record) -> Record:
 
     case: a dataclass with an `id`; measured: the entries that this case has to itself; run: those
     that all cases of the run share (``provenance.of_run``)."""
+    identity = {"date": provenance.now(), "id": case.id}
+    if kind == "collective":  # in files of collectives the id has always come first
+        identity = {"id": case.id, "date": identity["date"]}
     return {
         "schema": SCHEMA,
         "kind": kind,
-        "date": provenance.now(),
-        "id": case.id,
+        **identity,
         "case": asdict(case),
         **measured,
         **run,
@@ -490,16 +492,25 @@ def _attention_faults(record: Record) -> Iterator[str]:
 
 
 def _time_faults(path: str, seconds: Any, reps: int) -> Iterator[str]:
+    phases = seconds if isinstance(seconds, dict) else {}
     for phase in PHASES:
-        times = seconds.get(phase) if isinstance(seconds, dict) else None
-        if not isinstance(times, dict) or any(key not in times for key in STATS):
-            yield f"{path}.{phase} does not hold {', '.join(STATS)}"
-        elif not isinstance(times["raw"], list) or len(times["raw"]) != reps:
-            yield f"{path}.{phase}.raw does not hold {reps} repetitions"
-        elif not all(_positive(value) for value in times["raw"]):
-            yield f"{path}.{phase}.raw holds something other than positive numbers"
-        elif times != stats(times["raw"]):
-            yield f"{path}.{phase} is not the summary of its raw values"
+        fault = _fault_of_statistics(f"{path}.{phase}", phases.get(phase), reps)
+        if fault is not None:
+            yield fault
+
+
+def _fault_of_statistics(path: str, statistics_of_phase: Any, reps: int) -> str | None:
+    """What is wrong with the times of one phase; None if nothing is."""
+    if not isinstance(statistics_of_phase, dict) or not statistics_of_phase.keys() >= set(STATS):
+        return f"{path} does not hold {', '.join(STATS)}"
+    raw = statistics_of_phase["raw"]
+    if not isinstance(raw, list) or len(raw) != reps:
+        return f"{path}.raw does not hold {reps} repetitions"
+    if not all(_positive(seconds) for seconds in raw):
+        return f"{path}.raw holds something other than positive numbers"
+    if statistics_of_phase != stats(raw):
+        return f"{path} is not the summary of its raw values"
+    return None
 
 
 def _rate_faults(path: str, rates: Record) -> Iterator[str]:
@@ -521,9 +532,9 @@ def _byte_faults(path: str, sent: Record) -> Iterator[str]:
 def _size_faults(record: Record) -> Iterator[str]:
     """Faults among the sizes of a collective."""
     for i, size in enumerate(record["sizes"]):
-        wrong = _field_of_wrong_type(size)
-        if wrong is not None:
-            yield f"sizes[{i}].{wrong} is missing or has the wrong type"
+        wrong_field = _field_of_wrong_type(size)
+        if wrong_field is not None:
+            yield f"sizes[{i}].{wrong_field} is missing or has the wrong type"
         elif not all(_positive(size[key]) for key in _POSITIVE_OF_SIZE):
             yield f"sizes[{i}] holds something other than positive numbers"
         elif not size["min"] <= size["median"] <= size["p99"]:
@@ -636,12 +647,12 @@ def read_all(directory: Path) -> tuple[list[Record], list[str]]:
         raise FileNotFoundError(
             f"{directory} is no directory; `ringx bench --out {directory}` writes records there."
         )
-    good, broken = [], []
+    valid, broken = [], []
     for path in sorted(directory.glob("*.json")):
         if path.name in DERIVED_FILES:
             continue
         try:
-            good.append(read(path))
+            valid.append(read(path))
         except (ValueError, OSError) as error:
             broken.append(str(error))
-    return good, broken
+    return valid, broken

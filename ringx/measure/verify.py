@@ -105,7 +105,16 @@ def main(args: argparse.Namespace) -> int:
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.touch()
-    cases = _cases(args, kv_heads, head_dims)
+    results = _verify_all(args, world_sizes, _cases(args, kv_heads, head_dims))
+    if results[0]["rank"] == 0:
+        report(results)
+    return 0 if all(result["ok"] for result in results) else 1
+
+
+def _verify_all(
+    args: argparse.Namespace, world_sizes: Sequence[int | None], cases: list[VerifyCase]
+) -> list[dict[str, Any]]:
+    """The results of the cases on each number of ranks; rank 0 writes them to --json."""
     results: list[dict[str, Any]] = []
     for world_size in world_sizes:
         of_ranks = launch.run(verify_on_rank, world_size, cases, args.kernel, device=args.device)
@@ -113,9 +122,7 @@ def main(args: argparse.Namespace) -> int:
         # After each number of ranks: an interrupted run keeps those.
         if args.json is not None and results[0]["rank"] == 0:
             _write_results(args.json, results)
-    if results[0]["rank"] == 0:
-        report(results)
-    return 0 if all(result["ok"] for result in results) else 1
+    return results
 
 
 def _check_sizes(

@@ -31,7 +31,7 @@ from ..measure.records import Record
 from .tables import collectives_sent, require_pandas, rows_of
 
 TABLES = {"attention": "attention", "collective": "collectives"}  # kind -> name of its table
-Found = tuple[Path, Record]  # a record and its file
+Entry = tuple[Path, Record]  # a record's file, and the record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,40 +53,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     require_pandas()
-    found, broken, copies = gather(args.folders)
+    entries, broken, copies = gather(args.folders)
     for fault in broken:
         print(f"left out: {fault}", file=sys.stderr)
-    if not found:
+    if not entries:
         raise ValueError(
             f"no valid record in {', '.join(map(str, args.folders))};"
             " `ringx bench --out DIR` writes some."
         )
     out = args.out or args.folders[0]
-    records.expect_room(out, 2**16 + 2**12 * len(found))
-    of_collectives = [record for _, record in found if record["kind"] == "collective"]
-    fits = machine.of(of_collectives)["fits"]
-    for kind, name in TABLES.items():
-        _write_table(
-            [entry for entry in found if entry[1]["kind"] == kind], fits=fits, path=out / name
-        )
-    if of_collectives:
-        print(machine.write(out, of_collectives))
-    surroundings = json.dumps(environment([record for _, record in found]), indent=1) + "\n"
-    files.write_text(out / "environment.json", surroundings, replace=True)
-    summary = [f"{len(found)} records"]
-    if copies:
-        summary.append(f"{copies} copies taken once")
-    if broken:
-        summary.append(f"{len(broken)} broken files, named above")
-    print("; ".join(summary))
+    records.expect_room(out, 2**16 + 2**12 * len(entries))
+    _write_all(out, entries)
+    print(_summary(len(entries), copies=copies, broken=len(broken)))
     return 0
 
 
-def _write_table(found: Sequence[Found], *, fits: Sequence[dict[str, Any]], path: Path) -> None:
+def _write_all(out: Path, entries: Sequence[Entry]) -> None:
+    """Writes the tables, the machine file and environment.json; prints a line for each but that."""
+    of_collectives = [record for _, record in entries if record["kind"] == "collective"]
+    fits = machine.of(of_collectives)["fits"]
+    for kind, name in TABLES.items():
+        of_kind = [(path, record) for path, record in entries if record["kind"] == kind]
+        _write_table(of_kind, fits=fits, path=out / name)
+    if of_collectives:
+        print(machine.write(out, of_collectives))
+    surroundings = environment(record for _, record in entries)
+    text = json.dumps(surroundings, indent=1) + "\n"
+    files.write_text(out / "environment.json", text, replace=True)
+
+
+def _summary(number_of_records: int, *, copies: int, broken: int) -> str:
+    parts = [f"{number_of_records} records"]
+    if copies:
+        parts.append(f"{copies} copies taken once")
+    if broken:
+        parts.append(f"{broken} broken files, named above")
+    return "; ".join(parts)
+
+
+def _write_table(entries: Sequence[Entry], *, fits: Sequence[dict[str, Any]], path: Path) -> None:
     """Writes the records of one kind as `path`.parquet and .csv; nothing if there are none."""
-    names = collectives_sent(record for _, record in found if record["kind"] == "attention")
+    names = collectives_sent(record for _, record in entries if record["kind"] == "attention")
     rows = []
-    for source, record in found:
+    for source, record in entries:
         rows += rows_of(record, source, fits, collectives=names)
     if not rows:
         return
@@ -96,49 +105,58 @@ def _write_table(found: Sequence[Found], *, fits: Sequence[dict[str, Any]], path
     print(f"{path}.parquet, .csv: {len(rows)} rows")
 
 
-def gather(folders: Sequence[Path]) -> tuple[list[Found], list[str], int]:
+def gather(folders: Sequence[Path]) -> tuple[list[Entry], list[str], int]:
     """((file, record) of every valid record below the folders, what is wrong with each other JSON
     file, how many records were copies of others).
 
     Raises:
         FileNotFoundError: a folder is not there."""
-    found: dict[str, Found] = {}  # by content
+    entries: dict[str, Entry] = {}  # by content
     broken: list[str] = []
     copies = 0
     for folder in map(Path, folders):
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"{folder} is no directory; `ringx bench --out {folder}` writes records there."
-            )
-        for path in sorted(folder.rglob("*.json")):
-            if path.name in records.DERIVED_FILES or path.name.startswith("."):
-                continue
+        for path in _record_files(folder):
             try:
                 record = records.read(path)
             except (ValueError, OSError) as error:
                 broken.append(str(error))
                 continue
             content = json.dumps(record, sort_keys=True)
-            if content in found:
+            if content in entries:
                 copies += 1
             else:
-                found[content] = (path, record)
+                entries[content] = (path, record)
         for path in sorted(folder.rglob("*.json.broken")):
             broken.append(f"{path}: set aside by a later run")
-    return list(found.values()), list(dict.fromkeys(broken)), copies
+    return list(entries.values()), list(dict.fromkeys(broken)), copies
 
 
-def environment(found: Iterable[Record]) -> dict[str, list[dict[str, Any]]]:
+def _record_files(folder: Path) -> list[Path]:
+    """The JSON files below a folder that should hold a record."""
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} is no directory; `ringx bench --out {folder}` writes records there."
+        )
+    return [
+        path
+        for path in sorted(folder.rglob("*.json"))
+        if path.name not in records.DERIVED_FILES and not path.name.startswith(".")
+    ]
+
+
+def environment(all_records: Iterable[Record]) -> dict[str, list[dict[str, Any]]]:
     """The distinct surroundings of the records, and how many share each."""
     counts: dict[str, dict[str, int]] = {name: {} for name in SURROUNDINGS}
-    for record in found:
+    for record in all_records:
         for name, surroundings in SURROUNDINGS.items():
-            key = json.dumps(surroundings(record), sort_keys=True)
-            counts[name][key] = counts[name].get(key, 0) + 1
-    return {
-        name: [{"records": n, name: json.loads(key)} for key, n in distinct.items()]
-        for name, distinct in counts.items()
-    }
+            text = json.dumps(surroundings(record), sort_keys=True)
+            counts[name][text] = counts[name].get(text, 0) + 1
+    distinct: dict[str, list[dict[str, Any]]] = {}
+    for name, count_of_text in counts.items():
+        distinct[name] = [
+            {"records": count, name: json.loads(text)} for text, count in count_of_text.items()
+        ]
+    return distinct
 
 
 def _versions(record: Record) -> Any:
@@ -170,9 +188,10 @@ def _command(record: Record) -> list[str]:
     """The command, without the folder that its --out is in: that is private."""
     words = record["command"]["argv"]
     shown = []
-    for i, word in enumerate(words):
-        follows_out = i > 0 and words[i - 1] == "--out"
-        shown.append(Path(word).name if follows_out else word)
+    previous = None
+    for word in words:
+        shown.append(Path(word).name if previous == "--out" else word)
+        previous = word
     return shown
 
 

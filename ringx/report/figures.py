@@ -4,6 +4,8 @@ They are drawn from flat rows (``ringx.report.tables``).  Other figures take the
 """
 
 import csv
+import math
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -152,7 +154,7 @@ def _scaling(
 ) -> tuple[Any, list[Row]]:
     fig, axes = _panels(plt, rows, by, title)
     for (value, mask), ax in axes.items():
-        panel = [row for row in rows if row[by] == value and row["mask"] == mask]
+        panel = _selected(rows, **{by: value, "mask": mask})
         ideal = _ideal_by_world(panel)
         if ideal:
             ax.plot(
@@ -175,7 +177,7 @@ def _ideal_by_world(rows: Sequence[Row]) -> dict[int, float]:
     """{number of ranks: seconds that would be ideal}, the median where several are known."""
     ideal = {}
     for world in _values(rows, "world"):
-        seconds = _ideal_seconds(row for row in rows if row["world"] == world)
+        seconds = _ideal_seconds(_selected(rows, world=world))
         if seconds:
             ideal[world] = median(seconds)
     return ideal
@@ -190,7 +192,7 @@ def efficiency(plt: Any, rows: Sequence[Row]) -> tuple[Any, list[Row]]:
     fig, axes = _panels(plt, rows, "seqlen", "Parallel efficiency, forward + backward")
     top = max(105, *(1.05 * row[column] for row in rows))
     for (seqlen, mask), ax in axes.items():
-        panel = [row for row in rows if row["seqlen"] == seqlen and row["mask"] == mask]
+        panel = _selected(rows, seqlen=seqlen, mask=mask)
         ax.axhline(100, color="0.55", ls=DASHES, lw=1.2, zorder=1, label=IDEAL)
         _plot_series(ax, panel, rows, column)
         ax.set(ylim=(0, top), title=f"{mask}, S = {seqlen:,}")
@@ -204,29 +206,34 @@ def efficiency(plt: Any, rows: Sequence[Row]) -> tuple[Any, list[Row]]:
 
 def time_by_algorithm(plt: Any, rows: Sequence[Row]) -> tuple[Any, list[Row]]:
     """Time by algorithm and length, for one N: the most ranks that have a core for each thread."""
-    fitting = [row for row in rows if not row["oversubscribed"]] or rows
-    world = max(row["world"] for row in fitting)
-    shown = [row for row in fitting if row["world"] == world]
-    masks, lengths = _masks(shown), _values(shown, "seqlen")[-PANELS:]
+    shown = _on_most_ranks(rows)
+    masks = _masks(shown)
+    lengths = _values(shown, "seqlen")[-PANELS:]
     names = _series_names(shown)
     width = max(WIDTH, 1.6 + 2.9 * len(lengths))
     height = 1.5 + len(masks) * (0.55 + 0.34 * len(names))
     fig, grid = plt.subplots(
         len(masks), len(lengths), squeeze=False, sharey=True, figsize=(width, height)
     )
-    _title(fig, shown, f"Time by algorithm and sequence length, N = {world}")
-    for mask, axes in zip(masks, grid, strict=True):
-        for seqlen, ax in zip(lengths, axes, strict=True):
-            panel = [row for row in shown if row["mask"] == mask and row["seqlen"] == seqlen]
-            _time_panel(ax, panel, names)
+    _title(fig, shown, f"Time by algorithm and sequence length, N = {shown[0]['world']}")
+    for mask, row_of_axes in zip(masks, grid, strict=True):
+        for seqlen, ax in zip(lengths, row_of_axes, strict=True):
+            _time_panel(ax, _selected(shown, mask=mask, seqlen=seqlen), names)
             ax.set_title(f"{mask}, S = {seqlen:,}")
-            if mask == masks[-1]:
-                ax.set_xlabel("time (ms)")
+    for ax in grid[-1]:
+        ax.set_xlabel("time (ms)")
     grid[0][0].invert_yaxis()
     fig.legend(handles=_time_legend(plt), loc="outside lower center", ncols=_legend_columns(fig))
-    statistics = ("s", "q1_s", "q3_s", "ideal_s")
-    columns = [f"{phase}_{name}" for phase in records.PHASES for name in statistics]
+    columns: list[str] = []
+    for phase in records.PHASES:
+        columns += [f"{phase}_s", f"{phase}_q1_s", f"{phase}_q3_s", f"{phase}_ideal_s"]
     return fig, _csv_rows(shown, *columns)
+
+
+def _on_most_ranks(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the most ranks that have a core for each thread; of the most, if none have."""
+    candidates = [row for row in rows if not row["oversubscribed"]] or rows
+    return _selected(candidates, world=max(row["world"] for row in candidates))
 
 
 def _time_panel(ax: Any, rows: Sequence[Row], names: Sequence[str]) -> None:
@@ -288,7 +295,7 @@ def bytes_sent(plt: Any, rows: Sequence[Row]) -> tuple[Any, list[Row]]:
     if max(row["world"] for row in rows) < 2:
         raise Lacking("one rank sends nothing; it needs records of at least two ranks")
     seqlen = _length_on_most_ranks(rows)
-    rows = [row for row in rows if row["seqlen"] == seqlen]
+    rows = _selected(rows, seqlen=seqlen)
     counted = _counted(rows)
     lines = _closed_form_lines(rows)
     masks = _masks(rows)
@@ -299,9 +306,9 @@ def bytes_sent(plt: Any, rows: Sequence[Row]) -> tuple[Any, list[Row]]:
         fig, rows, f"Bytes that a rank sends, S = {seqlen:,}: counted points on closed-form lines"
     )
     axes = {}
-    for i, mask in enumerate(masks):
-        for j, direction in enumerate(records.DIRECTIONS):
-            ax = axes[i, j] = grid[i][j]
+    for mask, row_of_axes in zip(masks, grid, strict=True):
+        for direction, ax in zip(records.DIRECTIONS, row_of_axes, strict=True):
+            axes[mask, direction] = ax
             _bytes_panel(ax, counted, lines, mask=mask, direction=direction)
             ax.set_title(f"{mask}, {direction}")
             ax.set_ylim(bottom=0)
@@ -314,8 +321,8 @@ def _length_on_most_ranks(rows: Sequence[Row]) -> int:
     """The sequence length that was measured on most numbers of ranks, the longest of these."""
 
     def order(seqlen: int) -> tuple[int, int]:
-        several = {row["world"] for row in rows if row["seqlen"] == seqlen and row["world"] > 1}
-        return len(several), seqlen
+        worlds = {row["world"] for row in _selected(rows, seqlen=seqlen)}
+        return len(worlds - {1}), seqlen
 
     return max(_values(rows, "seqlen"), key=order)
 
@@ -330,9 +337,9 @@ def _counted(rows: Sequence[Row]) -> list[Row]:
 
 def _closed_form_lines(rows: Sequence[Row]) -> list[Row]:
     """What the closed forms give for each series and mask of the rows."""
-    one_of_each = {_series(row, row["mask"]): row for row in rows}.values()
+    representatives = {_series(row, row["mask"]): row for row in rows}
     lines: list[Row] = []
-    for row in one_of_each:
+    for row in representatives.values():
         for world, sent in closed_form(row, rows):
             lines += _bytes_rows(row, "closed form", world, sent)
     return lines
@@ -340,12 +347,13 @@ def _closed_form_lines(rows: Sequence[Row]) -> list[Row]:
 
 def _bytes_rows(row: Row, kind: str, world: int, sent: Sequence[float]) -> list[Row]:
     """A row of the CSV for each direction; sent: bytes forward and backward."""
-    of_one_rank = ("world", "seqlen_per_rank", "oversubscribed")
-    columns = [column for column in records.CASE_COLUMNS if column not in of_one_rank]
+    of_one_world = ("world", "seqlen_per_rank", "oversubscribed")
+    columns = [column for column in records.CASE_COLUMNS if column not in of_one_world]
     columns += records.SETTING_COLUMNS["attention"]
+    shared = {column: row[column] for column in columns}
     return [
         {
-            **{column: row[column] for column in columns},
+            **shared,
             "world": world,
             "direction": direction,
             "kind": kind,
@@ -384,16 +392,11 @@ def closed_form(row: Row, measured: Sequence[Row]) -> list[tuple[int, tuple[floa
 def _bytes_panel(
     ax: Any, counted: Sequence[Row], lines: Sequence[Row], *, mask: str, direction: str
 ) -> None:
+    points_of_panel = _selected(counted, mask=mask, direction=direction)
+    lines_of_panel = _selected(lines, mask=mask, direction=direction)
     for place, name in enumerate(_series_names(counted)):
-
-        def of_series(rows: Sequence[Row], name: str = name) -> list[Row]:
-            return [
-                row
-                for row in rows
-                if _series(row) == name and row["mask"] == mask and row["direction"] == direction
-            ]
-
-        line, points = of_series(lines), of_series(counted)
+        line = [row for row in lines_of_panel if _series(row) == name]
+        points = [row for row in points_of_panel if _series(row) == name]
         if line:
             look = {**_look(line[0], place, counted), "marker": "", "label": None}
             ax.plot(_column(line, "world"), _megabytes(line), **look)
@@ -411,26 +414,32 @@ def _megabytes(rows: Sequence[Row]) -> list[float]:
 def bytes_on_wire(plt: Any, rows: Sequence[Row]) -> tuple[Any, list[Row]]:
     """Bytes on the wire against N: what the interfaces counted, and what the collectives' factors
     make of the closed form."""
-    shown = [row for row in rows if row["wire_bytes"] is not None]
-    if not shown:
-        raise Lacking(
-            "it needs records of ranks on several hosts over gloo, whose interfaces were read"
-        )
-    seqlen = max(row["seqlen"] for row in shown)
-    shown = [row for row in shown if row["seqlen"] == seqlen]
+    shown = _longest_on_wire(rows)
     masks = _masks(shown)
     size = (max(WIDTH, 1.2 + 3.9 * len(masks)), 4.3)
     fig, grid = plt.subplots(1, len(masks), squeeze=False, sharey=True, figsize=size)
+    seqlen = shown[0]["seqlen"]
     title = f"Bytes that left a host (points) over the closed form, S = {seqlen:,}"
     _title(fig, shown, f"{title}\nlines: by each collective's own factor")
-    axes = {(0, j): ax for j, ax in enumerate(grid[0])}
+    axes = {}
     top = 1.05 * max(_over_closed_form(shown, "wire_bytes"))
-    for mask, ax in zip(masks, axes.values(), strict=True):
-        _wire_panel(ax, [row for row in shown if row["mask"] == mask], shown)
+    for mask, ax in zip(masks, grid[0], strict=True):
+        axes[0, mask] = ax
+        _wire_panel(ax, _selected(shown, mask=mask), shown)
         ax.set(ylim=(0.9, top), title=mask)
     _finish(fig, axes, _column(shown, "world"), "bytes on the wire / closed form")
     columns = ("wire_bytes", "forward_bytes_closed_form", "backward_bytes_closed_form")
     return fig, _csv_rows(shown, *columns)
+
+
+def _longest_on_wire(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the longest sequence of which bytes on the wire were counted."""
+    counted = [row for row in rows if row["wire_bytes"] is not None]
+    if not counted:
+        raise Lacking(
+            "it needs records of ranks on several hosts over gloo, whose interfaces were read"
+        )
+    return _selected(counted, seqlen=max(row["seqlen"] for row in counted))
 
 
 def _wire_panel(ax: Any, rows: Sequence[Row], shown: Sequence[Row]) -> None:
@@ -469,24 +478,21 @@ def bus_bandwidth(plt: Any, rows: Sequence[Row]) -> tuple[Any, list[Row]]:
     measured = set(_values(rows, "collective"))
     names = [name for name in BENCHMARKS if name in measured]
     columns = min(len(names), 4)
-    lines = -(-len(names) // columns)
+    lines = math.ceil(len(names) / columns)
     size = (max(WIDTH, 1.0 + 2.7 * columns), 1.5 + 2.5 * lines)
     fig, grid = plt.subplots(lines, columns, squeeze=False, sharex=True, sharey=True, figsize=size)
     fig.suptitle(_bandwidth_title(rows[0]), fontsize=10.5)
-    for i, ax in enumerate(grid.flat):
-        if i >= len(names):
-            ax.set_visible(False)
-            continue
-        _bandwidth_panel(ax, rows, names[i])
-        if i >= len(names) - columns:  # nothing below it
-            ax.set_xlabel("size (bytes)")
-            ax.tick_params(labelbottom=True)
+    used, unused = grid.flat[: len(names)], grid.flat[len(names) :]
+    for name, ax in zip(names, used, strict=True):
+        _bandwidth_panel(ax, rows, name)
+    for ax in used[-columns:]:  # nothing is below these
+        ax.set_xlabel("size (bytes)")
+        ax.tick_params(labelbottom=True)
+    for ax in unused:
+        ax.set_visible(False)
     for row_of_axes in grid:
         row_of_axes[0].set_ylabel("busbw (GB/s)")
-    handles: dict[str, Any] = {}
-    for ax in grid.flat:
-        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-            handles[label] = handle
+    handles = _legend_handles(grid.flat)
     fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
     shown = [
         "collective",
@@ -514,25 +520,25 @@ def _bandwidth_title(row: Row) -> str:
 
 def _bandwidth_panel(ax: Any, rows: Sequence[Row], collective: str) -> None:
     """Points of the medians, of which the fit is, and the fit, for each number of ranks."""
-    for k, world in enumerate(_values(rows, "world")):
-        series = [row for row in rows if row["collective"] == collective and row["world"] == world]
+    for place, world in enumerate(_values(rows, "world")):
+        series = _selected(rows, collective=collective, world=world)
         if not series:
             continue
         first = series[0]
-        colour = COLOURS[k % len(COLOURS)]
-        bus = first["busbw_bytes_per_s"] / first["algbw_bytes_per_s"]
+        colour = COLOURS[place % len(COLOURS)]
+        bus_factor = first["busbw_bytes_per_s"] / first["algbw_bytes_per_s"]
         sizes = _column(series, "bytes")
         ax.plot(
             sizes,
-            [bus * row["bytes"] / row["median_s"] / 1e9 for row in series],
+            [bus_factor * row["bytes"] / row["median_s"] / 1e9 for row in series],
             ls="",
             label=f"N = {world}",
             color=colour,
-            marker=MARKERS[k % len(MARKERS)],
+            marker=MARKERS[place % len(MARKERS)],
             ms=4.5,
         )
         if first["fit_alpha_s"] is not None:
-            fitted = [bus * row["bytes"] / _fitted_seconds(row) / 1e9 for row in series]
+            fitted = [bus_factor * row["bytes"] / _fitted_seconds(row) / 1e9 for row in series]
             ax.plot(sizes, fitted, color=colour, lw=1.2)
     ax.set(xscale="log", yscale="log", title=collective)
     ax.minorticks_off()
@@ -635,11 +641,11 @@ def _look(row: Row, place: int, rows: Sequence[Row]) -> dict[str, Any]:
     place: of the series among those of the figure's `rows`."""
     of_algorithm = [other for other in rows if other["algorithm"] == row["algorithm"]]
     variant = _series_names(of_algorithm).index(_series(row))
-    i = _index(row["algorithm"])
+    index = _index(row["algorithm"])
     shrink = min(place, 5)
     return {
-        "color": COLOURS[i],
-        "marker": MARKERS[i],
+        "color": COLOURS[index],
+        "marker": MARKERS[index],
         "ls": STYLES[variant % len(STYLES)],
         "lw": 3.0 - 0.4 * shrink,
         "ms": 9 - 0.9 * shrink,
@@ -653,16 +659,15 @@ def _finish(fig: Any, axes: dict[tuple[Any, Any], Any], worlds: Iterable[int], y
 
     axes: by (row, column), in order."""
     ticks = sorted(set(worlds))
-    handles: dict[str, Any] = {}
-    last_row, first_column = list(axes)[-1][0], next(iter(axes))[1]
+    places = list(axes)
+    last_row, first_column = places[-1][0], places[0][1]
     for (row, column), ax in axes.items():
         _rank_axis(ax, ticks)
         if row == last_row:
             ax.set_xlabel("ranks N")
         if column == first_column:
             ax.set_ylabel(ylabel)
-        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
+    handles = _legend_handles(axes.values())
     ordered = sorted(handles, key=lambda label: (label == IDEAL, label.startswith("hollow")))
     fig.legend(
         [handles[label] for label in ordered],
@@ -670,6 +675,16 @@ def _finish(fig: Any, axes: dict[tuple[Any, Any], Any], worlds: Iterable[int], y
         loc="outside lower center",
         ncols=_legend_columns(fig),
     )
+
+
+def _legend_handles(axes: Iterable[Any]) -> dict[str, Any]:
+    """{label: what stands for it in the legend} of several axes, each label once."""
+    labelled: dict[str, Any] = {}
+    for ax in axes:
+        handles, labels = ax.get_legend_handles_labels()
+        for handle, label in zip(handles, labels, strict=True):
+            labelled.setdefault(label, handle)
+    return labelled
 
 
 def _legend_columns(fig: Any) -> int:
@@ -719,11 +734,17 @@ def _with_several_ranks(rows: Sequence[Row], by: str, needed: str) -> list[Row]:
     """The rows whose value of `by` was measured on several numbers of ranks."""
     values = set()
     for value in _values(rows, by):
-        if len({row["world"] for row in rows if row[by] == value}) > 1:
+        worlds = _values(_selected(rows, **{by: value}), "world")
+        if len(worlds) > 1:
             values.add(value)
     if not values:
         raise Lacking(f"it needs records of {needed}")
     return [row for row in rows if row[by] in values]
+
+
+def _selected(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+    """The rows that have these values in these columns."""
+    return [row for row in rows if all(row[column] == value for column, value in wanted.items())]
 
 
 def _csv_rows(rows: Sequence[Row], *columns: str) -> list[Row]:
@@ -735,7 +756,7 @@ def _csv_rows(rows: Sequence[Row], *columns: str) -> list[Row]:
 def slug(column: str, value: object) -> str:
     """A value of a column as part of a file's name."""
     prefixes = {"heads": "h", "kv_heads": "kv", "head_dim": "d", "batch": "b", "threads": "t"}
-    text = "".join(c if c.isalnum() else "-" for c in str(value)).strip("-")
+    text = re.sub(r"[\W_]", "-", str(value)).strip("-")
     return prefixes.get(column, "") + text
 
 
