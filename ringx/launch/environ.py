@@ -134,8 +134,7 @@ def _read_port(env: Mapping[str, str]) -> int:
 
 
 def _read_torchrun(env: Mapping[str, str], scheduler: LauncherInfo | None) -> LauncherInfo | None:
-    present = [name for name in ("RANK", "WORLD_SIZE") if name in env]
-    if not present or (scheduler and len(present) == 1):
+    if not _names_a_rank(env, scheduler):
         return None
     world_size = _read_int(env, "WORLD_SIZE", 1)
     rank = _read_int(env, "RANK", 0, world_size)
@@ -146,18 +145,7 @@ def _read_torchrun(env: Mapping[str, str], scheduler: LauncherInfo | None) -> La
     fallback = None
     if scheduler and (scheduler.rank, scheduler.world_size) == (rank, world_size):
         fallback = scheduler
-    address = env.get("MASTER_ADDR", "")
-    if not address and fallback:
-        address = fallback.address
-    if "MASTER_PORT" in env or fallback is None:
-        port = _read_port(env)
-    else:
-        port = fallback.port
-    if not address:
-        raise ValueError(
-            "MASTER_ADDR is not set, though RANK and WORLD_SIZE are; "
-            "set it to the host of rank 0, or use torchrun."
-        )
+    address, port = _read_address(env, fallback)
     if fallback is None and _is_this_host(address):
         fallback = LauncherInfo("", local_rank=rank, local_world=world_size)
     local_rank, local_world = _read_local_rank(env, fallback)
@@ -173,6 +161,32 @@ def _read_torchrun(env: Mapping[str, str], scheduler: LauncherInfo | None) -> La
         port=port,
         job=f"{run_id}/{restart}",
     )
+
+
+def _names_a_rank(env: Mapping[str, str], scheduler: LauncherInfo | None) -> bool:
+    """Do the variables of torchrun name a rank?  Beside a scheduler's one alone does not count."""
+    has_rank = "RANK" in env
+    has_world_size = "WORLD_SIZE" in env
+    if scheduler:
+        return has_rank and has_world_size
+    return has_rank or has_world_size
+
+
+def _read_address(env: Mapping[str, str], fallback: LauncherInfo | None) -> tuple[str, int]:
+    """(address, port) where the ranks find each other."""
+    address = env.get("MASTER_ADDR", "")
+    if fallback and not address:
+        address = fallback.address
+    if fallback and "MASTER_PORT" not in env:
+        port = fallback.port
+    else:
+        port = _read_port(env)
+    if not address:
+        raise ValueError(
+            "MASTER_ADDR is not set, though RANK and WORLD_SIZE are; "
+            "set it to the host of rank 0, or use torchrun."
+        )
+    return address, port
 
 
 def _is_this_host(address: str) -> bool:
@@ -345,8 +359,8 @@ def _expand_brackets(part: str, text: str, name: str) -> list[str]:
     numbers: list[str] = []
     for item in part.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", item)
-        first = match[1] if match else "1"
-        last = (match[2] or match[1]) if match else "0"
+        first, last = match.groups() if match else ("1", "0")  # the latter is refused below
+        last = last or first
         if int(first) > int(last):
             raise ValueError(f"{name}={text!r}: {item!r} is not a number or a rising range.")
         width = len(first)

@@ -187,15 +187,25 @@ def _address_towards(peer: str) -> str:
 
 def _find_interface(world: World, addresses: Sequence[str]) -> str:
     """The network interface that leads to the other ranks; "" where that cannot be told."""
-    local_address = addresses[world.rank]
-    if _is_loopback(local_address) and world.local_world < world.world_size:
-        # this is the host of rank 0, whose own name leads to itself: look towards another host
-        others = [address for address in addresses if address and not _is_loopback(address)]
-        local_address = _address_towards(others[0]) if others else ""
+    local_address = _address_towards_others(world, addresses)
     for name, address in _interface_addresses():
         both_loopback = _is_loopback(address) and _is_loopback(local_address)
         if address == local_address or both_loopback:
             return name
+    return ""
+
+
+def _address_towards_others(world: World, addresses: Sequence[str]) -> str:
+    """The address of this host from which the other ranks are reached; "" if it is not known.
+
+    addresses: of all ranks, those from which they reach rank 0."""
+    local_address = addresses[world.rank]
+    if not _is_loopback(local_address) or world.local_world == world.world_size:
+        return local_address
+    # this is the host of rank 0, whose own name leads to itself: look towards another host
+    for address in addresses:
+        if address and not _is_loopback(address):
+            return _address_towards(address)
     return ""
 
 
@@ -205,7 +215,7 @@ def _is_loopback(address: str) -> bool:
 
 def _interface_addresses() -> list[tuple[str, str]]:
     """(name, IPv4 address) of each interface of this host that has one; [] if this is not Linux."""
-    found: list[tuple[str, str]] = []
+    interfaces: list[tuple[str, str]] = []
     with (
         contextlib.suppress(ImportError, OSError),
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe,
@@ -216,5 +226,5 @@ def _interface_addresses() -> list[tuple[str, str]]:
             with contextlib.suppress(OSError):  # an interface without an address
                 request = struct.pack("256s", name.encode())
                 reply = fcntl.ioctl(probe, SIOCGIFADDR, request)
-                found.append((name, socket.inet_ntoa(reply[20:24])))
-    return found
+                interfaces.append((name, socket.inet_ntoa(reply[20:24])))
+    return interfaces

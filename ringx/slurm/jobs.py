@@ -220,7 +220,7 @@ def _bench_matrix(args: argparse.Namespace, allocation: _Allocation, faults: lis
         sizes.setdefault(case.world, set()).add(case.size)
     return _Matrix(
         command=["bench", *_matrix_words(options, "bench"), *_output_words(args)],
-        number_of_sizes={world_size: len(found) for world_size, found in sizes.items()},
+        number_of_sizes={world_size: len(group) for world_size, group in sizes.items()},
         cases=cases,
     )
 
