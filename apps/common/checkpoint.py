@@ -544,13 +544,7 @@ class _Same(DefaultLoadPlanner):
         saved = self.metadata.state_dict_metadata
         wanted = {key: _kind(value) for key, value in self.state_dict.items()}
         stored = {key: _kind(value) for key, value in saved.items()}
-        faults = [f"{key} is not in it" for key in wanted if key not in stored]
-        faults += [f"{key} is in it, but not asked for" for key in stored if key not in wanted]
-        faults += [
-            f"{key} is {stored[key]} in it, not {kind}"
-            for key, kind in wanted.items()
-            if stored.get(key, kind) != kind
-        ]
+        faults = _differences(wanted, stored)
         if faults:
             more = f"; and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
             raise _Differs(
@@ -560,7 +554,18 @@ class _Same(DefaultLoadPlanner):
         return super().create_local_plan()
 
 
+def _differences(wanted: dict[str, str], stored: dict[str, str]) -> list[str]:
+    """One line about each key of a state ({key: kind}) that is not stored as it is wanted."""
+    faults = [f"{key} is not in it" for key in wanted if key not in stored]
+    faults += [f"{key} is in it, but not asked for" for key in stored if key not in wanted]
+    for key, kind in wanted.items():
+        if key in stored and stored[key] != kind:
+            faults.append(f"{key} is {stored[key]} in it, not {kind}")
+    return faults
+
+
 def _kind(value: Any) -> str:
+    """The dtype and shape of a tensor, or of the metadata of one."""
     if isinstance(value, TensorStorageMetadata):
         return f"{value.properties.dtype} {list(value.size)}"
     if isinstance(value, torch.Tensor):

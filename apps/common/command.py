@@ -78,23 +78,43 @@ def configure(args: argparse.Namespace, base: RunConfig) -> tuple[Any, Shape | N
     config = base
     flags = {name: value for name, value in vars(args).items() if value is not None}
     names_mesh = bool(MESH_FLAGS & set(flags))
-    # Otherwise the mesh is that of --preset or --config, not that of the resumed run.
-    resumes_mesh = bool(args.resume) and not (args.preset or args.config)
+    resumes_mesh = _resumes_mesh(args)
     if resumes_mesh and names_mesh:  # the resumed run's other axes are not meant
         config = _with_free_mesh(config)
     config = config.changed(flags)
-    if args.estimate or args.dry_run:
-        mesh = config.mesh
-        world_size = args.nproc or max(mesh.cp, 1) * max(mesh.tp, 1) * max(mesh.dp, 1)
-    else:
-        # 0: some MPIs do not tell before the ranks have been initialized
-        world_size = ringx.launch.world_size(args.nproc) or 0
-        if resumes_mesh and not names_mesh and world_size and not _fits(config.mesh, world_size):
-            config = _with_free_mesh(config)
-    shape = config.mesh.fit(world_size) if world_size else None
-    if shape:
-        config.expect_fits(shape)
+    world_size = _world_size(args, config.mesh)
+    if resumes_mesh and not names_mesh and not is_estimate(args):
+        config = _with_fitting_mesh(config, world_size)
+    if world_size == 0:
+        return config, None
+    shape = config.mesh.fit(world_size)
+    config.expect_fits(shape)
     return config, shape
+
+
+def is_estimate(args: argparse.Namespace) -> bool:
+    """Whether the command only prints what a step would cost."""
+    return args.estimate or args.dry_run
+
+
+def _resumes_mesh(args: argparse.Namespace) -> bool:
+    """Whether the mesh is the resumed run's, not that of --preset or --config."""
+    return bool(args.resume) and not (args.preset or args.config)
+
+
+def _world_size(args: argparse.Namespace, mesh: MeshConfig) -> int:
+    """The number of ranks; 0 where it is not known yet."""
+    if is_estimate(args):
+        return args.nproc or max(mesh.cp, 1) * max(mesh.tp, 1) * max(mesh.dp, 1)
+    # Some MPIs do not tell before the ranks have been initialized.
+    return ringx.launch.world_size(args.nproc) or 0
+
+
+def _with_fitting_mesh(config: Any, world_size: int) -> Any:
+    """With a mesh that takes what the ranks leave, if its own does not fit them."""
+    if world_size and not _fits(config.mesh, world_size):
+        return _with_free_mesh(config)
+    return config
 
 
 def _with_free_mesh(config: Any) -> Any:
@@ -230,7 +250,7 @@ def main(
 
     def configure_or_estimate(args: argparse.Namespace) -> RunOptions | None:
         options, shape = to_options(args)
-        if not (args.estimate or args.dry_run):
+        if not is_estimate(args):
             return options
         assert shape is not None
         if args.dry_run:

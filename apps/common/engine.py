@@ -74,9 +74,7 @@ class Engine:
                     param_dtype=dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
                 )
                 self._autocast = None
-            for block in blocks:
-                fully_shard(block, mesh=mesh.shard_mesh, mp_policy=policy)
-            fully_shard(model, mesh=mesh.shard_mesh, mp_policy=policy)
+            self._shard(blocks, policy)
         with allocating or contextlib.nullcontext():
             model.to_empty(device=self.device)
             if weights is not None:
@@ -88,6 +86,12 @@ class Engine:
                     model, process_group=mesh.data, init_sync=False
                 )
         self.optimizer = make_optimizer(list(model.parameters()))
+
+    def _shard(self, blocks: Iterable[nn.Module], policy: MixedPrecisionPolicy) -> None:
+        """Has FSDP2 shard the parameters of each block, and then those outside all blocks."""
+        for block in blocks:
+            fully_shard(block, mesh=self.mesh.shard_mesh, mp_policy=policy)
+        fully_shard(self.module, mesh=self.mesh.shard_mesh, mp_policy=policy)
 
     def __call__(self, *args: Any) -> torch.Tensor:
         if self._autocast:
@@ -150,8 +154,9 @@ def fill_parameters(model: nn.Module, weights: Callable[[str, torch.Size], torch
             shape, offset = compute_local_shape_and_global_offset(
                 p.shape, p.device_mesh, p.placements
             )
-            part = tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))
-            full = full[part]
-            p.to_local().copy_(full)
+            part = tuple(
+                slice(start, start + size) for start, size in zip(offset, shape, strict=True)
+            )
+            p.to_local().copy_(full[part])
         else:
             p.copy_(full)

@@ -352,12 +352,13 @@ class _StepRecorder(Lifetimes):
             output_first = in_place and collective.name in OUTPUT_BEFORE_INPUT
             message = args[1] if output_first else args[0]
             self._count(collective, group, _sent_bytes(collective, group, message, args))
+        if not in_place:
+            return
         if self.stage.startswith("attention"):
-            if in_place and _receives(collective, operator, group, args):
+            if _receives(collective, operator, group, args):
                 self._see_received(_tensors(args[0]))
-        elif in_place and collective.name == "all_gather":
-            for tensor in _tensors(args[0]):
-                self.gathered.add(self.account(tensor.untyped_storage(), new=False).serial)
+        elif collective.name == "all_gather":
+            self._see_gathered(_tensors(args[0]))
 
     def _count(self, collective: Collective, group: ProcessGroup, sent: float) -> None:
         purpose = self.stage
@@ -366,6 +367,11 @@ class _StepRecorder(Lifetimes):
         if not purpose:
             purpose = "parameters" if collective.name == "all_gather" else "gradients"
         self.sent.setdefault(purpose, Counter())[collective.name] += sent  # type: ignore[assignment]
+
+    def _see_gathered(self, tensors: list[torch.Tensor]) -> None:
+        """Remembers what FSDP2 gathers parameters into."""
+        for tensor in tensors:
+            self.gathered.add(self.account(tensor.untyped_storage(), new=False).serial)
 
     def _see_received(self, tensors: list[torch.Tensor]) -> None:
         """Adds up how much memory received blocks take now."""

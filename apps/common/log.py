@@ -86,6 +86,22 @@ class Metrics:
 
         Raises:
             ValueError: a name is missing, or the step is not after the last one."""
+        self._expect_next(record)
+        step = record["step"]
+        self._next = step + 1
+        if self._file is None:
+            return
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        numbers = _numbers(record)
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+
+    def _expect_next(self, record: Record) -> None:
+        """ValueError where a name is missing, or the step is not after the last one."""
         missing = [name for name in NEEDED if name not in record]
         if missing:
             raise ValueError(f"record={record!r} lacks {', '.join(missing)}.")
@@ -95,21 +111,6 @@ class Metrics:
                 f"step={step} was written already or lies before start_step; "
                 f"the next is {self._next}."
             )
-        self._next = step + 1
-        if self._file is None:
-            return
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        numbers = {
-            name: value
-            for name, value in record.items()
-            if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool)
-        }
-        if self._tensorboard is not None:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log(numbers, step=step)
 
     def close(self, failed: bool = False) -> None:
         """Finishes all files; may be called twice.  `failed` is for W&B, which marks the run so."""
@@ -126,6 +127,16 @@ class Metrics:
 
     def __exit__(self, kind: object, *_: object) -> None:
         self.close(failed=kind is not None)
+
+
+def _numbers(record: Record) -> dict[str, float]:
+    """What TensorBoard and W&B show of a record."""
+    numbers = {}
+    for name, value in record.items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number and name != "step":
+            numbers[name] = value
+    return numbers
 
 
 def expect_loggers(tensorboard: bool | str = "auto", wandb: str | None = None) -> None:

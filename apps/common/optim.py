@@ -145,39 +145,48 @@ class Lamb(torch.optim.Optimizer):
             raise ValueError(
                 f"closure={closure!r} is not supported; evaluate the loss before step()."
             )
-        # (group, its parameters with gradients, their u)
-        updates: list[tuple[dict[str, Any], list[torch.nn.Parameter], list[torch.Tensor]]] = []
+        updates = self._updates()
+        if not updates:
+            return
+        _scale_by_trust_ratios(updates)
+        for update in updates:
+            torch._foreach_add_(
+                [_local(p) for p in update.params], update.directions, alpha=-update.lr
+            )
+
+    def _updates(self) -> "list[_LambUpdate]":
+        """One for each parameter group in which there are gradients, not yet scaled."""
+        updates = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                updates.append((group, params, self._directions(group, params)))
-        if not updates:
-            return
-        xs = [p for _, params, _ in updates for p in params]
-        us = [u for _, _, directions in updates for u in directions]
-        x_norm, u_norm = _norms([*xs, *us], [*xs, *xs]).chunk(2)
-        ratios = torch.where((x_norm > 0) & (u_norm > 0), x_norm / u_norm, 1.0)
-        torch._foreach_mul_(us, ratios.unbind())
-        for group, params, directions in updates:
-            torch._foreach_add_([_local(p) for p in params], directions, alpha=-group["lr"])
+                self._make_missing_state(params)
+                directions = self._directions(group, params)
+                updates.append(_LambUpdate(group["lr"], params, directions))
+        return updates
 
-    def _directions(
-        self, group: dict[str, Any], params: Sequence[torch.nn.Parameter]
-    ) -> list[torch.Tensor]:
-        """This rank's part of u of each parameter, after the moments have taken in the gradient."""
+    def _make_missing_state(self, params: Sequence[torch.nn.Parameter]) -> None:
+        """As torch's AdamW has it, so that distributed checkpoints reshard it."""
         for p in params:
             if not self.state[p]:
-                # As torch's AdamW has them, so that distributed checkpoints reshard them.
                 self.state[p] = {
                     "step": torch.zeros((), dtype=torch.float32),
                     "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
                     "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
                 }
+
+    def _directions(
+        self, group: dict[str, Any], params: Sequence[torch.nn.Parameter]
+    ) -> list[torch.Tensor]:
+        """This rank's part of u of each parameter, after the moments have taken in the gradient.
+
+        The letters are those of the formula above."""
         m = [_local(self.state[p]["exp_avg"]) for p in params]
         v = [_local(self.state[p]["exp_avg_sq"]) for p in params]
-        g = [_local(x) for x in _gradients(params)]
+        g = [_local(gradient) for gradient in _gradients(params)]
         steps = [self.state[p]["step"] for p in params]
-        (b1, b2), decay = group["betas"], group["weight_decay"]
+        b1, b2 = group["betas"]
+        decay = group["weight_decay"]
         torch._foreach_add_(steps, 1)
         torch._foreach_lerp_(m, g, 1 - b1)
         torch._foreach_mul_(v, b2)
@@ -191,6 +200,26 @@ class Lamb(torch.optim.Optimizer):
         if decay:
             torch._foreach_add_(u, [_local(p) for p in params], alpha=decay)
         return list(u)
+
+
+class _LambUpdate(NamedTuple):
+    """What a step subtracts from the parameters of one group."""
+
+    lr: float
+    params: list[torch.nn.Parameter]
+    directions: list[torch.Tensor]  # this rank's part of u of each parameter
+
+
+def _scale_by_trust_ratios(updates: Sequence[_LambUpdate]) -> None:
+    """Multiplies each u by |x| / |u| in place; the norms of all travel together."""
+    params: list[torch.Tensor] = []
+    directions: list[torch.Tensor] = []
+    for update in updates:
+        params += update.params
+        directions += update.directions
+    x_norm, u_norm = _norms([*params, *directions], [*params, *params]).chunk(2)
+    ratios = torch.where((x_norm > 0) & (u_norm > 0), x_norm / u_norm, 1.0)
+    torch._foreach_mul_(directions, ratios.unbind())
 
 
 @torch.no_grad()

@@ -116,9 +116,9 @@ def names_of(folders: Sequence[Path]) -> list[str]:
     """The folders' names, each with as many of its parents' as it takes to tell them apart."""
     parts = [folder.resolve().parts for folder in folders]
     depth = 1
-    while len({p[-depth:] for p in parts}) < len(parts):
+    while len({path[-depth:] for path in parts}) < len(parts):
         depth += 1
-    return ["/".join(p[-depth:]) for p in parts]
+    return ["/".join(path[-depth:]) for path in parts]
 
 
 def mean_of_last(values: Sequence[float], n: int) -> list[float]:
@@ -132,23 +132,39 @@ def mean_of_last(values: Sequence[float], n: int) -> list[float]:
 
 def _draw_curves(plt: Any, rows: Sequence[Row], curve: Curve, smooth: int) -> tuple[Any, list[Row]]:
     """(the figure: a line for each run that has y; the rows of its CSV, in the records' units)."""
-    rows = [row for row in rows if _has(row, curve.x) and _has_any(row, curve)]
-    if not any(_has(row, curve.y) for row in rows):
-        needed = f"it needs records with {curve.y!r}"
-        raise Lacking(needed if curve.x == "step" else f"{needed} and {curve.x!r}")
+    rows = _rows_to_draw(rows, curve)
     figure, axes = plt.subplots(figsize=(shared.WIDTH, 4.4))
-    runs = list(dict.fromkeys(row["run"] for row in rows))
+    rows_by_run = _by_run(rows)
     shown: list[Row] = []
-    for k, run in enumerate(runs):
-        rows_of_run = [row for row in rows if row["run"] == run]
-        shown += _draw_run(axes, k, run, rows_of_run, curve, smooth)
+    for index, (run, rows_of_run) in enumerate(rows_by_run.items()):
+        look = _look(index, sum(_has(row, curve.y) for row in rows_of_run))
+        shown += _draw_run(axes, look, run, rows_of_run, curve, smooth)
     if any(_has(row, curve.points) for row in rows):
         axes.plot([], [], color="0.3", marker="o", label="hollow: validation", **HOLLOW)
     _label(plt, axes, curve, smooth)
-    longest = max(len(run) for run in runs)
+    longest = max(map(len, rows_by_run))
     columns = max(1, min(3, int(60 // longest)))
     figure.legend(loc="outside lower center", ncols=columns)
     return figure, shown
+
+
+def _rows_to_draw(rows: Sequence[Row], curve: Curve) -> list[Row]:
+    """Those in which there is something to show; raises Lacking where none has y."""
+    rows_to_draw = [row for row in rows if _has(row, curve.x) and _has_any(row, curve)]
+    if not any(_has(row, curve.y) for row in rows_to_draw):
+        needed = f"it needs records with {curve.y!r}"
+        if curve.x != "step":
+            needed += f" and {curve.x!r}"
+        raise Lacking(needed)
+    return rows_to_draw
+
+
+def _by_run(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each run, in the order of the runs' first rows."""
+    rows_by_run: dict[str, list[Row]] = {}
+    for row in rows:
+        rows_by_run.setdefault(row["run"], []).append(row)
+    return rows_by_run
 
 
 def _has(row: Row, name: str) -> bool:
@@ -161,32 +177,33 @@ def _has_any(row: Row, curve: Curve) -> bool:
 
 
 def _draw_run(
-    axes: Any, k: int, run: str, rows: Sequence[Row], curve: Curve, smooth: int
+    axes: Any, look: dict[str, Any], run: str, rows: Sequence[Row], curve: Curve, smooth: int
 ) -> list[Row]:
-    """Draws the k-th run, and returns its rows of the CSV."""
+    """Draws one run, and returns its rows of the CSV."""
     with_y = [row for row in rows if _has(row, curve.y)]
-    xs = [row[curve.x] for row in with_y]
-    ys = [row[curve.y] / curve.unit for row in with_y]
-    look = _look(k, len(xs))
+    xs, ys = _coordinates(with_y, curve, curve.y)
     means: dict[int, float] = {}  # by the row's id
     if smooth > 1:
         axes.plot(xs, ys, color=look["color"], lw=0.8, alpha=0.35, zorder=2)
         ys = mean_of_last(ys, smooth)
         means = {id(row): y * curve.unit for row, y in zip(with_y, ys, strict=True)}
     axes.plot(xs, ys, label=run, **look)
-    marked = [row for row in rows if _has(row, curve.points)]
-    if marked:
-        axes.plot(
-            [row[curve.x] for row in marked],
-            [row[curve.points] / curve.unit for row in marked],
-            color=look["color"],
-            marker=look["marker"],
-            **HOLLOW,
-        )
+    with_points = [row for row in rows if _has(row, curve.points)]
+    if with_points:
+        xs, ys = _coordinates(with_points, curve, curve.points)
+        axes.plot(xs, ys, color=look["color"], marker=look["marker"], **HOLLOW)
     return [_csv_row(row, curve, smooth, means.get(id(row))) for row in rows]
 
 
+def _coordinates(rows: Sequence[Row], curve: Curve, name: str) -> tuple[list[float], list[float]]:
+    """x and y of the points that show the number `name` of the rows."""
+    xs = [row[curve.x] for row in rows]
+    ys = [row[name] / curve.unit for row in rows]
+    return xs, ys
+
+
 def _csv_row(row: Row, curve: Curve, smooth: int, mean: float | None) -> Row:
+    """What the figure shows of a record; `mean` is that of the last `smooth` records."""
     shown = {"run": row["run"], "step": row["step"]}
     shown[curve.x] = row[curve.x]
     shown[curve.y] = row.get(curve.y)
@@ -212,24 +229,25 @@ def _label(plt: Any, axes: Any, curve: Curve, smooth: int) -> None:
             axis.set_major_formatter(plt.matplotlib.ticker.EngFormatter(sep=""))
 
 
-def _look(k: int, n: int) -> dict[str, Any]:
-    """Colour, marker and line of the k-th run: all three differ from its neighbours'.
+def _look(index: int, points: int) -> dict[str, Any]:
+    """Colour, marker and line of the run `index`: all three differ from its neighbours'.
 
-    Its n points get a few markers, shifted so that those of runs which coincide do not."""
+    Its `points` get a few markers, shifted so that those of runs which coincide do not."""
     colours, styles = shared.COLOURS, shared.STYLES
-    every = max(1, n // MARKED)
+    every = max(1, points // MARKED)
     return {
-        "color": colours[k % len(colours)],
-        "marker": shared.MARKERS[k % len(shared.MARKERS)],
-        "ls": styles[(k + k // len(colours)) % len(styles)],
+        "color": colours[index % len(colours)],
+        "marker": shared.MARKERS[index % len(shared.MARKERS)],
+        "ls": styles[(index + index // len(colours)) % len(styles)],
         "lw": 1.8,
         "ms": 5,
-        "markevery": ((k * every // 4) % every, every),
-        "zorder": 3 + k / 100,
+        "markevery": ((index * every // 4) % every, every),
+        "zorder": 3 + index / 100,
     }
 
 
 def parser() -> argparse.ArgumentParser:
+    """The flags of the command."""
     p = argparse.ArgumentParser(
         "python -m apps.common.plot",
         description=__doc__,

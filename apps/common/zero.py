@@ -112,30 +112,15 @@ class ZeroEngine(Engine):
         with _environment(self.device):
             self._deepspeed = _import_deepspeed(kind, self.device)
             model.to(dtype)
-            names_by_group = self._make_optimizer(kind, make_optimizer, dtype)
-            if self._stage == 3:
-                self._partition(config, weights)
-                self._gather_with_model(blocks)
-            else:
-                model.to_empty(device=self.device)
-                if weights is not None:
-                    fill_parameters(model, weights)
+            self._groups = self._make_optimizer(kind, make_optimizer, dtype)
+            self._allocate_parameters(config, weights, blocks)
             self._params = dict(model.named_parameters())
-            self._groups = names_by_group
-            for group, names in zip(self.optimizer.param_groups, self._groups, strict=True):
-                group["params"] = [self._params[name] for name in names]
-            # DeepSpeed prints how much memory there is, twenty times.
-            with contextlib.redirect_stdout(io.StringIO()):
-                self._engine, *_ = self._deepspeed.initialize(
-                    model=model, optimizer=self.optimizer, config=config, dist_init_required=False
-                )
+            self._engine = self._start_engine(config)
         self.model = self._engine
         self._zero = self._engine.optimizer
         self._make_state()
-        if half and weights is not None:  # the masters, which DeepSpeed copied from bfloat16
-            for name, p in self._params.items():
-                self._set(p, weights(name, self._shape(p)).to(self.device))
-            self._masters_changed()
+        if half and weights is not None:
+            self._set_masters(weights)
 
     def _make_optimizer(
         self, kind: str, make_optimizer: MakeOptimizer, dtype: torch.dtype
@@ -156,6 +141,40 @@ class ZeroEngine(Engine):
             )
         name_of = {placeholder: name for name, placeholder in placeholders.items()}
         return [[name_of[p] for p in group["params"]] for group in self.optimizer.param_groups]
+
+    def _allocate_parameters(
+        self,
+        config: dict[str, Any],
+        weights: Callable[[str, torch.Size], torch.Tensor] | None,
+        blocks: Iterable[nn.Module],
+    ) -> None:
+        """Gives the parameters their memory, this rank's part of it in stage 3, and their values.
+
+        The values stay undefined where there are no weights."""
+        if self._stage == 3:
+            self._partition(config, weights)
+            self._gather_with_model(blocks)
+            return
+        self.module.to_empty(device=self.device)
+        if weights is not None:
+            fill_parameters(self.module, weights)
+
+    def _start_engine(self, config: dict[str, Any]) -> Any:
+        """DeepSpeed's engine; the optimizer is given the model's parameters first."""
+        for group, names in zip(self.optimizer.param_groups, self._groups, strict=True):
+            group["params"] = [self._params[name] for name in names]
+        # DeepSpeed prints how much memory there is, twenty times.
+        with contextlib.redirect_stdout(io.StringIO()):
+            engine, *_ = self._deepspeed.initialize(
+                model=self.module, optimizer=self.optimizer, config=config, dist_init_required=False
+            )
+        return engine
+
+    def _set_masters(self, weights: Callable[[str, torch.Size], torch.Tensor]) -> None:
+        """Sets the float32 masters, which DeepSpeed has copied from bfloat16, to full precision."""
+        for name, p in self._params.items():
+            self._set(p, weights(name, self._shape(p)).to(self.device))
+        self._masters_changed()
 
     def _gather_with_model(self, blocks: Iterable[nn.Module]) -> None:
         """Has the parameters outside the blocks gathered for all of the model's forward."""
@@ -182,7 +201,11 @@ class ZeroEngine(Engine):
         }
 
     @torch.no_grad()
-    def _partition(self, config: dict[str, Any], weights: Any) -> None:
+    def _partition(
+        self,
+        config: dict[str, Any],
+        weights: Callable[[str, torch.Size], torch.Tensor] | None,
+    ) -> None:
         """Fills every parameter and cuts it over the ranks, one after another.
 
         So no rank ever holds two whole ones."""
@@ -280,25 +303,25 @@ class ZeroEngine(Engine):
         mesh = self.mesh.data_mesh
         assert mesh is not None
         shape, offset = compute_local_shape_and_global_offset(full.shape, mesh, [Shard(0)])
-        local = tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))
+        local = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
         part = full.detach()[local].cpu().clone()
         return DTensor.from_local(
             part, mesh, [Shard(0)], run_check=False, shape=full.shape, stride=full.stride()
         )
 
-    def _whole(self, t: torch.Tensor) -> torch.Tensor:
+    def _whole(self, saved: torch.Tensor) -> torch.Tensor:
         """The inverse of ``_cut``, in fp32 on this rank's device."""
-        if isinstance(t, DTensor):
-            local = t.to_local().to(self.device)
-            t = DTensor.from_local(
-                local,
-                t.device_mesh,
-                t.placements,
+        full = saved
+        if isinstance(saved, DTensor):
+            full = DTensor.from_local(
+                saved.to_local().to(self.device),
+                saved.device_mesh,
+                saved.placements,
                 run_check=False,
-                shape=t.shape,
-                stride=t.stride(),
+                shape=saved.shape,
+                stride=saved.stride(),
             ).full_tensor()
-        return t.to(self.device, torch.float32)
+        return full.to(self.device, torch.float32)
 
     @torch.no_grad()
     def _set(self, p: nn.Parameter, full: torch.Tensor, moment: str | None = None) -> None:
