@@ -177,8 +177,8 @@ def _long_context_preset(name: str, seqlen: int) -> Config:
 
 
 PRESETS = {
-    c.name: c
-    for c in (
+    config.name: config
+    for config in (
         Config(  # what `make demo` trains: 20 steps in seconds on one core, even in fp64
             "tiny",
             ModelConfig(dim=128, layers=3, heads=4, kv_heads=2, ffn=256, vocab=320),

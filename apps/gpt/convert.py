@@ -124,34 +124,38 @@ def parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = p.add_subparsers(dest="command", required=True, metavar="to-hf|from-hf")
-    to = commands.add_parser("to-hf", help="from a run or checkpoint to a Hugging Face folder")
-    to.add_argument("model", metavar="RUN", help="a run's folder, or a checkpoint in it")
-    to.add_argument("out", metavar="OUT", help="folder to make")
-    to.add_argument(
+    to_hf_flags = commands.add_parser(
+        "to-hf", help="from a run or checkpoint to a Hugging Face folder"
+    )
+    to_hf_flags.add_argument("model", metavar="RUN", help="a run's folder, or a checkpoint in it")
+    to_hf_flags.add_argument("out", metavar="OUT", help="folder to make")
+    to_hf_flags.add_argument(
         "--dtype",
         choices=[*TORCH_DTYPES, *SHORT_DTYPES],
         metavar="D",
         help=f"{', '.join(TORCH_DTYPES)} (default: the checkpoint's)",
     )
-    to.add_argument(
+    to_hf_flags.add_argument(
         "--step",
         type=int,
         metavar="N",
         help="which checkpoint (default: the newest without damage)",
     )
-    to.add_argument(
+    to_hf_flags.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="of a file (default: 5GB)"
     )
-    to.add_argument(
+    to_hf_flags.add_argument(
         "--tokenizer",
         metavar="FILE",
         help="tokenizer.json to put beside it (default: the run's, if it has one)",
     )
-    of = commands.add_parser(
+    from_hf_flags = commands.add_parser(
         "from-hf", help="from a Hugging Face folder to a run's folder, with the model alone"
     )
-    of.add_argument("model", metavar="HF_DIR", help="folder with config.json and *.safetensors")
-    of.add_argument("out", metavar="OUT", help="folder to make")
+    from_hf_flags.add_argument(
+        "model", metavar="HF_DIR", help="folder with config.json and *.safetensors"
+    )
+    from_hf_flags.add_argument("out", metavar="OUT", help="folder to make")
     return p
 
 

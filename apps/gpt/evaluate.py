@@ -124,8 +124,8 @@ def evaluate(
             for i in range(windows):
                 short_windows = tokens.take(range(i * rows, (i + 1) * rows), context)
                 local = shard_rows(short_windows, layout=sharding, group=group, device=device)
-                x = model.hidden(local.tokens, local.positions)
-                losses = token_losses(x, model.head, local.labels, chunk=model.loss_chunk)
+                hidden = model.hidden(local.tokens, local.positions)
+                losses = token_losses(hidden, model.head, local.labels, chunk=model.loss_chunk)
                 sums[:, local.positions] += losses
         if world_size > 1:
             dist.all_reduce(sums, group=group)  # each position is 0 on all ranks but one
@@ -263,7 +263,7 @@ def _draw_perplexity(plt: Any, rows: Sequence[Row]) -> tuple[Any, list[Row]]:
     bucket_edges = set(buckets(seqlen))
     fig, ax = plt.subplots(figsize=(figures.WIDTH, 4.4))
     shown = []
-    for k, context in enumerate(contexts):
+    for index, context in enumerate(contexts):
         of_context = [row for row in rows if row["context"] == context]
         line = [row for row in of_context if (row["from"], row["to"]) in bucket_edges]
         ax.plot(
@@ -272,10 +272,10 @@ def _draw_perplexity(plt: Any, rows: Sequence[Row]) -> tuple[Any, list[Row]]:
             label=f"windows of {context:,}",
             lw=1.8,
             ms=5,
-            zorder=3 + k / 100,
-            color=figures.COLOURS[k % len(figures.COLOURS)],
-            marker=figures.MARKERS[k % len(figures.MARKERS)],
-            ls=figures.STYLES[k % len(figures.STYLES)],
+            zorder=3 + index / 100,
+            color=figures.COLOURS[index % len(figures.COLOURS)],
+            marker=figures.MARKERS[index % len(figures.MARKERS)],
+            ls=figures.STYLES[index % len(figures.STYLES)],
         )
         shown += line
     ax.set_xscale("log", base=2)
@@ -494,7 +494,7 @@ def configure(args: argparse.Namespace) -> EvaluateOptions:
     Raises:
         ValueError: for what can be known to be wrong before ranks start."""
     try:
-        contexts = tuple(int(c) for c in args.contexts.split(",") if c.strip())
+        contexts = tuple(int(word) for word in args.contexts.split(",") if word.strip())
     except ValueError:
         raise ValueError(f"--contexts {args.contexts}: give lengths, as 1024,4096.") from None
     for name in ("seqlen", "windows"):

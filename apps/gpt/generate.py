@@ -49,7 +49,9 @@ class KeyValueCache:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [B, S, H, D], k and v [B, S, Hkv, D] of the next S tokens -> [B, S, H, D], causal."""
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        q = q.transpose(1, 2)
+        k = k.transpose(1, 2)
+        v = v.transpose(1, 2)
         if self._keys is None or self._values is None:
             batch, kv_heads, _, head_dim = k.shape
             self._keys = k.new_empty((batch, kv_heads, self.capacity, head_dim))
@@ -115,12 +117,14 @@ def probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
         [..., vocab] fp64."""
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).double()
-    p = (logits.double() / temperature).softmax(-1)
-    p, order = p.sort(dim=-1, descending=True, stable=True)
+    softmax = (logits.double() / temperature).softmax(-1)
+    likeliest_first, tokens = softmax.sort(dim=-1, descending=True, stable=True)
     if top_p < 1:
         # A token is in if those before it do not have top_p yet.
-        p = p.where(p.cumsum(-1) - p < top_p, 0.0)
-    return torch.zeros_like(p).scatter(-1, order, p / p.sum(-1, keepdim=True))
+        before = likeliest_first.cumsum(-1) - likeliest_first
+        likeliest_first = likeliest_first.where(before < top_p, 0.0)
+    scaled = likeliest_first / likeliest_first.sum(-1, keepdim=True)
+    return torch.zeros_like(scaled).scatter(-1, tokens, scaled)
 
 
 def expect_options(n: int, temperature: float, top_p: float) -> None:
@@ -157,13 +161,13 @@ def stream(
         for _ in range(n):
             end = position + len(new_tokens)
             positions = torch.arange(position, end, device=device)
-            x = model.hidden(torch.tensor([new_tokens], device=device), positions)
-            logits = head_logits(x[:, -1:], model.head)[0, 0]
-            p = probabilities(logits, temperature, top_p).cpu()
+            hidden = model.hidden(torch.tensor([new_tokens], device=device), positions)
+            logits = head_logits(hidden[:, -1:], model.head)[0, 0]
+            token_probabilities = probabilities(logits, temperature, top_p).cpu()
             if temperature == 0:
-                token = int(p.argmax())
+                token = int(token_probabilities.argmax())
             else:
-                token = int(torch.multinomial(p, 1, generator=generator))
+                token = int(torch.multinomial(token_probabilities, 1, generator=generator))
             yield token
             if token in eos:
                 return
@@ -212,9 +216,9 @@ def decode_stream(tokenizer: TextTokenizer, ids: Iterator[int]) -> Iterator[str]
     known_ids: list[int] = []
     shown = ""
     text = ""
-    for i in ids:
-        if i < tokenizer.vocab:  # a model may have more ids than its tokenizer
-            known_ids.append(i)
+    for token in ids:
+        if token < tokenizer.vocab:  # a model may have more ids than its tokenizer
+            known_ids.append(token)
         text = tokenizer.decode(known_ids)
         if not text.endswith("\ufffd"):
             yield text[len(shown) :]

@@ -72,12 +72,13 @@ class HuggingFaceWeights(StoredWeights):
         """(shape, dtype) of each tensor that is in the file in which it is to be found."""
         stored = {}
         for file in dict.fromkeys(self._files.values()):
-            with _open_safetensors(file) as f:
-                for name in f.keys():  # noqa: SIM118 - it is no dict
-                    tensor = f.get_slice(name)
-                    if self._files.get(_our_name(name)) == file:
-                        dtype = _torch_dtype(file, name, tensor.get_dtype())
-                        stored[_our_name(name)] = (tuple(tensor.get_shape()), dtype)
+            with _open_safetensors(file) as tensors:
+                for hf_name in tensors.keys():  # noqa: SIM118 - it is no dict
+                    tensor = tensors.get_slice(hf_name)
+                    name = _our_name(hf_name)
+                    if self._files.get(name) == file:
+                        dtype = _torch_dtype(file, hf_name, tensor.get_dtype())
+                        stored[name] = (tuple(tensor.get_shape()), dtype)
         return stored
 
     def _expect_complete(self, stored: Collection[str]) -> None:
@@ -90,8 +91,8 @@ class HuggingFaceWeights(StoredWeights):
                 )
 
     def _read(self, name: str) -> Tensor:
-        with _open_safetensors(self._files[name]) as f:
-            return f.get_tensor(_hf_name(name))
+        with _open_safetensors(self._files[name]) as tensors:
+            return tensors.get_tensor(_hf_name(name))
 
 
 def _ignored_tensors(folder: Path, stored: Collection[str]) -> set[str]:
@@ -160,12 +161,13 @@ def open_weights(path: str | Path, model: ModelConfig, world: World | None = Non
     Raises:
         ValueError: naming what differs."""
     stored = open_model(path, world=world)
-    for f in fields(ModelConfig):
-        stored_value = getattr(stored.model, f.name)
-        wanted_value = getattr(model, f.name)
-        if stored_value != wanted_value and not f.name.startswith("rope_"):
+    for field in fields(ModelConfig):
+        name = field.name
+        stored_value = getattr(stored.model, name)
+        wanted_value = getattr(model, name)
+        if stored_value != wanted_value and not name.startswith("rope_"):
             raise ValueError(
-                f"{path} has {f.name} {stored_value}, but this model has {f.name} {wanted_value}; "
+                f"{path} has {name} {stored_value}, but this model has {name} {wanted_value}; "
                 "give the --config of its sizes."
             )
     stored.weights.check(parameter_shapes(model))
@@ -198,7 +200,7 @@ def open_tokenizer(path: str | Path) -> TextTokenizer:
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter, by our names."""
     llama = Llama.empty(config, lambda q, k, v: q)
-    return {name: tuple(p.shape) for name, p in llama.named_parameters()}
+    return {name: tuple(parameter.shape) for name, parameter in llama.named_parameters()}
 
 
 def _choose_checkpoint(run: Path, step: int | None, world: World | None) -> Path:

@@ -153,20 +153,21 @@ def _chunk_loss(
     is_local = counts & (labels >= first) & (labels < first + vocab_local)
     local_labels = (labels - first).masked_fill(~is_local, 0)
 
-    z = (x @ weight.T).to(torch.promote_types(x.dtype, torch.float32))
-    maximum = z.amax(1)
+    logits = (x @ weight.T).to(torch.promote_types(x.dtype, torch.float32))
+    maximum = logits.amax(1)
     if group is not None:
         dist.all_reduce(maximum, dist.ReduceOp.MAX, group=group)
-    z.sub_(maximum[:, None])
-    label_logits = z.gather(1, local_labels[:, None])[:, 0].where(is_local, 0.0)
-    sums = torch.stack([z.exp_().sum(1), label_logits])
+    logits.sub_(maximum[:, None])
+    label_logits = logits.gather(1, local_labels[:, None])[:, 0].where(is_local, 0.0)
+    exponentials = logits.exp_()
+    sums = torch.stack([exponentials.sum(1), label_logits])
     if group is not None:
         dist.all_reduce(sums, group=group)
     exp_sums, label_logits = sums
 
     is_wrong = counts & ((labels < 0) | (labels >= vocab))
     losses = (exp_sums.log() - label_logits).where(counts, 0.0).masked_fill(is_wrong, torch.nan)
-    probabilities = z.div_(exp_sums[:, None])
+    probabilities = exponentials.div_(exp_sums[:, None])
     return _ChunkLoss(losses, probabilities, local_labels, is_local, counts)
 
 

@@ -57,8 +57,10 @@ def rope(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Te
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [B, S, heads, D] with each pair (x[i], x[i + D/2]) turned by its token's angle."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    turned_first = first * cos - second * sin
+    turned_second = second * cos + first * sin
+    return torch.cat((turned_first, turned_second), dim=-1).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -175,8 +177,8 @@ class Llama(nn.Module):
         """A new model in this process alone."""
         model = cls.empty(config, attend, dtype=dtype).to_empty(device="cpu")
         with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.copy_(initial_weight(name, p.shape, config, seed))
+            for name, parameter in model.named_parameters():
+                parameter.copy_(initial_weight(name, parameter.shape, config, seed))
         return model
 
     def forward(self, tokens: Tensor, positions: Tensor, labels: Tensor | None = None) -> Tensor:

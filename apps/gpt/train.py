@@ -49,6 +49,7 @@ from ringx.launch import World
 from ringx.launch.mesh import Mesh, Shape
 
 PROG = "apps.gpt.train"
+DEFAULT_OUT = "gpt_out"
 OTHER_ORDER = "the data would come in another order"
 
 
@@ -91,9 +92,9 @@ def train(
 
     def split_into_passes(rows: Rows) -> list[tuple]:
         """(tokens, positions, labels) of this rank for each pass."""
-        micro_batches = zip(*(x.split(micro_batch) for x in rows), strict=True)
+        pieces = [tensor.split(micro_batch) for tensor in rows]
         passes = []
-        for micro_rows in micro_batches:
+        for micro_rows in zip(*pieces, strict=True):
             batch = shard_rows(
                 Rows(*micro_rows), layout=attend.layout, group=mesh.cp, device=engine.device
             )
@@ -139,15 +140,15 @@ class GptRun(TrainingRun):
         folder = ringx.launch.decide(self.world, self._prepare_data)
         try:
             self.tokens = open_dataset(folder)
-            found = self.tokens.sha256
+            local_identity = self.tokens.sha256
         except ValueError as e:  # of this rank alone: another node may not see the folder
-            found = str(e)
-        found_by_ranks = set(ringx.launch.gather(found, self.world))
-        if len(found_by_ranks) > 1:
+            local_identity = str(e)
+        identities = set(ringx.launch.gather(local_identity, self.world))
+        if len(identities) > 1:
             raise ValueError(
                 f"--data: the ranks see different files in {folder}; "
                 "put it (or --out) where all nodes see the same. "
-                f"They see: {'; '.join(sorted(found_by_ranks))}"
+                f"They see: {'; '.join(sorted(identities))}"
             )
         self.val = open_dataset(folder, "val") if self.config.train.val_every else None
 
@@ -232,7 +233,7 @@ def parser() -> Parser:
         "(default: the model of --init, or tiny)",
         data="text, JSONL, Parquet, a folder of such, or one made by apps/gpt/prepare.py "
         "(default: the resumed run's, or this Python's standard library)",
-        out="gpt_out",
+        out=DEFAULT_OUT,
     )
     p.add_argument(
         "--init",
@@ -249,21 +250,18 @@ def configure(args: argparse.Namespace) -> tuple[RunOptions, Shape | None]:
     Raises:
         ValueError, NotImplementedError: for everything that can be known to be wrong before ranks
             start."""
-    if args.preset and args.config:
-        raise ValueError(
-            "--preset and --config: give one; a YAML file may itself start from a preset."
-        )
+    command.expect_preset_or_config(args)
     config, shape = command.configure(args, base_config(args))
     options = RunOptions(
         config=config,
-        out=args.out or args.resume or "gpt_out",
+        out=args.out or args.resume or DEFAULT_OUT,
         data=args.data or resumed_data_path(args.resume),
         resume=args.resume,
         init=args.init,
         tensorboard=args.tensorboard,
         wandb=args.wandb,
     )
-    if not (args.estimate or args.dry_run):
+    if not command.is_estimate(args):
         model = config.model
         command.expect_runnable(
             options,
@@ -280,10 +278,9 @@ def base_config(args: argparse.Namespace) -> Config:
 
     It is a preset, a YAML file, the configuration of the run that is resumed, or the model of the
     weights."""
-    if args.config:
-        return load(args.config)
-    if not args.preset and (resumed := command.resumed_config(args.resume)):
-        return load(resumed)
+    config_file = command.config_file(args)
+    if config_file:
+        return load(config_file)
     if args.init and not args.preset and Path(args.init).is_dir():
         return Config(Path(args.init).resolve().name, open_model(args.init).model)
     return preset(args.preset or "tiny")

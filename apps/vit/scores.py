@@ -400,7 +400,11 @@ def spectrum_rows(
 
     Raises:
         ValueError: an unknown forecast."""
-    return [SpectrumRow(variable, lead_hours, forecast, k, float(e)) for k, e in enumerate(energy)]
+    rows = []
+    for wavenumber, of_wavenumber in enumerate(energy):
+        row = SpectrumRow(variable, lead_hours, forecast, wavenumber, float(of_wavenumber))
+        rows.append(row)
+    return rows
 
 
 def write_rows(path: str | Path, kind: type[R], rows: Iterable[R]) -> None:

@@ -367,7 +367,9 @@ def configure(args: argparse.Namespace) -> tuple[RunOptions, Shape | None]:
     Raises:
         ValueError, NotImplementedError: for everything that can be known to be wrong before ranks
             start."""
-    _expect_no_contradiction(args)
+    command.expect_preset_or_config(args)
+    if args.epochs and args.steps:
+        raise ValueError(f"--epochs {args.epochs} and --steps {args.steps}: give one.")
     config, shape = command.configure(args, base_config(args))
     config = _with_steps_or_epochs(config, args)
     options = RunOptions(
@@ -378,7 +380,7 @@ def configure(args: argparse.Namespace) -> tuple[RunOptions, Shape | None]:
         tensorboard=args.tensorboard,
         wandb=args.wandb,
     )
-    if args.estimate or args.dry_run:
+    if command.is_estimate(args):
         options = replace(options, config=_with_estimated_sizes(config, args))
         if shape:
             options.config.expect_fits(shape)
@@ -392,16 +394,6 @@ def configure(args: argparse.Namespace) -> tuple[RunOptions, Shape | None]:
             causal=False,
         )
     return options, shape
-
-
-def _expect_no_contradiction(args: argparse.Namespace) -> None:
-    """ValueError for two flags of which only one may be given."""
-    if args.preset and args.config:
-        raise ValueError(
-            "--preset and --config: give one; a YAML file may itself start from a preset."
-        )
-    if args.epochs and args.steps:
-        raise ValueError(f"--epochs {args.epochs} and --steps {args.steps}: give one.")
 
 
 def _with_steps_or_epochs(config: Config, args: argparse.Namespace) -> Config:
@@ -438,11 +430,9 @@ def _with_estimated_sizes(config: Config, args: argparse.Namespace) -> Config:
 
 def base_config(args: argparse.Namespace) -> Config:
     """What the flags change: a preset, a YAML file, or the configuration of the resumed run."""
-    if args.config:
-        return load(args.config)
-    resumed = command.resumed_config(args.resume)
-    if resumed and not args.preset:
-        return load(resumed)
+    config_file = command.config_file(args)
+    if config_file:
+        return load(config_file)
     return preset(args.preset or "tiny")
 
 

@@ -83,8 +83,8 @@ class Tokens:
         count = self.num_windows(seqlen)
         chosen = []
         for row in rows:
-            epoch, i = divmod(step * global_batch + row, count)
-            chosen.append(int(_epoch_order(count, seed, epoch)[i]))
+            epoch, index = divmod(step * global_batch + row, count)
+            chosen.append(int(_epoch_order(count, seed, epoch)[index]))
         return self.take(chosen, seqlen)
 
     def window(self, i: int, seqlen: int) -> Rows:
@@ -96,14 +96,15 @@ class Tokens:
 
         Raises ValueError for a window that does not exist."""
         count = self.num_windows(seqlen)
-        for i in windows:
-            if not 0 <= i < count:
+        for window in windows:
+            if not 0 <= window < count:
                 raise ValueError(
-                    f"window {i} is not one of {self.folder}'s {count} of {seqlen} tokens "
+                    f"window {window} is not one of {self.folder}'s {count} of {seqlen} tokens "
                     f"({self.split})."
                 )
-        ids = np.stack([self._read(i * seqlen, seqlen + 1) for i in windows])
-        documents = np.stack([self._documents(i * seqlen, seqlen) for i in windows])
+        starts = [window * seqlen for window in windows]
+        ids = np.stack([self._read(start, seqlen + 1) for start in starts])
+        documents = np.stack([self._documents(start, seqlen) for start in starts])
         tokens = torch.from_numpy(ids)
         return Rows(tokens[:, :-1], tokens[:, 1:], torch.from_numpy(documents))
 
@@ -267,9 +268,15 @@ def shard_rows(
     device: torch.device | str = "cpu",
 ) -> Batch:
     """This rank's part of global rows [B, S].  Local, no communication."""
-    tokens, labels, documents = (
-        ringx.shard(x, group=group, layout=layout).to(device) for x in rows
-    )
+
+    def shard(tensor: torch.Tensor) -> torch.Tensor:
+        return ringx.shard(tensor, group=group, layout=layout).to(device)
+
     seqlen = rows.tokens.shape[1]
     positions = ringx.positions(seqlen, group=group, layout=layout).to(device)
-    return Batch(tokens, labels, positions, documents)
+    return Batch(
+        tokens=shard(rows.tokens),
+        labels=shard(rows.labels),
+        positions=positions,
+        documents=shard(rows.documents),
+    )

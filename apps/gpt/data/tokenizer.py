@@ -148,8 +148,8 @@ def train_tokenizer(texts: Iterator[str], vocab: int, file: Path) -> None:
 
 def _expect_ids(ids: Sequence[int], vocab: int) -> list[int]:
     """The ids as a list of int.  Raises ValueError for one that is no token."""
-    ids = [int(i) for i in ids]
-    for i in ids:
-        if not 0 <= i < vocab:
-            raise ValueError(f"token {i} is none of the tokenizer's {vocab} tokens.")
-    return ids
+    tokens = [int(token) for token in ids]
+    for token in tokens:
+        if not 0 <= token < vocab:
+            raise ValueError(f"token {token} is none of the tokenizer's {vocab} tokens.")
+    return tokens

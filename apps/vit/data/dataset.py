@@ -444,11 +444,13 @@ def splits(
         if name not in given:
             raise ValueError(f"{name} is not given; give all of train, val and test, or none.")
     parts = {name: _range(fields, name, text) for name, text in given.items()}
-    for one, other in itertools.combinations(parts.values(), 2):
-        if one.start < other.stop and other.start < one.stop:
+    for first, second in itertools.combinations(parts.values(), 2):
+        if first.start < second.stop and second.start < first.stop:
+            first_text = f"{first.name}={given[first.name]!r}"
+            second_text = f"{second.name}={given[second.name]!r}"
             raise ValueError(
-                f"{one.name}={given[one.name]!r} and {other.name}={given[other.name]!r} overlap at "
-                f"{fields.times[max(one.start, other.start)]}; part them (the record spans "
+                f"{first_text} and {second_text} overlap at "
+                f"{fields.times[max(first.start, second.start)]}; part them (the record spans "
                 f"{_span(fields)})."
             )
     return parts

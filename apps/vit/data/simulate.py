@@ -168,8 +168,10 @@ class ForcedFlow:
 
 def _angle(lat: np.ndarray, lon: np.ndarray, latitude: float, longitude: float) -> np.ndarray:
     """Degrees on the sphere between the points (lat, lon) and (latitude, longitude)."""
-    a, b = np.radians(lat), np.radians(latitude)
-    cosine = np.sin(a) * np.sin(b) + np.cos(a) * np.cos(b) * np.cos(np.radians(lon - longitude))
+    lat, latitude = np.radians(lat), np.radians(latitude)
+    turn = np.radians(lon - longitude)
+    across = np.cos(lat) * np.cos(latitude) * np.cos(turn)
+    cosine = np.sin(lat) * np.sin(latitude) + across
     return np.degrees(np.arccos(np.clip(cosine, -1, 1)))
 
 
