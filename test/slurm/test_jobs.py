@@ -282,8 +282,8 @@ def test_a_warning_ends_the_job_between_cases_and_it_requeues_itself(healthy, tm
     assert "not written" not in logs(out) and "Traceback" not in logs(out)
 
 
-# Slurm takes longer to miss a node that is cut off; CI has ranks that hear nothing of their peers in
-# test_launch.py
+# Slurm takes longer to miss a node that is cut off; CI has ranks that hear nothing of their peers
+# in test_launch.py
 @pytest.mark.parametrize("what", ["crash", pytest.param("cable", marks=pytest.mark.slow)])
 def test_a_job_that_loses_a_node_is_restarted_on_others(healthy, tmp_path, what):
     """A node of a job of two crashes, or the node of rank 0 is cut off and its processes go on for
