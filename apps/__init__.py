@@ -1,1 +1,3 @@
-"""Trainers built on ringx.  Run them from the repository's root: ``python -m apps.gpt.train --help``."""
+"""Trainers built on ringx.
+
+Run them from the repository's root: ``python -m apps.gpt.train --help``."""

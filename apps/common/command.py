@@ -130,10 +130,24 @@ def _fits(mesh: MeshConfig, world_size: int) -> bool:
     return True
 
 
-def resumed_config(resume: str | None) -> str | None:
-    """The config.yaml of the run that is resumed, if it has one yet."""
-    path = Path(resume or "") / "config.yaml"
-    return str(path) if resume and path.exists() else None
+def expect_preset_or_config(args: argparse.Namespace) -> None:
+    """ValueError where both --preset and --config are given."""
+    if args.preset and args.config:
+        raise ValueError(
+            "--preset and --config: give one; a YAML file may itself start from a preset."
+        )
+
+
+def config_file(args: argparse.Namespace) -> str | None:
+    """The YAML file that the flags change: --config, or that of the resumed run.
+
+    None if they change a preset, or if the run has no config.yaml yet."""
+    if args.config:
+        return args.config
+    if args.preset or not args.resume:
+        return None
+    path = Path(args.resume) / "config.yaml"
+    return str(path) if path.exists() else None
 
 
 def resumed_data(resume: str | None) -> dict[str, Any]:
