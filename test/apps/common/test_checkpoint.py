@@ -1,4 +1,6 @@
-"""Checkpoints: equal on any mesh, complete or absent, damaged ones passed over, errors on all ranks.
+"""Checkpoints: equal on any mesh, complete or absent, damaged ones passed over.
+
+Errors are raised on all ranks.
 
 python -m pytest test/apps/common/test_checkpoint.py
 """
@@ -74,22 +76,36 @@ def state_of(model, optimizer, n=0):
     return {"model": of_model, "optimizer": of_optimizer, "n": n, "scalar": torch.tensor(float(n))}
 
 
-def leaves(x, path=""):
-    if isinstance(x, dict):
-        return {k: v for key, value in x.items() for k, v in leaves(value, f"{path}/{key}").items()}
-    return {path: x}
+def leaves(nested, path=""):
+    """{path: value} of nested dicts."""
+    if not isinstance(nested, dict):
+        return {path: nested}
+    values = {}
+    for key, value in nested.items():
+        values.update(leaves(value, f"{path}/{key}"))
+    return values
+
+
+def full_value(value):
+    """A copy of a tensor, whole; any other value as it is.  Collective."""
+    if isinstance(value, DTensor):
+        return value.full_tensor()
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    return value
 
 
 def whole(state):
     """{path: the full tensor or value}, copied.  Collective."""
-    return {k: (v.full_tensor() if isinstance(v, DTensor) else v.clone()) if isinstance(v, torch.Tensor) else v
-            for k, v in leaves(state).items()}  # fmt: skip
+    return {path: full_value(value) for path, value in leaves(state).items()}
 
 
 def spoil(state):
-    for v in leaves(state).values():
-        if isinstance(v, torch.Tensor):
-            (v.to_local() if isinstance(v, DTensor) else v).detach().fill_(77)
+    """Overwrites this rank's part of all tensors."""
+    for value in leaves(state).values():
+        if isinstance(value, torch.Tensor):
+            local = value.to_local() if isinstance(value, DTensor) else value
+            local.detach().fill_(77)
 
 
 def assert_equal(a, b):
@@ -103,10 +119,10 @@ def names(folder, world=None):
     """What is in a folder; the ranks of `world` look at the same time."""
     if world is not None:
         dist.barrier()
-    there = sorted(p.name for p in Path(folder).iterdir())
+    existing = sorted(path.name for path in Path(folder).iterdir())
     if world is not None:
         dist.barrier()
-    return there
+    return existing
 
 
 def message(call, kind=RuntimeError):
@@ -121,72 +137,95 @@ def message(call, kind=RuntimeError):
 
 
 def four_ranks(world, folder):
-    """Saves a model on 2 x 2 ranks, and what can go wrong while saving; returns what step 10 in `folder`/a holds."""
+    """Saves a model on 2 x 2 ranks, and what can go wrong while saving.
+
+    Returns:
+        What step 10 in `folder`/a holds."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
-    model, optimizer = make(1, mesh)
-    train(model, optimizer)
-    said = []
-    a, b = Path(folder) / "a", Path(folder) / "b"
-    state = state_of(model, optimizer, n=3)
-    expected = whole(state)
-    about = {"step": 10, "tokens": "é"}
-    with Checkpoints(a, world, report=said.append) as c:
-        assert c.newest() is None
-        c.save(10, state, about)
-        spoil(state)  # training goes on
-        assert c.newest() == (a / "step-00000010", about)
-        other = state_of(*make(2, mesh))
-        c.load(a / "step-00000010", other)
-        assert_equal(whole(other), expected)
-
-    with Checkpoints(b, world, keep=2, report=said.append) as c:
-        # the last two are kept; the same step again replaces the first; a DTensor without dimensions is copied, too
-        x = {"x": distribute_tensor(torch.tensor(5.0), mesh, [Replicate()] * 2), "n": 0}
-        for step, n in [(10, 0), (20, 1), (30, 2), (30, 3)]:
-            c.save(step, x | {"n": n}, {"n": n})
-        x["x"].to_local().fill_(77)
-        assert c.newest() == (b / "step-00000030", {"n": 3})
-        assert names(b, world) == ["step-00000020", "step-00000030"]
-        c.load(b / "step-00000030", x)
-        assert x["n"] == 3 and x["x"].full_tensor() == 5
-
-        # one rank's disk is full: all ranks are told, at the next call, once; earlier ones stay
-        unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if world.rank == 2:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (10, unlimited[1]))
-        big = {str(r): torch.ones(1000) for r in range(world.world_size)}  # each rank writes one
-        began = time.monotonic()
-        c.save(40, big, {})
-        why = message(lambda: c.save(50, big, {}))
-        assert why.startswith(
-            f"the checkpoint of step 40 could not be written to {b}: rank 2: OSError: [Errno 27]"
-        ), why
-        assert time.monotonic() - began < 10
-        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-        assert c.newest() == (b / "step-00000030", {"n": 3})
-        assert names(b, world) == ["step-00000020", "step-00000030", "step-00000040.partial"]
-        c.save(60, big, {})
-        c.finish()
-        assert names(b, world) == ["step-00000030", "step-00000060"]
-
-        # a state of another shape, one that not all ranks ask for, a checkpoint that is not there
-        path = b / "step-00000060"
-        why = message(lambda: c.load(path, {**big, "1": torch.ones(999), "4": 0}), ValueError)
-        assert "4 is not in it; 1 is torch.float32 [1000] in it, not torch.float32 [999]" in why
-        mine = big if world.rank != 3 else {"0": torch.ones(1000)}
-        assert "1 is in it, but not asked for" in message(lambda: c.load(path, mine), ValueError)
-        assert "step-00000070 cannot be read" in message(lambda: c.load(b / "step-00000070", big))
+    reports = []
+    expected = saves_while_training_goes_on(world, mesh, Path(folder) / "a", reports)
+    big = {str(rank): torch.ones(1000) for rank in range(world.world_size)}  # each rank writes one
+    b = Path(folder) / "b"
+    with Checkpoints(b, world, keep=2, report=reports.append) as checkpoints:
+        keeps_the_last_two(world, mesh, b, checkpoints)
+        tells_all_ranks_of_a_full_disk(world, b, checkpoints, big)
+        refuses_other_states(world, b, checkpoints, big)
 
     # a folder that cannot be made
-    with Checkpoints(path / "about.json" / "deeper", world) as c:
-        c.save(1, big, {})
-        assert "rank 0: NotADirectoryError" in message(c.finish)
-    assert not said
+    with Checkpoints(b / "step-00000060" / "about.json" / "deeper", world) as checkpoints:
+        checkpoints.save(1, big, {})
+        assert "rank 0: NotADirectoryError" in message(checkpoints.finish)
+    assert not reports
     return expected
 
 
+def saves_while_training_goes_on(world, mesh, folder, reports):
+    """Step 10 holds what the model was when it was saved, and another model is filled with it."""
+    model, optimizer = make(1, mesh)
+    train(model, optimizer)
+    state = state_of(model, optimizer, n=3)
+    expected = whole(state)
+    metadata = {"step": 10, "tokens": "é"}
+    with Checkpoints(folder, world, report=reports.append) as checkpoints:
+        assert checkpoints.newest() is None
+        checkpoints.save(10, state, metadata)
+        spoil(state)  # training goes on
+        assert checkpoints.newest() == (folder / "step-00000010", metadata)
+        other = state_of(*make(2, mesh))
+        checkpoints.load(folder / "step-00000010", other)
+        assert_equal(whole(other), expected)
+    return expected
+
+
+def keeps_the_last_two(world, mesh, folder, checkpoints):
+    """The same step again replaces the first; a DTensor without dimensions is copied, too."""
+    state = {"x": distribute_tensor(torch.tensor(5.0), mesh, [Replicate()] * 2), "n": 0}
+    for step, n in [(10, 0), (20, 1), (30, 2), (30, 3)]:
+        checkpoints.save(step, {**state, "n": n}, {"n": n})
+    state["x"].to_local().fill_(77)
+    assert checkpoints.newest() == (folder / "step-00000030", {"n": 3})
+    assert names(folder, world) == ["step-00000020", "step-00000030"]
+    checkpoints.load(folder / "step-00000030", state)
+    assert state["n"] == 3 and state["x"].full_tensor() == 5
+
+
+def tells_all_ranks_of_a_full_disk(world, folder, checkpoints, big):
+    """One rank's disk is full: all are told, at the next call, once; earlier ones stay."""
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if world.rank == 2:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, unlimited[1]))
+    began = time.monotonic()
+    checkpoints.save(40, big, {})
+    error = message(lambda: checkpoints.save(50, big, {}))
+    assert error.startswith(
+        f"the checkpoint of step 40 could not be written to {folder}: rank 2: OSError: [Errno 27]"
+    ), error
+    assert time.monotonic() - began < 10
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert checkpoints.newest() == (folder / "step-00000030", {"n": 3})
+    assert names(folder, world) == ["step-00000020", "step-00000030", "step-00000040.partial"]
+    checkpoints.save(60, big, {})
+    checkpoints.finish()
+    assert names(folder, world) == ["step-00000030", "step-00000060"]
+
+
+def refuses_other_states(world, folder, checkpoints, big):
+    """One of another shape, one that not all ranks ask for, a checkpoint that is not there."""
+    path = folder / "step-00000060"
+    other = {**big, "1": torch.ones(999), "4": 0}
+    error = message(lambda: checkpoints.load(path, other), ValueError)
+    assert "4 is not in it; 1 is torch.float32 [1000] in it, not torch.float32 [999]" in error
+    local_state = big if world.rank != 3 else {"0": torch.ones(1000)}
+    error = message(lambda: checkpoints.load(path, local_state), ValueError)
+    assert "1 is in it, but not asked for" in error
+    error = message(lambda: checkpoints.load(folder / "step-00000070", big))
+    assert "step-00000070 cannot be read" in error
+
+
 def two_ranks(world, folder, expected):
-    """Loads what four saved, as FSDP and as replicas do; passes damaged ones over; leaves when its peer does not come."""
+    """Loads what four saved, as FSDP and as replicas do.
+
+    Passes damaged ones over, and leaves when its peer does not come."""
     a, c = Path(folder) / "a", Path(folder) / "c"
     with Checkpoints(a, world) as checkpoints:
         path, _ = checkpoints.newest()
@@ -203,37 +242,45 @@ def two_ranks(world, folder, expected):
             )
             assert_equal(whole(state_of(model, optimizer, n=3)), expected)
 
-    said = []
-    with Checkpoints(c, world, keep=0, report=said.append) as checkpoints:
+    passes_damaged_ones_over(world, c, state)
+    leaves_without_its_peer(world, c, state)
+
+
+def passes_damaged_ones_over(world, folder, state):
+    """Either rank finds one of two damaged files; rank 0 reports both."""
+    reports = []
+    with Checkpoints(folder, world, keep=0, report=reports.append) as checkpoints:
         for step in range(4):
             state["n"] = step
             checkpoints.save(step, state, {"n": step})
         checkpoints.finish()
-        assert {"__0_0.distcp", "__1_0.distcp"} <= set(
-            names(c / "step-00000003", world)
-        )  # replicas share the writing
+        files = set(names(folder / "step-00000003", world))
+        assert {"__0_0.distcp", "__1_0.distcp"} <= files  # replicas share the writing
         if world.rank == 0:
-            flip(c / "step-00000003" / "__0_0.distcp")
-            flip(c / "step-00000002" / "__1_0.distcp")  # either rank finds one
+            flip(folder / "step-00000003" / "__0_0.distcp")
+            flip(folder / "step-00000002" / "__1_0.distcp")
         dist.barrier()
-        assert checkpoints.newest() == (c / "step-00000001", {"n": 1})
-    faults = [line for line in said if "has other bytes than were written" in line]
-    assert len(said) == len(faults) == (2 if world.rank == 0 else 0), said
+        assert checkpoints.newest() == (folder / "step-00000001", {"n": 1})
+    faults = [line for line in reports if "has other bytes than were written" in line]
+    assert len(reports) == len(faults) == (2 if world.rank == 0 else 0), reports
 
+
+def leaves_without_its_peer(world, folder, state):
+    """Rank 0 fails while it saves, and rank 1 never does: rank 0 waits for a second only."""
     checkpoint.EXIT_WAIT = 1.0
     began = time.monotonic()
     if world.rank == 0:
         with (
             contextlib.suppress(KeyError),
-            Checkpoints(c, None) as lone,
-            Checkpoints(c, world) as checkpoints,
+            Checkpoints(folder, None) as lone,
+            Checkpoints(folder, world) as checkpoints,
         ):
             checkpoints.save(4, state, {})
             raise KeyError
         assert lone.newest() is not None
         assert 1 <= time.monotonic() - began < 5
     else:
-        Checkpoints(c, world)
+        Checkpoints(folder, world)
 
 
 def a_peer_dies(world, folder):
@@ -488,60 +535,80 @@ def test_everything_is_on_disk_before_the_name_is(tmp_path, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("keep", [0, 1, 2])
-def test_stopped_at_any_moment_there_is_a_whole_one(two_steps, tmp_path, monkeypatch, keep):
-    """Step 2 saved again, and interrupted before the first, second, ... of the calls that change the folder for good."""
-    real = {"fsync": os.fsync, "rename": Path.rename, "rmtree": shutil.rmtree}
-    calls = 0
+class StoppingCalls:
+    """Stands in for the calls that change a folder for good, and stops at the one after `limit`.
 
-    def stop_at(name):
+    From then on nothing happens any more, as if the process were dead."""
+
+    def __init__(self, limit):
+        self.limit = limit
+        self.calls = 0
+        self.real = {"fsync": os.fsync, "rename": Path.rename, "rmtree": shutil.rmtree}
+
+    def replace(self, patch):
+        for owner, name in ((os, "fsync"), (Path, "rename"), (shutil, "rmtree")):
+            patch.setattr(owner, name, self.replacement(name))
+
+    def replacement(self, name):
         def call(*args):
-            nonlocal calls
-            calls += 1
-            if calls > limit:  # from then on nothing happens any more: this process is dead
-                if calls == limit + 1 and name == "rmtree":
-                    next(args[0].iterdir()).unlink()  # half done
-                raise OSError("stopped")
-            return real[name](*args)
+            self.calls += 1
+            if self.calls <= self.limit:
+                return self.real[name](*args)
+            if self.calls == self.limit + 1 and name == "rmtree":
+                next(args[0].iterdir()).unlink()  # half done
+            raise OSError("stopped")
 
         return call
 
+
+def assert_none_is_half_deleted(folder, copy_folder):
+    """All checkpoints of the folder are whole, not the newest only."""
+    reports = []
+    shutil.copytree(folder, copy_folder)
+    checkpoints = Checkpoints(copy_folder, report=reports.append)
+    while newest := checkpoints.newest():
+        shutil.rmtree(newest[0])
+    assert not reports
+    shutil.rmtree(copy_folder)
+
+
+def assert_last_are_kept(folder, keep):
+    kept = names(folder)
+    assert kept[-1] == "step-00000006" and not any(name.endswith(".partial") for name in kept)
+    if keep:
+        assert len(kept) == keep
+    else:
+        assert kept[-3:] == ["step-00000004", "step-00000005", "step-00000006"]
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2])
+def test_stopped_at_any_moment_there_is_a_whole_one(two_steps, tmp_path, monkeypatch, keep):
+    """Step 2 is saved again, and interrupted before the first, second, ... change for good."""
     seen = set()
     for limit in range(100):
         folder = tmp_path / str(limit)
         shutil.copytree(two_steps, folder)
-        calls = 0
+        stopping = StoppingCalls(limit)
         with monkeypatch.context() as patch:
-            for owner, name in ((os, "fsync"), (Path, "rename"), (shutil, "rmtree")):
-                patch.setattr(owner, name, stop_at(name))
+            stopping.replace(patch)
             with (
                 contextlib.suppress(RuntimeError),
-                Checkpoints(folder, keep=keep, report=lambda line: None) as c,
+                Checkpoints(folder, keep=keep, report=lambda line: None) as checkpoints,
             ):
-                c.save(2, small(3), {"n": 3})
-        said = []
-        with Checkpoints(folder, keep=keep, report=said.append) as c:
-            path, about = c.newest()
-            assert not said and about["n"] in (2, 3), (limit, said)
-            seen.add((path.name, about["n"]))
-            shutil.copytree(folder, tmp_path / "all")
-            whole_ones = Checkpoints(tmp_path / "all", report=said.append)
-            while found := whole_ones.newest():  # nothing is half deleted
-                shutil.rmtree(found[0])
-            assert not said
-            shutil.rmtree(tmp_path / "all")
-            c.save(4, small(4), {"n": 4})
-            c.save(5, small(5), {"n": 5})
-            c.save(6, small(6), {"n": 6})
-        kept = names(folder)
-        assert kept[-1] == "step-00000006" and not any(name.endswith(".partial") for name in kept)
-        assert len(kept) == keep or (
-            not keep and kept[-3:] == ["step-00000004", "step-00000005", "step-00000006"]
-        )
-        if calls <= limit:
+                checkpoints.save(2, small(3), {"n": 3})
+        reports = []
+        with Checkpoints(folder, keep=keep, report=reports.append) as checkpoints:
+            path, metadata = checkpoints.newest()
+            assert not reports and metadata["n"] in (2, 3), (limit, reports)
+            seen.add((path.name, metadata["n"]))
+            assert_none_is_half_deleted(folder, tmp_path / "all")
+            for step in (4, 5, 6):
+                checkpoints.save(step, small(step), {"n": step})
+        assert_last_are_kept(folder, keep)
+        if stopping.calls <= limit:
             break
     assert seen == {("step-00000002", 2), ("step-00000002.old", 2), ("step-00000002", 3)}
-    assert about == {"n": 3} and limit > 8
+    assert metadata == {"n": 3} and limit > 8
 
 
 @pytest.mark.fast

@@ -63,26 +63,30 @@ def whole_checkpoints(out) -> list[Path]:
     return list((out / "checkpoints").glob("step-????????"))
 
 
+def await_records(process, out, count, needs_checkpoint):
+    """Waits until a run has more than `count` records, or ends; for at most 60 s."""
+    file = out / "metrics.jsonl"
+    end = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < end:
+        enough = file.exists() and len(file.read_text().splitlines()) > count
+        if enough and (whole_checkpoints(out) or not needs_checkpoint):
+            return
+        time.sleep(0.005)
+
+
 @pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_at_random_it_goes_on_bitwise(kills, unbroken, words, tmp_path):
     """kill -9 at no particular moment; then the curve is that of the unbroken run, bit for bit."""
     out, chance = tmp_path / "run", random.Random(0)
     words = [*words, "--out", out, "--resume", out, "--save-every", 1]
-    kept = -1
+    last_step = -1
     for _ in range(kills):
         process = start("-m", "apps.gpt.train", *words)
-        goal = kept + chance.randint(1, 3)
-        end = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < end:
-            file = out / "metrics.jsonl"
-            enough = file.exists() and len(file.read_text().splitlines()) > goal
-            if enough and (kills > 1 or whole_checkpoints(out)):
-                break
-            time.sleep(0.005)
+        await_records(process, out, last_step + chance.randint(1, 3), needs_checkpoint=kills == 1)
         time.sleep(chance.random() * 0.05)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        kept = max((record["step"] for record in read_metrics(out)), default=-1)
+        last_step = max((record["step"] for record in read_metrics(out)), default=-1)
     assert train(*words) == 0
     if kills == 1:
         assert read_sessions(out)[-1]["start_step"] > 0
