@@ -471,7 +471,9 @@ def test_what_remains_of_others_is_removed_and_strangers_stay(tmp_path):
 
 @pytest.mark.fast
 def test_training_goes_on_while_it_is_written(tmp_path, monkeypatch):
-    """save() returns while the writer is held up, and what training then does to the tensors is not in the file."""
+    """save() returns while the writer is held up.
+
+    What training then does to the tensors is not in the file."""
     gate = threading.Event()
     write = checkpoint._Writer.write_data
     monkeypatch.setattr(

@@ -1,4 +1,6 @@
-"""Optimizers and clipping: the papers' formulas written out, and sharded parameters against one process.
+"""Optimizers and clipping: the papers' formulas written out.
+
+Sharded parameters are compared with those of one process.
 
 pytest test/apps/common/test_optim.py
 """
@@ -43,7 +45,9 @@ class Scale(nn.Module):
 
 
 def network(seed=0) -> nn.Sequential:
-    """Sizes that no two ranks share equally, a zero weight (its trust ratio is 1) and parameters of one dimension."""
+    """Sizes that no two ranks share equally, and parameters of one dimension.
+
+    One weight is zero: its trust ratio is 1."""
     torch.manual_seed(seed)
     model = nn.Sequential(
         nn.Linear(5, 10), nn.Tanh(), nn.Linear(10, 7), nn.LayerNorm(7), Scale(), nn.Linear(7, 3)
@@ -70,7 +74,7 @@ def whole(t):
 
 
 def shard(model, kind):
-    """(data-parallel ranks, this rank's number among them) of a model that is now cut over the world of ranks."""
+    """Cuts a model over all ranks; returns (data-parallel ranks, this rank's number among them)."""
     world = dist.get_world_size()
     if kind == "fsdp":
         mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("dp",))
@@ -148,7 +152,9 @@ def test_the_papers_formula(name, batches):
 
 @pytest.mark.fast
 def test_lamb_by_hand():
-    """A first step: u = g / (|g| + eps) + decay x, whatever the betas; here (1, -1) + 0.5 (3, 4) = (2.5, 1)."""
+    """A first step: u = g / (|g| + eps) + decay x, whatever the betas.
+
+    Here it is (1, -1) + 0.5 (3, 4) = (2.5, 1)."""
     x, bias, zero = (
         nn.Parameter(torch.tensor(v, dtype=torch.float64))
         for v in ([[3.0, 4.0]], [3.0, 4.0], [[0.0, 0.0]])
@@ -246,7 +252,9 @@ def test_messages_do_not_grow_with_the_number_of_parameters(layers, monkeypatch)
 
 @pytest.mark.parametrize("name", ["lamb", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_distributed_checkpoint_goes_on_elsewhere(name, batches, tmp_path):
-    """Saved by two FSDP2 ranks, loaded by one process, by as many ranks, and by FSDP2 x TP (which has more parameter groups)."""
+    """Saved by two FSDP2 ranks; loaded by one process, by as many ranks, and by FSDP2 x TP.
+
+    The last has more parameter groups."""
     want = training(network(), name, batches)[1]
     models = [network(seed) for seed in range(10)]
     options = StateDictOptions(

@@ -1,4 +1,6 @@
-"""What a run leaves behind and shows: metrics, header, progress, curves; and the learning rate's schedules.
+"""What a run leaves behind and shows: metrics, header, progress, curves.
+
+And the learning rate's schedules.
 
 pytest test/apps/common/test_runlog.py
 """
@@ -508,8 +510,8 @@ def test_the_plot_module_runs(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
     assert (
-        done.stderr
-        == f"python -m apps.common.plot: error: {tmp_path} holds no metrics.jsonl; name the folder that a trainer wrote.\n"
+        done.stderr == f"python -m apps.common.plot: error: {tmp_path} holds no metrics.jsonl; "
+        "name the folder that a trainer wrote.\n"
     )
 
 

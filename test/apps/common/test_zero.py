@@ -1,4 +1,6 @@
-"""apps/common/zero.py: with DeepSpeed's ZeRO 1 to 3 training is what one process does; checkpoints go from engine to engine.
+"""apps/common/zero.py: with DeepSpeed's ZeRO 1 to 3 training is what one process does.
+
+Checkpoints go from engine to engine.
 
 pytest test/apps/common/test_zero.py      (needs deepspeed: pip install deepspeed)
 """
@@ -74,7 +76,9 @@ def test_twenty_steps_equal_one_process(kind, shape, alone):
 @needs_deepspeed
 @pytest.mark.parametrize("kind", KINDS)
 def test_passes_and_partitions_that_nothing_divides(kind):
-    """Three ranks; two passes a step; an output projection of its own, which the model uses without calling it."""
+    """Three ranks, two passes a step.
+
+    The model has an output projection of its own, which it uses without calling it."""
     expected = on(Shape(), "fsdp", model={"tied": False}, steps=3)[0]
     expect_same(on(Shape(cp=3), kind, model={"tied": False}, steps=3, micro_batch=2), expected)
 
@@ -93,7 +97,9 @@ def test_activations_computed_again(kind, how):
 @needs_deepspeed
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_is_what_fsdp_does(kind):
-    """To the bit, until clipping: DeepSpeed adds 1e-6 to the norm, and what bfloat16 then rounds the other way grows."""
+    """To the bit, until clipping.
+
+    DeepSpeed adds 1e-6 to the norm, and what bfloat16 then rounds the other way grows."""
     expected = on(DP2, "fsdp", steps=2, dtype="bfloat16", micro_batch=1)[0]
     expect_same(on(DP2, kind, steps=2, dtype="bfloat16", micro_batch=1), expected)
 
