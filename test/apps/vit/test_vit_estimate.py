@@ -2,7 +2,7 @@
 
 FLOPs and parameters equal torch's counts.
 
-pytest test/apps/vit/test_vit_plan.py
+pytest test/apps/vit/test_vit_estimate.py
 """
 
 import dataclasses
@@ -317,7 +317,7 @@ def test_a_file_gives_its_sizes_and_is_not_read(times, year, tmp_path, monkeypat
     )
 
 
-@pytest.mark.slow  # CI has thousands of ranks in test_gpt_plan.py
+@pytest.mark.slow  # CI has thousands of ranks in test_gpt_estimate.py
 def test_thousands_of_ranks(capsys):
     """259,200 tokens a field (half a degree, point by point) over 32 of 4,096 ranks.
 
