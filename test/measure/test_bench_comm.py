@@ -44,31 +44,38 @@ def test_every_row_of_the_table_of_collectives_is_measured():
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_each_collective_against_its_definition(name, world):
     """The result of one pass, and what the check expects of it, both against the definition."""
-    n = 8 * world
-    inputs = [bench_collectives._values(r, n, torch.device("cpu"), True) for r in range(world)]
-    assert len({x[0].item() for x in inputs}) == world
-    chunks = [x.chunk(world) for x in inputs]
+    elements = 8 * world
+    cpu = torch.device("cpu")
+    inputs = [bench_collectives._values(rank, elements, cpu, True) for rank in range(world)]
+    assert len({values[0].item() for values in inputs}) == world
 
     def rank_main(rank):
-        call, expected = bench_collectives.PREPARATIONS[name](
-            rank, world, n, torch.device("cpu"), True
-        )
+        call, expected = bench_collectives.PREPARATIONS[name](rank, world, elements, cpu, True)
         return call().clone(), expected()
 
-    for rank, (got, want) in enumerate(ranks.run(world, rank_main)):
-        defined = {
-            "broadcast": inputs[0],
-            "reduce": sum(inputs),
-            "all_reduce": sum(inputs),
-            "all_gather": torch.cat([x[: n // world] for x in inputs]),
-            "reduce_scatter": sum(c[rank] for c in chunks),
-            "all_to_all": torch.cat([c[rank] for c in chunks]),
-            "ring": inputs[rank - 1],
-        }[name]
+    for rank, (result, expected) in enumerate(ranks.run(world, rank_main)):
         if name == "reduce" and rank:
-            assert want is None
+            assert expected is None
             continue
-        assert torch.equal(got, defined) and torch.equal(want, defined)
+        defined = result_by_definition(name, inputs, rank)
+        assert torch.equal(result, defined)
+        assert torch.equal(expected, defined)
+
+
+def result_by_definition(name, inputs, rank):
+    """What a rank has after a collective of these inputs; the root is rank 0."""
+    world = len(inputs)
+    chunks = [values.chunk(world) for values in inputs]
+    results = {
+        "broadcast": inputs[0],
+        "reduce": sum(inputs),
+        "all_reduce": sum(inputs),
+        "all_gather": torch.cat([values[: len(values) // world] for values in inputs]),
+        "reduce_scatter": sum(chunk[rank] for chunk in chunks),
+        "all_to_all": torch.cat([chunk[rank] for chunk in chunks]),
+        "ring": inputs[rank - 1],
+    }
+    return results[name]
 
 
 @pytest.mark.fast
@@ -116,27 +123,40 @@ def test_sizes():
 @pytest.mark.fast
 def test_records_table_and_machine_file(on_threads, tmp_path, capsys):
     assert bench_collectives.main(options(tmp_path, "--label", "net=x")) == 0
-    said = capsys.readouterr().out
-    found = machine.collected(tmp_path)
-    assert {r["case"]["collective"] for r in found} == set(BENCHMARKS) and len(found) == 7
-    for r in found:
-        assert (
-            [s["bytes"] for s in r["sizes"]] == [1024, 4096]
-            and r["ended"] is None
-            and r["labels"] == {"net": "x"}
-        )
-        for s in r["sizes"]:
-            assert s["wrong"] == 0 and s["algbw"] == pytest.approx(s["bytes"] / s["mean"])
-            assert s["busbw"] == pytest.approx(
-                s["algbw"] * BENCHMARKS[r["case"]["collective"]].bus(2)
-            )
-        assert (
-            r["wire_missing"] == "all ranks are on one host"
-            and r["sizes"][0]["wire_factor"] is None
-        )
-    assert said.count("all_to_all") == 2 and max(map(len, said.splitlines()[:15])) <= 100
-    fits = machine.load(tmp_path / "machine.json")
-    assert len(fits) == 7 and machine.find(fits, "ring", 2)["labels"] == {"net": "x"}
+    printed = capsys.readouterr().out
+    of_collectives = machine.collected(tmp_path)
+    assert {record["case"]["collective"] for record in of_collectives} == set(BENCHMARKS)
+    assert len(of_collectives) == 7
+    assert list(of_collectives[0])[:5] == ["schema", "kind", "id", "date", "case"]
+    for record in of_collectives:
+        check_record_of_two_sizes(record)
+    assert printed.count("all_to_all") == 2
+    assert max(map(len, printed.splitlines()[:15])) <= 100
+    check_machine_file(tmp_path / "machine.json")
+
+
+def check_machine_file(path):
+    """Of a run with --label net=x on two ranks."""
+    fits = machine.load(path)
+    assert len(fits) == 7
+    ring = machine.find(fits, "ring", 2)
+    assert ring["labels"] == {"net": "x"}
+    # written as whole numbers, not as 1.0
+    assert json.dumps([ring["bus_factor"], ring["sent_per_byte"]]) == "[1, 1]"
+
+
+def check_record_of_two_sizes(record):
+    """Of a run with --label net=x on two ranks of one host."""
+    assert [size["bytes"] for size in record["sizes"]] == [1024, 4096]
+    assert record["ended"] is None
+    assert record["labels"] == {"net": "x"}
+    assert record["wire_missing"] == "all ranks are on one host"
+    assert record["sizes"][0]["wire_factor"] is None
+    bus_factor = BENCHMARKS[record["case"]["collective"]].bus(2)
+    for size in record["sizes"]:
+        assert size["wrong"] == 0
+        assert size["algbw"] == pytest.approx(size["bytes"] / size["mean"])
+        assert size["busbw"] == pytest.approx(size["algbw"] * bus_factor)
 
 
 def test_resume_measures_only_what_is_missing(on_threads, tmp_path):

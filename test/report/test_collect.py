@@ -44,42 +44,50 @@ def folders(tmp_path):
 
 @pytest.mark.fast
 def test_one_table_of_all_records(folders, capsys):
-    out = folders / "table"
-    assert cli.main(["collect", str(folders / "a"), str(folders / "b"), "--out", str(out)]) == 0
-    said = capsys.readouterr()
+    out = collected(folders)
+    printed = capsys.readouterr()
     for name in ("half.json", "other.json", "x.json.broken"):
-        assert sum(name in line for line in said.err.splitlines()) == 1
-    assert "8 records; 1 copies taken once; 3 broken files" in said.out
+        assert sum(name in line for line in printed.err.splitlines()) == 1
+    assert "8 records; 1 copies taken once; 3 broken files" in printed.out
     rows = tables.read_table(out / "attention.parquet")
     assert len(rows) == 6
-    with open(out / "attention.csv", newline="") as f:
-        assert [r["id"] for r in csv.DictReader(f)] == [r["id"] for r in rows]
-    one = next(r for r in rows if r["algorithm"] == "ringx3" and r["world"] == 2)
-    record = invented.attention(world=2, wire=1.5)
-    assert (
-        one["total_s"] == record["seconds"]["total"]["median"]
-        and one["label_link"] == "200"
-        and one["labels"] == "link=200"
-    )
-    assert (
-        one["total_raw_s"] == "1 1.2 0.9"
-        and one["forward_bytes"] == record["bytes"]["forward"]["counted"]
-    )
-    assert one["source"] == one["id"] + ".json" and one["torch"] == record["versions"]["torch"]
-    assert one["wire_bytes"] == pytest.approx(one["wire_expected_bytes"])  # factor 1.5 of both
-    sent = one["forward_bytes"] + one["backward_bytes"]
-    assert one["unhidden_s"] == pytest.approx(
-        4 * 1e-4 + sent / 0.5 * 1e-8, rel=1e-6
-    )  # 2 messages each way; half of S is sent at N = 2
-    assert all(
-        r["wire_expected_bytes"] is None for r in rows if r is not one
-    )  # other labels, or none measured
+    with open(out / "attention.csv", newline="") as file:
+        assert [row["id"] for row in csv.DictReader(file)] == [row["id"] for row in rows]
     assert len(tables.read_table(out / "collectives.csv")) == 12
-    assert {f["world"] for f in machine.load(out / "machine.json")} == {2, 4}
-    where = json.loads((out / "environment.json").read_text())
-    assert [x["records"] for x in where["versions"]] == [8] and "/a/b" not in json.dumps(
-        where["command"]
-    )
+    assert {fit["world"] for fit in machine.load(out / "machine.json")} == {2, 4}
+    environment = json.loads((out / "environment.json").read_text())
+    assert [entry["records"] for entry in environment["versions"]] == [8]
+    assert "/a/b" not in json.dumps(environment["command"])
+
+
+def collected(folders):
+    """The folder of the tables."""
+    out = folders / "table"
+    assert cli.main(["collect", str(folders / "a"), str(folders / "b"), "--out", str(out)]) == 0
+    return out
+
+
+@pytest.mark.fast
+def test_a_row_holds_what_its_record_holds_and_what_the_collectives_make_of_it(folders):
+    rows = tables.read_table(collected(folders) / "attention.parquet")
+    (row,) = [row for row in rows if row["algorithm"] == "ringx3" and row["world"] == 2]
+    record = invented.attention(world=2, wire=1.5)
+    expected = {
+        "total_s": record["seconds"]["total"]["median"],
+        "total_raw_s": "1 1.2 0.9",
+        "label_link": "200",
+        "labels": "link=200",
+        "forward_bytes": record["bytes"]["forward"]["counted"],
+        "source": f"{row['id']}.json",
+        "torch": record["versions"]["torch"],
+    }
+    assert {name: row[name] for name in expected} == expected
+    assert row["wire_bytes"] == pytest.approx(row["wire_expected_bytes"])  # factor 1.5 of both
+    sent = row["forward_bytes"] + row["backward_bytes"]
+    # 2 messages each way; half of S is sent at N = 2
+    assert row["unhidden_s"] == pytest.approx(4 * 1e-4 + sent / 0.5 * 1e-8, rel=1e-6)
+    # of the others the labels are others, or none was measured
+    assert {other["wire_expected_bytes"] for other in rows if other is not row} == {None}
 
 
 @pytest.mark.parametrize("kind", ["parquet", pytest.param("csv", marks=pytest.mark.slow)])
@@ -88,28 +96,32 @@ def test_a_table_draws_what_its_records_draw(folders, tmp_path, kind, capsys):
     source = folders / "a/200"
     assert cli.main(["collect", str(source), "--out", str(tmp_path / "t")]) == 0
     assert cli.main(["plot", str(source), "--out", str(tmp_path / "from_records")]) == 0
-    tables = [str(tmp_path / f"t/{name}.{kind}") for name in ("attention", "collectives")]
-    assert cli.main(["plot", *tables, "--out", str(tmp_path / "from_table")]) == 0
-    drawn = {p.name: p.read_text() for p in (tmp_path / "from_records").glob("*.csv")}
-    assert {
-        "strong_scaling.csv",
-        "bytes.csv",
-        "wire.csv",
-        "collectives_labels.csv",
-    } & drawn.keys() >= {"bytes.csv", "wire.csv"}
-    assert (
-        len([name for name in drawn if name.startswith("collectives")]) == 2
-    )  # with a label and without
-    again = {p.name: p.read_text() for p in (tmp_path / "from_table").glob("*.csv")}
-    assert again.keys() == drawn.keys()
-    for name, text in drawn.items():
-        ours, theirs = (list(csv.DictReader(t.splitlines())) for t in (text, again[name]))
-        for x, y in zip(ours, theirs, strict=True):
-            for key in x:
-                assert x[key] == y[key] or float(x[key]) == pytest.approx(float(y[key])), (
-                    name,
-                    key,
-                )
+    table_files = [str(tmp_path / f"t/{name}.{kind}") for name in ("attention", "collectives")]
+    assert cli.main(["plot", *table_files, "--out", str(tmp_path / "from_table")]) == 0
+    from_records = csv_files(tmp_path / "from_records")
+    from_table = csv_files(tmp_path / "from_table")
+    assert from_records.keys() >= {"bytes.csv", "wire.csv"}
+    # with a label and without
+    assert sum(name.startswith("collectives") for name in from_records) == 2
+    assert from_table.keys() == from_records.keys()
+    for name, rows in from_records.items():
+        for row, row_of_table in zip(rows, from_table[name], strict=True):
+            check_same_numbers(row, row_of_table)
+
+
+def csv_files(folder):
+    """{name: rows} of the CSV files in a folder."""
+    return {
+        path.name: list(csv.DictReader(path.read_text().splitlines()))
+        for path in folder.glob("*.csv")
+    }
+
+
+def check_same_numbers(row, other):
+    """Equal texts, or numbers that are equal but for rounding."""
+    for column, text in row.items():
+        if text != other[column]:
+            assert float(text) == pytest.approx(float(other[column])), column
 
 
 def with_collective(record, name, sent=7.0, messages=1):

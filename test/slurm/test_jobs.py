@@ -58,44 +58,53 @@ def test_submit_collect_plot(cluster, limited, tmp_path):
     one table and its plots."""
     out = tmp_path / "my runs; $(touch oops)"
     label = "note=a 'b' $(touch oops)"
-    ids, said = submit(
+    ids, printed = submit(
         cluster, out, "--nodes", "1,2", "--seqlens", "64,128", *SMALL, "--reps", "2",
         "--algorithms", "ringx3,ringx4", "--label", label,
         "--label", "net=veth", "--chain", "2", "--wait",
     )  # fmt: skip
-    assert (
-        len(ids) == 4 and "asks for 6.00 node-hours" in said and "8 of 8 records are there" in said
-    )
-    assert not list(tmp_path.rglob("oops")) and not (ROOT / "oops").exists()
-    got = found(out)
-    assert {r["labels"]["note"] for r in got} == {label.removeprefix("note=")}
-    jobs = {(r["case"]["world"], r["case"]["seqlen"]): r["launch"]["job"] for r in got}
-    assert {k: (j["nodes"], j["array_task"], j["site"], j["restart"]) for k, j in jobs.items()} == {
+    assert len(ids) == 4
+    assert "asks for 6.00 node-hours" in printed
+    assert "8 of 8 records are there" in printed
+    assert not list(tmp_path.rglob("oops"))
+    assert not (ROOT / "oops").exists()
+    measured = found(out)
+    assert {record["labels"]["note"] for record in measured} == {label.removeprefix("note=")}
+    check_places(measured, first_ids={int(ids[0]), int(ids[2])})
+    logs = [log.read_text() for log in (out / "jobs").glob("*.out")]
+    assert len(logs) == 8
+    assert "Traceback" not in "".join(logs)
+    check_table_and_plots(cluster, out, table=tmp_path / "table")
+
+
+def check_places(measured, *, first_ids):
+    """Where the records of 1 and 2 nodes and of two array tasks were measured.
+
+    first_ids: of the first job of each chain; those that followed found everything there."""
+    places = {}
+    for record in measured:
+        job = record["launch"]["job"]
+        assert job["id"] in first_ids
+        size = (record["case"]["world"], record["case"]["seqlen"])
+        places[size] = (job["nodes"], job["array_task"], job["site"], job["restart"])
+        if record["case"]["world"] == 2:
+            assert record["wire"]["interface"] == "eth0"
+            assert record["wire"]["hosts"] == 2
+    assert places == {
         (1, 64): (1, 0, "generic-cpu", 0), (1, 128): (1, 1, "generic-cpu", 0),
         (2, 64): (2, 0, "generic-cpu", 0), (2, 128): (2, 1, "generic-cpu", 0),
     }  # fmt: skip
-    assert {j["id"] for j in jobs.values()} <= {
-        int(ids[0]),
-        int(ids[2]),
-    }  # the followers found everything there
-    assert all(
-        r["wire"]["interface"] == "eth0" and r["wire"]["hosts"] == 2
-        for r in got
-        if r["case"]["world"] == 2
-    )
-    logs = list((out / "jobs").glob("*.out"))
-    assert len(logs) == 8 and all("Traceback" not in log.read_text() for log in logs)
-    table = tmp_path / "table"
+
+
+def check_table_and_plots(cluster, out, *, table):
     cluster.ringx("collect", out, "--out", table)
     rows = tables.read_table(table / "attention.parquet")
-    assert (
-        len(rows) == 8
-        and {r["label_net"] for r in rows} == {"veth"}
-        and {r["site"] for r in rows} == {"generic-cpu"}
-    )
-    said = cluster.ringx("plot", table / "attention.parquet")
+    assert len(rows) == 8
+    assert {row["label_net"] for row in rows} == {"veth"}
+    assert {row["site"] for row in rows} == {"generic-cpu"}
+    printed = cluster.ringx("plot", table / "attention.parquet")
     for figure in ("strong_scaling", "weak_scaling", "bytes", "wire"):
-        assert (table / f"{figure}.png").exists(), said
+        assert (table / f"{figure}.png").exists(), printed
 
 
 def test_results_that_cannot_be_written_fail_before_the_first_case(cluster):

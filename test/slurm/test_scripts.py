@@ -72,38 +72,37 @@ def test_setup_dist_vars_says_what_ringx_would(nodes):
     """For every rank of a step on these nodes, one task more on the first: the same as
     ringx.launch.environ, which asks Slurm itself."""
     hosts = environ.hosts_of(nodes)
-    counts = [2, *[1] * (len(hosts) - 1)]
-    tasks = "2" if len(hosts) == 1 else f"2,1(x{len(hosts) - 1})" if len(hosts) > 2 else "2,1"
-    for rank, (node, local) in enumerate((n, i) for n, c in enumerate(counts) for i in range(c)):
+    places = [(0, 0), (0, 1), *((node, 0) for node in range(1, len(hosts)))]  # (node, local rank)
+    tasks_per_node = {1: "2", 2: "2,1"}.get(len(hosts), f"2,1(x{len(hosts) - 1})")
+    for rank, (node, local_rank) in enumerate(places):
         slurm = {
             "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "3", "SLURM_PROCID": str(rank),
-            "SLURM_NTASKS": str(sum(counts)), "SLURM_LOCALID": str(local),
+            "SLURM_NTASKS": str(len(places)), "SLURM_LOCALID": str(local_rank),
             "SLURM_NODEID": str(node),
-            "SLURM_STEP_NODELIST": nodes, "SLURM_STEP_TASKS_PER_NODE": tasks,
+            "SLURM_STEP_NODELIST": nodes, "SLURM_STEP_TASKS_PER_NODE": tasks_per_node,
         }  # fmt: skip
-        names = (
-            "RANK",
-            "LOCAL_RANK",
-            "WORLD_SIZE",
-            "LOCAL_WORLD_SIZE",
-            "MASTER_ADDR",
-            "MASTER_PORT",
-        )
-        say = "; ".join(f"printenv {name}" for name in names)
-        done = bash(f"source {shlex.quote(str(SCRIPT / 'setup_dist_vars.sh'))}; {say}", **slurm)
-        want = environ.read(slurm)
-        got = dict(zip(names, done.stdout.splitlines(), strict=True))
-        assert (int(got["RANK"]), int(got["LOCAL_RANK"])) == (want.rank, want.local_rank), (
-            done.stderr
-        )
-        assert (int(got["WORLD_SIZE"]), int(got["LOCAL_WORLD_SIZE"])) == (
-            want.world_size,
-            want.local_world,
-        )
-        assert int(got["MASTER_PORT"]) == want.port and got["MASTER_ADDR"] == hosts[0]
-        assert (
-            environ.read(slurm | got).world_size == want.world_size
-        )  # and ringx accepts what the script has set
+        variables = variables_of_setup_dist_vars(slurm)
+        info = environ.read(slurm)
+        assert variables == {
+            "RANK": str(info.rank),
+            "LOCAL_RANK": str(info.local_rank),
+            "WORLD_SIZE": str(info.world_size),
+            "LOCAL_WORLD_SIZE": str(info.local_world),
+            "MASTER_ADDR": hosts[0],
+            "MASTER_PORT": str(info.port),
+        }
+        # ringx accepts what the script has set
+        assert environ.read(slurm | variables).world_size == info.world_size
+
+
+def variables_of_setup_dist_vars(slurm):
+    """What the script sets for a task with these variables of Slurm."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    show = "; ".join(f"printenv {name}" for name in names)
+    done = bash(f"source {shlex.quote(str(SCRIPT / 'setup_dist_vars.sh'))}; {show}", **slurm)
+    values = done.stdout.splitlines()
+    assert len(values) == len(names), done.stderr
+    return dict(zip(names, values, strict=True))
 
 
 def test_setup_dist_vars_keeps_what_is_set_and_refuses_other_shells():
@@ -150,55 +149,63 @@ def slurm(tmp_path):
     }
 
 
-@pytest.mark.parametrize("folder", [SCRIPT.parent, SCRIPT])
-@pytest.mark.parametrize("name", ["bench", "collectives", "test", "gpt", "vit"])
-def test_batch_scripts_call_what_there_is(slurm, name, folder):
-    """With arguments, from the checkout and from script/: the command that the ranks run is one
-    that its program takes."""
-    words = {
-        "bench": "ringx1",
-        "collectives": "ring",
-        "test": "ringx3",
-        "gpt": "--preset tiny",
-        "vit": "--dim 8",
-    }[name]
-    task = {"SLURM_ARRAY_TASK_ID": "2"} if name == "bench" else {}
-    done = bash(
-        f"bash {SCRIPT}/{name}.sbatch {words}",
-        cwd="/",
-        SLURM_SUBMIT_DIR=str(folder),
-        **slurm,
-        **task,
-    )
+from_checkout_and_script = pytest.mark.parametrize("folder", [SCRIPT.parent, SCRIPT])
+
+
+def command_of_ranks(script, *, folder, **variables):
+    """The words after python of what the ranks of a batch script run, submitted from a folder."""
+    done = bash(f"bash {SCRIPT}/{script}", cwd="/", SLURM_SUBMIT_DIR=str(folder), **variables)
     assert done.returncode == 0, done.stderr
-    said = done.stdout.splitlines()[-1].split()
-    if name == "test":
-        assert said == ["test/test_ringx3.py"] and (SCRIPT.parent / said[0]).exists()
-    elif name == "gpt":
-        assert said == [
-            "-m",
-            "apps.gpt.train",
-            "--preset",
-            "tiny",
-            "--out",
-            "gpt_7",
-            "--resume",
-            "gpt_7",
-        ]
-    elif name == "vit":
-        assert said == ["-m", "apps.vit.train", "--dim", "8", "--out", "vit_7", "--resume", "vit_7"]
-    else:
-        module = {"bench": bench_attention, "collectives": bench_collectives}[name]
-        parser = argparse.ArgumentParser()
-        module.add_arguments(parser)
-        args = parser.parse_args(said[3:])
-        assert args.nproc == "2" and args.resume
-        if name == "bench":
-            assert {c.algorithm for c in cases.plan(args, 2)} == {"ringx1"} and args.part == "2/4"
-            array = re.search(r"--array=0-(\d)", (SCRIPT / "bench.sbatch").read_text())
-            assert len({c.size for c in cases.examine(args, 2, None)[0]}) == int(array[1]) + 1
-        else:
-            assert bench_collectives.examine(args) == (["ring"], [])
+    return done.stdout.splitlines()[-1].split()
+
+
+@from_checkout_and_script
+@pytest.mark.parametrize(
+    ("script", "command"),
+    [
+        ("test.sbatch ringx3", "test/test_ringx3.py"),
+        (
+            "gpt.sbatch --preset tiny",
+            "-m apps.gpt.train --preset tiny --out gpt_7 --resume gpt_7",
+        ),
+        ("vit.sbatch --dim 8", "-m apps.vit.train --dim 8 --out vit_7 --resume vit_7"),
+    ],
+)
+def test_batch_scripts_run_the_program_of_their_name(slurm, script, command, folder):
+    assert command_of_ranks(script, folder=folder, **slurm) == command.split()
+
+
+@pytest.mark.fast
+def test_the_program_of_the_test_script_is_there():
+    assert (SCRIPT.parent / "test/test_ringx3.py").exists()
+
+
+@from_checkout_and_script
+def test_the_bench_script_measures_its_part(slurm, folder):
+    words = command_of_ranks("bench.sbatch ringx1", folder=folder, SLURM_ARRAY_TASK_ID="2", **slurm)
+    args = parsed(bench_attention, words[3:])
+    assert args.part == "2/4"
+    assert {case.algorithm for case in cases.plan(args, 2)} == {"ringx1"}
+    array = re.search(r"--array=0-(\d)", (SCRIPT / "bench.sbatch").read_text())
+    all_cases, _ = cases.examine(args, 2, None)
+    assert len({case.size for case in all_cases}) == int(array[1]) + 1
+
+
+@from_checkout_and_script
+def test_the_collectives_script_measures_what_it_is_told(slurm, folder):
+    words = command_of_ranks("collectives.sbatch ring", folder=folder, **slurm)
+    args = parsed(bench_collectives, words[3:])
+    assert bench_collectives.examine(args) == (["ring"], [])
+
+
+def parsed(module, words):
+    """The options of a benchmark on two ranks that resumes."""
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    args = parser.parse_args(words)
+    assert args.nproc == "2"
+    assert args.resume
+    return args
 
 
 @pytest.mark.parametrize(

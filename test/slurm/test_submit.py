@@ -5,6 +5,7 @@ python -m pytest test/slurm/test_submit.py
 """
 
 import argparse
+import itertools
 import re
 import shlex
 import subprocess
@@ -98,33 +99,47 @@ def test_a_rendered_script_is_bash_and_its_command_says_what_was_asked_for(name,
     """The command line reaches Python as it was typed: bash splits it, with a stand-in for job.sh
     and an array task."""
     for job in jobs(*RENDERED[name])[0]:
-        lines = submit.render(job).splitlines()
-        start = next(i for i, line in enumerate(lines) if line.startswith("ranks "))
-        before = (
-            "SLURM_ARRAY_TASK_ID=0; PYTHON=p; ranks() { printf '%s\\0' \"$@\"; }; job_end() { :; }"
-        )
-        script = "\n".join([before, *lines[start:]])
-        done = subprocess.run(
-            ["bash", "-euc", script], capture_output=True, text=True, check=True, cwd=tmp_path
-        )
-        words = done.stdout.split("\0")[:-1]
-        assert words[:3] == ["p", "-m", "ringx"] and not list(tmp_path.iterdir())
+        words = words_of_ranks(submit.render(job), tmp_path)
+        assert words[:3] == ["p", "-m", "ringx"]
+        assert not list(tmp_path.iterdir())
         module = {"bench": bench_attention, "bench-comm": bench_collectives}[words[3]]
         parser = argparse.ArgumentParser()
         module.add_arguments(parser)
         args = parser.parse_args(words[4:])
-        assert args.out == Path("/scratch/my runs") and args.resume
+        assert args.out == Path("/scratch/my runs")
+        assert args.resume
         assert int(args.nproc) == job.nodes * job.ranks_per_node
-        if words[3] == "bench":
+        if module is bench_attention:
             assert args.label == (["note=it's a $(test)"] if name == "cpu" else [])
-            cases, faults = attention_cases.examine(args, None, None)
-            assert not faults
-            parts = [attention_cases.part(cases, f"{i}/{job.tasks}") for i in range(job.tasks)]
-            assert sorted(c.id for p in parts for c in p) == sorted(c.id for c in cases) and all(
-                parts
-            )
+            check_array_tasks_share_the_cases(args, job.tasks)
         else:
             assert (args.max_bytes, args.seconds, args.label) == ("4M", 9, ["a=b"])
+
+
+def words_of_ranks(script, folder):
+    """What the ranks of a script would run, as bash splits it in that folder."""
+    stand_in = (
+        "SLURM_ARRAY_TASK_ID=0; PYTHON=p; ranks() { printf '%s\\0' \"$@\"; }; job_end() { :; }"
+    )
+    command = script[script.index("\nranks ") :]
+    done = subprocess.run(
+        ["bash", "-euc", stand_in + command],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=folder,
+    )
+    return done.stdout.split("\0")[:-1]
+
+
+def check_array_tasks_share_the_cases(args, tasks):
+    """Each case is in one part, and no part is empty."""
+    cases, faults = attention_cases.examine(args, None, None)
+    assert not faults
+    parts = [attention_cases.part(cases, f"{task}/{tasks}") for task in range(tasks)]
+    assert all(parts)
+    measured = sorted(case.id for case in itertools.chain.from_iterable(parts))
+    assert measured == sorted(case.id for case in cases)
 
 
 @pytest.mark.fast
