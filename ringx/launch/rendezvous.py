@@ -200,7 +200,7 @@ def _address_towards_others(world: World, addresses: Sequence[str]) -> str:
 
     addresses: of all ranks, those from which they reach rank 0."""
     local_address = addresses[world.rank]
-    if not _is_loopback(local_address) or world.local_world == world.world_size:
+    if not _is_loopback(local_address) or world.local_world >= world.world_size:
         return local_address
     # this is the host of rank 0, whose own name leads to itself: look towards another host
     for address in addresses:
