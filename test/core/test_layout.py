@@ -62,6 +62,22 @@ def dense(tile_list: list[Tile], m: int, n: int) -> torch.Tensor:
     return count
 
 
+def mask_by_definition(seqlen, window, cu_seqlens):
+    """[S, S] bool: which queries (rows) see which keys."""
+    position = torch.arange(seqlen)
+    ahead = position[None] - position[:, None]
+    mask = torch.ones(seqlen, seqlen, dtype=torch.bool)
+    left, right = window
+    if left is not None:
+        mask &= ahead >= -left
+    if right is not None:
+        mask &= ahead <= right
+    if cu_seqlens:
+        document = torch.bucketize(position, torch.tensor(cu_seqlens[1:]), right=True)
+        mask &= document[None] == document[:, None]
+    return mask
+
+
 @pytest.mark.parametrize("by_keys", [False, True])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_tiles_are_the_mask(name, by_keys):
@@ -73,18 +89,9 @@ def test_tiles_are_the_mask(name, by_keys):
         sharding = Sharding(seqlen, world, name)
         for window in ((None, None), (None, 0), (5, 0), (3, 2), (0, None)):
             for cu in (None, sorted({0, seqlen, *rng.sample(range(1, seqlen), 3)})):
-                i = torch.arange(seqlen)
-                ahead, want = i[None] - i[:, None], torch.ones(seqlen, seqlen, dtype=torch.bool)
-                if window[0] is not None:
-                    want &= ahead >= -window[0]
-                if window[1] is not None:
-                    want &= ahead <= window[1]
-                if cu:
-                    doc = torch.bucketize(i, torch.tensor(cu[1:]), right=True)
-                    want &= doc[None] == doc[:, None]
-                sets = (
-                    [[r] for r in range(world)] + [list(range(world))] + [list(range(0, world, 2))]
-                )
+                want = mask_by_definition(seqlen, window, cu)
+                single_ranks = [[rank] for rank in range(world)]
+                sets = [*single_ranks, list(range(world)), list(range(0, world, 2))]
                 for some_q, some_k in itertools.product(sets, sets):
                     q_runs, k_runs = (sorted_runs(sharding, some) for some in (some_q, some_k))
                     q_pos, k_pos = (positions(runs) for runs in (q_runs, k_runs))

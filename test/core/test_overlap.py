@@ -71,6 +71,16 @@ def is_compute(event):
     return event[0] == "compute"
 
 
+def computed_at(log, rank, operand):
+    """{owner of the remote block: where in the log it is computed}"""
+    own_block = ("compute", (rank,), (rank,))
+    return {
+        event[operand][0]: i
+        for i, event in enumerate(log)
+        if is_compute(event) and event != own_block
+    }
+
+
 @pytest.mark.fast
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_the_own_block_is_computed_while_the_first_message_is_in_flight(algorithm, events):
@@ -109,11 +119,7 @@ def test_the_next_broadcast_is_posted_before_a_block_is_computed(algorithm, over
             posted = {
                 event.peer: i for i, event in enumerate(log) if event[:2] == ("post", "broadcast")
             }
-            computed = {
-                event[operand][0]: i
-                for i, event in enumerate(log)
-                if is_compute(event) and event[1:] != ((rank,), (rank,))
-            }
+            computed = computed_at(log, rank, operand)
             assert sorted(posted) == list(range(WORLD))
             early = [posted[o + 1] < computed[o] for o in range(WORLD - 1) if o != rank]
             assert all(early) if overlap else not any(early), (rank, log)

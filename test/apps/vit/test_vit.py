@@ -221,6 +221,13 @@ def plain_errors(p, samples, t0s, m):
     return (plain_vit(p, inputs, m) - target.flatten(1, 2)).square() * weights
 
 
+def plain_learning_rate(step):
+    """Three steps of warmup to 1e-2, then a cosine to a tenth of it over 17."""
+    if step < 3:
+        return 1e-2 * (step + 1) / 3
+    return 1e-2 * (0.55 + 0.45 * math.cos(math.pi * (step - 2) / 17))
+
+
 @pytest.mark.fast
 @pytest.mark.parametrize(
     "data, patch, positions",
@@ -251,11 +258,7 @@ def test_equals_a_plain_vit(data, patch, positions, request):
         norm = torch.cat([x.grad.flatten() for x in p.values()]).norm().item()
         for x in p.values():
             x.grad *= min(1.0, 0.2 / norm)
-        lr = (
-            1e-2 * (step + 1) / 3
-            if step < 3
-            else 1e-2 * (0.55 + 0.45 * math.cos(math.pi * (step - 2) / 17))
-        )
+        lr = plain_learning_rate(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -513,14 +516,14 @@ def test_matrices_are_cut_over_tp(small):
         **{f"layers.{i}.mlp.up_proj.weight": (6, 16) for i in range(2)},
         **{f"layers.{i}.mlp.down_proj.weight": (16, 6) for i in range(2)},
     }
+    whole, first_rank = one[1], ranks[0][2]
+    cut = [name for name, p in first_rank.items() if p.shape != whole[name].shape]
     for rank in ranks:
         expect_same(one, rank)
         matrices = {name: tuple(p.shape) for name, p in rank[2].items() if p.dim() > 1}
         assert matrices == want
-        for name, p in rank[2].items():  # what is not cut stays the same
-            if p.shape == one[1][name].shape:
-                assert torch.equal(p, ranks[0][2][name]), name
-    cut = [name for name, p in ranks[0][2].items() if p.shape != one[1][name].shape]
+        for name in set(whole) - set(cut):
+            assert torch.equal(rank[2][name], first_rank[name]), name
     assert len(cut) == len(want) + 1 + 2 * 4  # and the biases of what makes columns
 
 
