@@ -311,7 +311,8 @@ class Checkpoints:
         }
         _put(partial_folder / MANIFEST, json.dumps({"files": listed}, indent=1))
         _sync(partial_folder)
-        path, old = partial_folder.with_suffix(""), partial_folder.with_suffix(".old")
+        path = partial_folder.with_suffix("")
+        old = partial_folder.with_suffix(".old")
         if path.exists():
             if old.exists():
                 self._delete(old)
@@ -441,7 +442,8 @@ class _Writer(dcp.FileSystemWriter):
         # copied ahead: all is on the CPU.
         super().__init__(path, sync_files=False, per_thread_copy_ahead=0)
         self.fs = self._summed = _SummedFileSystem()
-        self._prepare, self._commit = prepare, commit
+        self._prepare = prepare
+        self._commit = commit
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         super().set_up_storage_writer(is_coordinator, *args, **kwargs)
@@ -578,7 +580,8 @@ def _kind(value: Any) -> str:
 
 def _first(error: CheckpointException) -> tuple[int, BaseException]:
     """The lowest rank that failed, and why."""
-    rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
+    rank = min(error.failures)
+    cause, _ = error.failures[rank]
     return rank, cause
 
 

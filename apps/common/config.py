@@ -211,7 +211,8 @@ class RunConfig:
     mesh: MeshConfig
 
     def __post_init__(self) -> None:
-        train, engine = self.train, self.mesh.dp_engine
+        train = self.train
+        engine = self.mesh.dp_engine
         if train.reduce_dtype != "float32" and (train.dtype != "bfloat16" or engine == "ddp"):
             raise ValueError(
                 f"reduce_dtype={train.reduce_dtype} is for dtype=bfloat16 with FSDP2 or ZeRO; "
@@ -341,7 +342,8 @@ def add_flags(parser: argparse.ArgumentParser, title: str, kind: Any) -> None:
         if "help" not in f.metadata:
             continue
         flag = "--" + f.name.replace("_", "-")
-        text, choices = f.metadata["help"], f.metadata["choices"]
+        text = f.metadata["help"]
+        choices = f.metadata["choices"]
         if f.type is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
             continue

@@ -196,15 +196,12 @@ def _run_step(config: RunConfig, mesh: Mesh, spec: StepSpec) -> tuple[MemoryEsti
         _first_step(config, engine, batch)
         recorder.begin()
         loss = _forward_and_backward(engine, batch, spec.tokens, passes, recorder)
-        gradients = [
-            recorder.account(gradient.untyped_storage(), new=False)
-            for gradient in _local(p.grad for p in engine.module.parameters())
-        ]
+        gradients = _gradient_storages(engine, recorder)
         recorder.stage = "gradient norm"
         engine.step(config.train.lr, config.train.clip)
         recorder.stage = "loss"
         engine.sum(loss.detach())
-    return _memory(engine, recorder, set(gradients)), recorder.sent_bytes()
+    return _memory(engine, recorder, gradients), recorder.sent_bytes()
 
 
 def _first_step(config: RunConfig, engine: Engine, batch: list[torch.Tensor]) -> None:
@@ -236,14 +233,19 @@ def _forward_and_backward(
     return loss
 
 
+def _gradient_storages(engine: Engine, recorder: "_StepRecorder") -> set[Alive]:
+    """The storages of this rank's gradients.
+
+    A function of its own, so that no local variable keeps the gradients alive in what follows."""
+    local_gradients = _local(p.grad for p in engine.module.parameters())
+    return {recorder.account(gradient.untyped_storage(), new=False) for gradient in local_gradients}
+
+
 def _memory(engine: Engine, recorder: "_StepRecorder", gradients: set[Alive]) -> MemoryEstimate:
     """The parts of the peak."""
-    state = [
-        value
-        for parameter_state in engine.optimizer.state.values()
-        for value in parameter_state.values()
-        if isinstance(value, torch.Tensor)
-    ]
+    state: list[torch.Tensor] = []
+    for parameter_state in engine.optimizer.state.values():
+        state += [value for value in parameter_state.values() if isinstance(value, torch.Tensor)]
     parameters = _bytes(engine.module.parameters())
     optimizer = _bytes(state)
     at_peak = recorder.at_peak
@@ -325,11 +327,12 @@ class _StepRecorder(Lifetimes):
                 by_collective[name] *= factor
 
     def sent_bytes(self) -> SentBytes:
-        return {
-            purpose: {name: round(size) for name, size in by_collective.items()}
-            for purpose, by_collective in self.sent.items()
-            if sum(by_collective.values())
-        }
+        """Whole bytes by purpose and collective, of the purposes for which something is sent."""
+        sent: SentBytes = {}
+        for purpose, by_collective in self.sent.items():
+            if sum(by_collective.values()):
+                sent[purpose] = {name: round(size) for name, size in by_collective.items()}
+        return sent
 
     def see(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is torch.ops._c10d_functional.wait_tensor.default:
@@ -456,12 +459,14 @@ class _Output(NamedTuple):
 def _attend_once(recorder: _StepRecorder) -> Iterator[None]:
     """Inside, each pattern of ringx runs at the first of its equal calls only."""
     attention = importlib.import_module("ringx.api")
-    pattern, calls = attention.pattern, recorder.calls
+    pattern = attention.pattern
+    calls = recorder.calls
 
     def run(name: str, direction: str, *args: Any) -> tuple[torch.Tensor, ...]:
         *tensors, plan = args
-        key = (direction, plan, *((x.shape, x.stride(), x.dtype) for x in tensors))
-        outer_stage, recorder.stage = recorder.stage, f"attention {direction}"
+        key = (direction, plan, *[(x.shape, x.stride(), x.dtype) for x in tensors])
+        outer_stage = recorder.stage
+        recorder.stage = f"attention {direction}"
         try:
             if key in calls:
                 return _repeat_call(recorder, calls[key])
@@ -490,19 +495,24 @@ def _first_call(
     recorder: _StepRecorder, call: Callable, args: tuple
 ) -> tuple[_AttentionCall, tuple[torch.Tensor, ...]]:
     """Runs a call and records what it costs by itself."""
-    peak_before, at_peak_before = recorder.peak, recorder.at_peak
+    peak_before = recorder.peak
+    at_peak_before = recorder.at_peak
     sent_before = Counter(recorder.sent.get(recorder.stage, {}))
-    remote_before, recorder.remote_peak = recorder.remote_peak, 0
-    start = recorder.peak = recorder.now
+    remote_before = recorder.remote_peak
+    start = recorder.now
+    recorder.remote_peak = 0
+    recorder.peak = start
     out = tuple(call(*args))
     peak = recorder.peak - start
     if peak_before >= recorder.peak:
-        recorder.peak, recorder.at_peak = peak_before, at_peak_before
+        recorder.peak = peak_before
+        recorder.at_peak = at_peak_before
     sent_after: Counter[str] = recorder.sent.get(recorder.stage, Counter())
     sent = Counter({name: size - sent_before[name] for name, size in sent_after.items()})
     remote = recorder.remote_peak
     recorder.remote_peak = max(remote, remote_before)
-    return _AttentionCall(peak, remote, sent, [_output(x) for x in out]), out
+    outputs = [_output(tensor) for tensor in out]
+    return _AttentionCall(peak=peak, remote=remote, sent=sent, outputs=outputs), out
 
 
 def _repeat_call(recorder: _StepRecorder, call: _AttentionCall) -> tuple[torch.Tensor, ...]:
@@ -524,15 +534,15 @@ def _repeat_call(recorder: _StepRecorder, call: _AttentionCall) -> tuple[torch.T
     )
 
 
-def _output(x: torch.Tensor) -> _Output:
-    storage = x.untyped_storage()
+def _output(tensor: torch.Tensor) -> _Output:
+    storage = tensor.untyped_storage()
     return _Output(
         storage=storage._cdata,
-        elements=storage.nbytes() // x.itemsize,
-        size=x.shape,
-        stride=x.stride(),
-        offset=x.storage_offset(),
-        dtype=x.dtype,
+        elements=storage.nbytes() // tensor.itemsize,
+        size=tensor.shape,
+        stride=tensor.stride(),
+        offset=tensor.storage_offset(),
+        dtype=tensor.dtype,
     )
 
 

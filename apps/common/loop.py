@@ -38,7 +38,7 @@ class StepWork(Generic[T]):
 
 
 def run_steps(
-    c: Training,
+    train: Training,
     engine: Engine,
     attend: Attend,
     work: StepWork[T],
@@ -54,14 +54,14 @@ def run_steps(
 
     Raises:
         FloatingPointError: loss or gradient is not finite; nothing of that step is to be saved."""
-    with Loader(work.read, first, c.steps) as data:
-        for step in range(first, c.steps):
+    with Loader(work.read, first, train.steps) as data:
+        for step in range(first, train.steps):
             before_step(step)
             began = time.perf_counter()
             attend.check = step == first  # wrong calls would be wrong in the first step already
             loss = _forward_and_backward(engine, work.parts(next(data)), work.count)
-            lr = _learning_rate(c, step)
-            norm = float(engine.step(lr, c.clip))
+            lr = _learning_rate(train, step)
+            norm = float(engine.step(lr, train.clip))
             record: Record = {
                 "step": step,
                 "loss": float(engine.sum(loss)),
@@ -75,10 +75,10 @@ def run_steps(
                 raise FloatingPointError(
                     f"step {step}: loss {record['loss']}, gradient norm {norm}; lower --lr?"
                 )
-            if c.val_every and ((step + 1) % c.val_every == 0 or step + 1 == c.steps):
+            if train.val_every and ((step + 1) % train.val_every == 0 or step + 1 == train.steps):
                 record.update(work.validate())
             on_step(record)
-        before_step(c.steps)
+        before_step(train.steps)
 
 
 def _forward_and_backward(engine: Engine, parts: list[tuple], count: int) -> torch.Tensor:
@@ -92,15 +92,15 @@ def _forward_and_backward(engine: Engine, parts: list[tuple], count: int) -> tor
     return total
 
 
-def _learning_rate(c: Training, step: int) -> float:
+def _learning_rate(train: Training, step: int) -> float:
     return rate(
-        c.schedule,
+        train.schedule,
         step,
-        steps=c.steps,
-        peak=c.lr,
-        warmup=c.warmup,
-        decay=c.decay,
-        floor=c.floor,
+        steps=train.steps,
+        peak=train.lr,
+        warmup=train.warmup,
+        decay=train.decay,
+        floor=train.floor,
     )
 
 
@@ -109,7 +109,8 @@ def _throughput(step: int, seconds: float, waited: float, engine: Engine, work: 
 
     waited: seconds of the step in which no data was there."""
     per_rank = work.tokens / seconds / engine.mesh.shape.world_size  # tokens/s
-    flops, peak = work.flops, peak_flops(engine.device)
+    flops = work.flops
+    peak = peak_flops(engine.device)
     return {
         "tokens": (step + 1) * work.tokens,
         "tokens_per_s": work.tokens / seconds,

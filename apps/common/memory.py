@@ -18,15 +18,15 @@ from .config import Training
 
 @dataclass(frozen=True)
 class ActivationMemory:
-    """``Training`` documents the fields."""
+    """What a block keeps for the backward; ``Training`` documents the fields."""
 
     checkpointing: str = "none"
     mlp_tiles: int = 1
     offload: bool = False
 
     @classmethod
-    def from_config(cls, c: Training) -> "ActivationMemory":
-        return cls(c.checkpointing, c.mlp_tiles, c.offload)
+    def from_config(cls, train: Training) -> "ActivationMemory":
+        return cls(train.checkpointing, train.mlp_tiles, train.offload)
 
     def block(self, layers: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
         """layers(x, *args), checkpointed.
@@ -46,21 +46,20 @@ class ActivationMemory:
                 return checkpointed()
         return checkpointed()
 
-    def add_mlp(self, x: Tensor, mlp: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
-        """x + mlp(h), both [B, S, C], a tile of the tokens at a time.
+    def add_mlp(self, x: Tensor, mlp: Callable[[Tensor], Tensor], mlp_input: Tensor) -> Tensor:
+        """x + mlp(mlp_input), both [B, S, C], a tile of the tokens at a time.
 
         The inner activations of two tiles never exist together, in backward either."""
         if self.mlp_tiles == 1:
-            return x + mlp(h)
+            return x + mlp(mlp_input)
         x_tiles = x.tensor_split(self.mlp_tiles, dim=1)
-        h_tiles = h.tensor_split(self.mlp_tiles, dim=1)
+        input_tiles = mlp_input.tensor_split(self.mlp_tiles, dim=1)
         # Each tile is added on its own: that waits for its collective under tp, also where a
         # checkpoint around all this stops after the last tile.
         sums = []
-        for x_tile, h_tile in zip(x_tiles, h_tiles, strict=True):
-            sums.append(
-                x_tile + checkpoint(mlp, h_tile, use_reentrant=False, preserve_rng_state=False)
-            )
+        for x_tile, input_tile in zip(x_tiles, input_tiles, strict=True):
+            result = checkpoint(mlp, input_tile, use_reentrant=False, preserve_rng_state=False)
+            sums.append(x_tile + result)
         return torch.cat(sums, dim=1)
 
 

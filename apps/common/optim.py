@@ -251,9 +251,9 @@ def clip_by_global_norm(params: Iterable[torch.nn.Parameter], max_norm: float) -
     return norm
 
 
-def _local(t: torch.Tensor) -> torch.Tensor:
+def _local(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds, sharing memory."""
-    return t.to_local() if isinstance(t, DTensor) else t
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _gradients(params: Iterable[torch.nn.Parameter]) -> list[torch.Tensor]:

@@ -19,18 +19,18 @@ from .zero import STAGES, ZeroEngine
 class Attend:
     """ringx's attention over the cp group, of sequences of `seqlen` tokens.
 
-    check: compare each call with the other ranks' first, by one small message."""
+    check: whether each call is first compared with the other ranks', by one small message."""
 
-    def __init__(self, c: Training, mesh: Mesh, *, seqlen: int, causal: bool):
+    def __init__(self, train: Training, mesh: Mesh, *, seqlen: int, causal: bool):
         self.check = True
-        self.layout = ringx.Sharding(seqlen, mesh.shape.cp, c.layout)
+        self.layout = ringx.Sharding(seqlen, mesh.shape.cp, train.layout)
         self._options: dict[str, Any] = {
             "group": mesh.cp,
-            "algorithm": c.algorithm,
+            "algorithm": train.algorithm,
             "causal": causal,
             "layout": self.layout,
-            "kernel": c.kernel,
-            "overlap": c.overlap,
+            "kernel": train.kernel,
+            "overlap": train.overlap,
         }
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -52,16 +52,16 @@ def make_engine(
     """The engine that a configuration asks for; collective.
 
     The other arguments are the Engine's."""
-    c = config.train
+    train = config.train
 
     def optimizer_for(params: list[nn.Parameter]) -> torch.optim.Optimizer:
         return make_optimizer(
-            c.optimizer,
+            train.optimizer,
             params,
-            lr=c.lr,
-            weight_decay=c.weight_decay,
-            betas=(c.beta1, c.beta2),
-            eps=c.eps,
+            lr=train.lr,
+            weight_decay=train.weight_decay,
+            betas=(train.beta1, train.beta2),
+            eps=train.eps,
         )
 
     has_peers = mesh.data_mesh is not None and mesh.data_mesh.size() > 1
@@ -73,13 +73,13 @@ def make_engine(
         blocks=blocks,
         weights=weights,
         make_optimizer=optimizer_for,
-        dtype=TORCH_DTYPES[c.dtype],
-        reduce_dtype=TORCH_DTYPES[c.reduce_dtype],
+        dtype=TORCH_DTYPES[train.dtype],
+        reduce_dtype=TORCH_DTYPES[train.reduce_dtype],
         device=device,
         allocating=allocating,
     )
 
 
-def kept_dtype(c: Training) -> torch.dtype:
+def kept_dtype(train: Training) -> torch.dtype:
     """In which parameters, gradients and optimizer are kept."""
-    return torch.promote_types(TORCH_DTYPES[c.dtype], torch.float32)
+    return torch.promote_types(TORCH_DTYPES[train.dtype], torch.float32)

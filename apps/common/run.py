@@ -187,9 +187,11 @@ class TrainingRun(abc.ABC):
                 "--resume: the checkpoint holds weights alone, as convert.py writes; begin from "
                 "them with --init."
             )
-        saved, current = metadata["config"], self.config.to_dict()
+        saved = metadata["config"]
+        current = self.config.to_dict()
         for part, name, reason in self.must_match:
-            before, now = saved.get(part, {}).get(name), current[part][name]
+            before = saved.get(part, {}).get(name)
+            now = current[part][name]
             if before != now:
                 raise ValueError(
                     f"--resume: the checkpoint's run has {name} {before}, here it is {now}: "
@@ -281,7 +283,8 @@ class TrainingRun(abc.ABC):
 
     def _summary(self, first: int, records: list[Record]) -> str:
         """One line about a run that has done all its steps."""
-        name, train = self.config.name, self.config.train
+        name = self.config.name
+        train = self.config.train
         if not records:
             return f"{name}: all {train.steps} steps were done already; in {self.out}"
         rates = sorted(record["tokens_per_s"] for record in records)

@@ -140,7 +140,10 @@ class ZeroEngine(Engine):
                 "use --dp-engine fsdp."
             )
         name_of = {placeholder: name for name, placeholder in placeholders.items()}
-        return [[name_of[p] for p in group["params"]] for group in self.optimizer.param_groups]
+        names_by_group = []
+        for group in self.optimizer.param_groups:
+            names_by_group.append([name_of[p] for p in group["params"]])
+        return names_by_group
 
     def _allocate_parameters(
         self,
@@ -178,7 +181,9 @@ class ZeroEngine(Engine):
 
     def _gather_with_model(self, blocks: Iterable[nn.Module]) -> None:
         """Has the parameters outside the blocks gathered for all of the model's forward."""
-        in_blocks = {p for block in blocks for p in block.parameters()}
+        in_blocks: set[nn.Parameter] = set()
+        for block in blocks:
+            in_blocks.update(block.parameters())
         for p in self.module.parameters():
             if p not in in_blocks:
                 self._deepspeed.zero.register_external_parameter(self.module, p)
@@ -266,7 +271,8 @@ class ZeroEngine(Engine):
         return {"model": model, "optimizer": {"state": moments, "param_groups": groups}}
 
     def load(self, state: dict[str, Any]) -> None:
-        moments, groups = state["optimizer"]["state"], state["optimizer"]["param_groups"]
+        moments = state["optimizer"]["state"]
+        groups = state["optimizer"]["param_groups"]
         for name, p in self._params.items():
             self._set(p, self._whole(state["model"][name]))
             for key in MOMENTS:
