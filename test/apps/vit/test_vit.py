@@ -503,11 +503,9 @@ def test_records_say_what_a_step_cost(small):
 # ---- tensor parallelism
 
 
-def test_matrices_are_cut_over_tp(small):
-    c = config(small, {"patch": 3}, steps=2)
-    one, ranks = alone(c, small), trained(Shape(1, 4), c, small)
-    points = 9 * c.model.in_channels
-    want = {
+def matrix_shapes_over_tp(points):
+    """Of two layers of width 16 on four ranks of tp."""
+    return {
         "embed.weight": (4, points),
         "places.table.weight": (66, 4),
         "head.weight": (9 * 2, 4),
@@ -516,6 +514,12 @@ def test_matrices_are_cut_over_tp(small):
         **{f"layers.{i}.mlp.up_proj.weight": (6, 16) for i in range(2)},
         **{f"layers.{i}.mlp.down_proj.weight": (16, 6) for i in range(2)},
     }
+
+
+def test_matrices_are_cut_over_tp(small):
+    c = config(small, {"patch": 3}, steps=2)
+    one, ranks = alone(c, small), trained(Shape(1, 4), c, small)
+    want = matrix_shapes_over_tp(points=9 * c.model.in_channels)
     whole, first_rank = one[1], ranks[0][2]
     cut = [name for name, p in first_rank.items() if p.shape != whole[name].shape]
     for rank in ranks:
