@@ -105,7 +105,8 @@ def _compare_losses(out: Path, rank_counts: Sequence[str]) -> None:
     reference = curves[0]
     differences: list[float] = []
     for curve in curves:
-        differences += [abs(a - b) for a, b in zip(reference, curve, strict=True)]
+        for reference_loss, loss in zip(reference, curve, strict=True):
+            differences.append(abs(reference_loss - loss))
     print(
         f"\nThe loss fell from {reference[0]:.3f} to {reference[-1]:.3f}; "
         f"on {', '.join(rank_counts)} ranks it differs by at most {max(differences):.1e}."

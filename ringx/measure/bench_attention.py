@@ -307,8 +307,13 @@ def _measure_passes(
 def _wire_of_repetitions(meter: wire.Meter, size: AttentionCase, cases: int) -> list[list[int]]:
     """For each case the bytes that left this host in each timed pass; there is a mark before each
     pass and one after the last."""
-    first, end = size.warmup * cases, (size.warmup + size.reps) * cases
-    return [[meter.between(mark) for mark in range(first + i, end, cases)] for i in range(cases)]
+    first = size.warmup * cases
+    end = first + size.reps * cases
+    of_cases = []
+    for case in range(cases):
+        marks = range(first + case, end, cases)
+        of_cases.append([meter.between(mark) for mark in marks])
+    return of_cases
 
 
 def _timed_pass(

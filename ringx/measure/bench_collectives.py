@@ -74,113 +74,130 @@ BUFFERS = 4  # of the size: input, result, and what a backend adds
 # call() communicates and returns the result; expected() is what that must be if the input of rank r
 # was ``_values(r, ..., checked=True)``, or None where it does not matter.
 Prepared = tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor | None]]
-# The preparation of a collective on `n` float32 elements (size = 4 n bytes, n a multiple of the
-# number of ranks), for one rank: (rank, world_size, n, device, checked) -> (call, expected).
+# The preparation of a collective on so many float32 elements (a multiple of the number of ranks; 4
+# bytes each), for one rank: (rank, world_size, elements, device, checked) -> (call, expected).
 Preparation = Callable[[int, int, int, torch.device, bool], Prepared]
 
 
-def _values(rank: int, n: int, device: torch.device, checked: bool) -> torch.Tensor:
+def _values(rank: int, elements: int, device: torch.device, checked: bool) -> torch.Tensor:
     """What a rank contributes: small integers, so that sums are exact; or zeros."""
     if not checked:
-        return torch.zeros(n, dtype=DTYPE, device=device)
-    return torch.arange(n, device=device).remainder_(PATTERN).add_(rank + 1).to(DTYPE)
+        return torch.zeros(elements, dtype=DTYPE, device=device)
+    return torch.arange(elements, device=device).remainder_(PATTERN).add_(rank + 1).to(DTYPE)
 
 
-def _sum(world: int, n: int, device: torch.device) -> torch.Tensor:
-    total = torch.zeros(n, dtype=DTYPE, device=device)
-    for rank in range(world):
-        total += _values(rank, n, device, checked=True)
+def _sum(world_size: int, elements: int, device: torch.device) -> torch.Tensor:
+    total = torch.zeros(elements, dtype=DTYPE, device=device)
+    for rank in range(world_size):
+        total += _values(rank, elements, device, checked=True)
     return total
 
 
-def _broadcast(rank: int, world: int, n: int, device: torch.device, checked: bool) -> Prepared:
-    x = _values(rank, n, device, checked)
+def _broadcast(
+    rank: int, world_size: int, elements: int, device: torch.device, checked: bool
+) -> Prepared:
+    values = _values(rank, elements, device, checked)
 
     def call() -> torch.Tensor:
-        dist.broadcast(x, 0)
-        return x
+        dist.broadcast(values, 0)
+        return values
 
-    return call, lambda: _values(0, n, device, checked=True)
-
-
-def _reduce(rank: int, world: int, n: int, device: torch.device, checked: bool) -> Prepared:
-    x = _values(rank, n, device, checked)
-
-    def call() -> torch.Tensor:
-        dist.reduce(x, 0)
-        return x
-
-    return call, lambda: _sum(world, n, device) if rank == 0 else None
+    return call, lambda: _values(0, elements, device, checked=True)
 
 
-def _all_reduce(rank: int, world: int, n: int, device: torch.device, checked: bool) -> Prepared:
-    x = _values(rank, n, device, checked)
+def _reduce(
+    rank: int, world_size: int, elements: int, device: torch.device, checked: bool
+) -> Prepared:
+    values = _values(rank, elements, device, checked)
 
     def call() -> torch.Tensor:
-        dist.all_reduce(x)
-        return x
+        dist.reduce(values, 0)
+        return values
 
-    return call, lambda: _sum(world, n, device)
+    return call, lambda: _sum(world_size, elements, device) if rank == 0 else None
 
 
-def _all_gather(rank: int, world: int, n: int, device: torch.device, checked: bool) -> Prepared:
-    x = _values(rank, n // world, device, checked)
-    out = torch.zeros(n, dtype=DTYPE, device=device)
+def _all_reduce(
+    rank: int, world_size: int, elements: int, device: torch.device, checked: bool
+) -> Prepared:
+    values = _values(rank, elements, device, checked)
+
+    def call() -> torch.Tensor:
+        dist.all_reduce(values)
+        return values
+
+    return call, lambda: _sum(world_size, elements, device)
+
+
+def _all_gather(
+    rank: int, world_size: int, elements: int, device: torch.device, checked: bool
+) -> Prepared:
+    sent = _values(rank, elements // world_size, device, checked)
+    received = torch.zeros(elements, dtype=DTYPE, device=device)
     # renamed in torch 2.13
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
     def call() -> torch.Tensor:
-        gather(out, x)
-        return out
+        gather(received, sent)
+        return received
 
     def expected() -> torch.Tensor:
-        parts = [_values(r, n // world, device, checked=True) for r in range(world)]
+        parts = [
+            _values(peer, elements // world_size, device, checked=True)
+            for peer in range(world_size)
+        ]
         return torch.cat(parts)
 
     return call, expected
 
 
-def _reduce_scatter(rank: int, world: int, n: int, device: torch.device, checked: bool) -> Prepared:
-    x = _values(rank, n, device, checked)
-    out = torch.zeros(n // world, dtype=DTYPE, device=device)
+def _reduce_scatter(
+    rank: int, world_size: int, elements: int, device: torch.device, checked: bool
+) -> Prepared:
+    sent = _values(rank, elements, device, checked)
+    received = torch.zeros(elements // world_size, dtype=DTYPE, device=device)
     # renamed in torch 2.13
     scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
     def call() -> torch.Tensor:
-        scatter(out, x)
-        return out
+        scatter(received, sent)
+        return received
 
-    return call, lambda: _sum(world, n, device).chunk(world)[rank]
+    return call, lambda: _sum(world_size, elements, device).chunk(world_size)[rank]
 
 
-def _all_to_all(rank: int, world: int, n: int, device: torch.device, checked: bool) -> Prepared:
-    x = _values(rank, n, device, checked)
-    out = torch.zeros(n, dtype=DTYPE, device=device)
+def _all_to_all(
+    rank: int, world_size: int, elements: int, device: torch.device, checked: bool
+) -> Prepared:
+    sent = _values(rank, elements, device, checked)
+    received = torch.zeros(elements, dtype=DTYPE, device=device)
 
     def call() -> torch.Tensor:
-        dist.all_to_all_single(out, x)
-        return out
+        dist.all_to_all_single(received, sent)
+        return received
 
     def expected() -> torch.Tensor:
-        inputs = [_values(r, n, device, checked=True) for r in range(world)]
-        return torch.cat([x.chunk(world)[rank] for x in inputs])
+        inputs = [_values(peer, elements, device, checked=True) for peer in range(world_size)]
+        return torch.cat([values.chunk(world_size)[rank] for values in inputs])
 
     return call, expected
 
 
-def _ring(rank: int, world: int, n: int, device: torch.device, checked: bool) -> Prepared:
-    x = _values(rank, n, device, checked)
-    out = torch.zeros(n, dtype=DTYPE, device=device)
-    following, previous = (rank + 1) % world, (rank - 1) % world
+def _ring(
+    rank: int, world_size: int, elements: int, device: torch.device, checked: bool
+) -> Prepared:
+    sent = _values(rank, elements, device, checked)
+    received = torch.zeros(elements, dtype=DTYPE, device=device)
+    following, previous = (rank + 1) % world_size, (rank - 1) % world_size
 
     def call() -> torch.Tensor:
-        send = dist.P2POp(dist.isend, x, following)
-        receive = dist.P2POp(dist.irecv, out, previous)
+        send = dist.P2POp(dist.isend, sent, following)
+        receive = dist.P2POp(dist.irecv, received, previous)
         for work in dist.batch_isend_irecv([send, receive]):
             work.wait()
-        return out
+        return received
 
-    return call, lambda: _values(previous, n, device, checked=True)
+    return call, lambda: _values(previous, elements, device, checked=True)
 
 
 # What is measured for each row of the table of collectives.
@@ -317,9 +334,9 @@ def examine(args: argparse.Namespace) -> tuple[list[str], list[str]]:
             return None
 
     names = parse("--collectives: ", lambda: choices(BENCHMARKS)(args.collectives)) or []
-    low = parse("--min-bytes: ", lambda: in_bytes(args.min_bytes))
-    high = parse("--max-bytes: ", lambda: in_bytes(args.max_bytes))
-    if low and high and low > high:
+    smallest = parse("--min-bytes: ", lambda: in_bytes(args.min_bytes))
+    largest = parse("--max-bytes: ", lambda: in_bytes(args.max_bytes))
+    if smallest and largest and smallest > largest:
         faults.append(f"--min-bytes {args.min_bytes} is more than --max-bytes {args.max_bytes}")
     parse("--also: ", lambda: _additional_sizes(args))
     for name, least in (("factor", 2), ("reps", LEAST_REPS), ("warmup", 1)):
@@ -527,11 +544,11 @@ def _measure_size(
 ) -> LocalPasses:
     """Checks the result once, then does the other passes before, then the timed ones."""
     prepare = PREPARATIONS[case.collective]
-    n = size // DTYPE.itemsize
-    call, expected = prepare(world.rank, world.world_size, n, world.device, True)
+    elements = size // DTYPE.itemsize
+    call, expected = prepare(world.rank, world.world_size, elements, world.device, True)
     watch.barrier_or_stop(world)
     wrong = _count_wrong(call(), expected())
-    call, _ = prepare(world.rank, world.world_size, n, world.device, False)
+    call, _ = prepare(world.rank, world.world_size, elements, world.device, False)
     for _ in range(case.warmup - 1):
         watch.barrier_or_stop(world)
         _timed(call, world.device)
@@ -578,15 +595,17 @@ def _size_entries(
     wire_missing: str | None,
 ) -> dict[str, Any]:
     """What a record holds of a size, from the passes of all ranks.  Collective."""
-    row = BENCHMARKS[case.collective]
+    collective = BENCHMARKS[case.collective]
     of_ranks: list[LocalPasses] = launch.gather(local, world)
-    seconds = [max(times) for times in zip(*(rank.seconds for rank in of_ranks), strict=True)]
+    repetitions = zip(*[rank.seconds for rank in of_ranks], strict=True)
+    seconds = [max(seconds_of_ranks) for seconds_of_ranks in repetitions]
     mean = statistics.fmean(seconds)
     wire_factor = None
     if not wire_missing:
-        left = [sum(sent) for sent in zip(*(rank.wire for rank in of_ranks), strict=True)]
-        optimal = row.sent(world.world_size) * size * world.world_size
-        wire_factor = statistics.median(left) / optimal
+        repetitions_on_wire = zip(*[rank.wire for rank in of_ranks], strict=True)
+        left_hosts = [sum(bytes_of_ranks) for bytes_of_ranks in repetitions_on_wire]
+        optimal = collective.sent(world.world_size) * size * world.world_size
+        wire_factor = statistics.median(left_hosts) / optimal
     return {
         "bytes": size,
         "reps": len(seconds),
@@ -595,7 +614,7 @@ def _size_entries(
         "median": statistics.median(seconds),
         "p99": float(np.quantile(seconds, 0.99)),
         "algbw": size / mean,
-        "busbw": size / mean * row.bus(world.world_size),
+        "busbw": size / mean * collective.bus(world.world_size),
         "wrong": sum(rank.wrong for rank in of_ranks),
         "wire_factor": wire_factor,
     }

@@ -88,7 +88,7 @@ def of(of_collectives: Sequence[Record]) -> dict[str, Any]:
 def _entry(record: Record) -> dict[str, Any]:
     """What the machine file holds of one record."""
     case, sizes = record["case"], record["sizes"]
-    row = BENCHMARKS[case["collective"]]
+    collective = BENCHMARKS[case["collective"]]
     wire_factors = [
         [size["bytes"], size["wire_factor"]] for size in sizes if size["wire_factor"] is not None
     ]
@@ -102,8 +102,8 @@ def _entry(record: Record) -> dict[str, Any]:
         "labels": record["labels"],
         **fit_of(record),
         "bytes": [sizes[0]["bytes"], sizes[-1]["bytes"]],
-        "bus_factor": row.bus(case["world"]),
-        "sent_per_byte": row.sent(case["world"]),
+        "bus_factor": collective.bus(case["world"]),
+        "sent_per_byte": collective.sent(case["world"]),
         "wire_factors": wire_factors or None,
         "date": record["date"],
     }

@@ -65,10 +65,9 @@ class Lifetimes(SeesInside):
         return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(hasattr(t, "__tensor_flatten__") for t in types):
-            return (
-                NotImplemented  # a DTensor: its operations on the tensors inside come here in turn
-            )
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            # A DTensor: its operations on the tensors inside come here in turn.
+            return NotImplemented
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def see(self, func, args, kwargs):
@@ -83,29 +82,31 @@ class Lifetimes(SeesInside):
         """Counts a storage as large as it is now; returns what is known of it.
 
         new: whether the call that is being counted made it, if it is seen for the first time."""
-        key, size = storage._cdata, storage.nbytes()
-        known = self.alive.get(key)
+        address = storage._cdata
+        size = storage.nbytes()
+        known = self.alive.get(address)
         if known is None:
-            known = self.alive[key] = Alive(next(self._serials), 0 if new else size, 0)
-            weakref.finalize(storage, self._freed, key)
+            before = 0 if new else size
+            known = self.alive[address] = Alive(next(self._serials), before, bytes=0)
+            weakref.finalize(storage, self._freed, address)
         if known.before + known.bytes != size:
             self.now += size - known.before - known.bytes
-            known = self.alive[key] = known._replace(bytes=size - known.before)
+            known = self.alive[address] = known._replace(bytes=size - known.before)
             if self.now > self.peak:
                 self.peak = self.now
-                self.at_peak = {a.serial: a.bytes for a in self.alive.values()}
+                self.at_peak = {alive.serial: alive.bytes for alive in self.alive.values()}
         return known
 
-    def _freed(self, key: int) -> None:
+    def _freed(self, address: int) -> None:
         # What was allocated before still counts as allocated.
-        self.now -= max(0, self.alive.pop(key).bytes)
+        self.now -= max(0, self.alive.pop(address).bytes)
 
 
 def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
-    for x in tree_leaves(tree):
+    for leaf in tree_leaves(tree):
         # The is_meta of a fake tensor is False: fake tensors count.
-        if isinstance(x, torch.Tensor) and not x.is_meta:
-            yield x.untyped_storage()
+        if isinstance(leaf, torch.Tensor) and not leaf.is_meta:
+            yield leaf.untyped_storage()
 
 
 # ---- resizes of storages, which do not pass the dispatcher.  Several threads may count at the same

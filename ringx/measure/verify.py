@@ -225,7 +225,7 @@ def _attend(
     local_tokens: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
     """This rank's part of out, lse, dq, dk, dv."""
-    q, k, v = (x[:, local_tokens].clone().requires_grad_() for x in inputs[:3])
+    q, k, v = (tensor[:, local_tokens].clone().requires_grad_() for tensor in inputs[:3])
     dout = inputs[3][:, local_tokens]
     out, lse = attention(
         q,
@@ -307,7 +307,7 @@ def _reference_run(
     ]
     request = kernels.KernelRequest(device, DTYPES[dtype], head_dim, heads, kv_heads)
     chosen = kernels.load(kernels.choose(kernel, request))
-    exact = _full_attention(reference, [x.double() for x in inputs], mask)
+    exact = _full_attention(reference, [tensor.double() for tensor in inputs], mask)
     computed = _full_attention(chosen, inputs, mask)
     errors = {}
     for name in NAMES:
@@ -357,7 +357,8 @@ def report(results: list[dict[str, Any]]) -> None:
     for key, group in itertools.groupby(sorted(results, key=_key), key=_key):
         print(_line(key, list(group)))
     misses = sum(not result["ok"] for result in results)
-    ranks = ", ".join(str(n) for n in sorted({result["nproc"] for result in results}))
+    rank_counts = sorted({result["nproc"] for result in results})
+    ranks = ", ".join(str(count) for count in rank_counts)
     verdict = f"{misses} missed" if misses else "none missed (ok)"
     print(f"{len(results)} cases on {ranks} ranks: {verdict}")
 

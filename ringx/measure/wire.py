@@ -52,9 +52,10 @@ class Meter:
         counters = sent()
         self.marks.append(sum(counters[name] for name in self.names))
 
-    def between(self, i: int) -> int:
-        """Bytes that left this host from mark `i` to the next; 0 on ranks that do not count."""
-        return self.marks[i + 1] - self.marks[i]
+    def between(self, mark: int) -> int:
+        """Bytes that left this host from mark number `mark` to the next; 0 on ranks that do not
+        count."""
+        return self.marks[mark + 1] - self.marks[mark]
 
 
 def sent() -> dict[str, int]:

@@ -370,7 +370,8 @@ def closed_form(row: Row, measured: Sequence[Row]) -> list[tuple[int, tuple[floa
     if algorithm is None:
         return []
     by_world = []
-    for world in sorted({row["world"] for row in measured} | {1, 2, 4, 8, 16}):
+    worlds = {1, 2, 4, 8, 16}.union(_column(measured, "world"))
+    for world in sorted(worlds):
         try:
             sent = algorithm.bytes(
                 B=row["batch"],
