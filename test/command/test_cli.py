@@ -36,18 +36,18 @@ def test_verify_on_two_processes(tmp_path, capfd):
         )
         == 0
     )
-    said = capfd.readouterr().out
+    printed = capfd.readouterr().out
     cases = json.loads(file.read_text())["cases"]
     # numbers of ranks, algorithms, masks, dtypes, lengths, overlap
     assert len(cases) == 2 * len(ringx.algorithms()) * 2 * 2 * 2 * 2
-    assert f"{len(cases)} cases on 1, 2 ranks: none missed (ok)" in said
+    assert f"{len(cases)} cases on 1, 2 ranks: none missed (ok)" in printed
     assert all(c["ok"] and c["repeatable"] for c in cases)
     assert (
         max(c["errors"]["dk"] for c in cases if c["dtype"] == "fp64")
         < 1e-10
         < min(c["errors"]["dk"] for c in cases if c["dtype"] == "bf16")
     )
-    assert max(map(len, said.splitlines())) <= 100
+    assert max(map(len, printed.splitlines())) <= 100
 
 
 @pytest.mark.fast
@@ -66,8 +66,8 @@ def test_verify_finds_faults(spoil, missed, monkeypatch, capsys):
         cpu, "backward", lambda *args, **options: spoil(*original(*args, **options))
     )
     assert cli.main(small("--dtypes", "fp64", "--algorithms", "ringx4", "--kernel", "cpu")) == 1
-    said = capsys.readouterr().out
-    assert any(missed in line.partition("MISS ")[2] for line in said.splitlines())
+    printed = capsys.readouterr().out
+    assert any(missed in line.partition("MISS ")[2] for line in printed.splitlines())
     verify._reference_run.cache_clear()
 
 
@@ -111,23 +111,23 @@ def test_mistakes_are_explained_without_a_traceback(argv, message, capsys, tmp_p
         status = cli.main(argv)
     except SystemExit as e:  # argparse
         status = e.code
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     assert status == 2
-    assert message in said.err
-    assert "Traceback" not in said.err
+    assert message in printed.err
+    assert "Traceback" not in printed.err
 
 
 @pytest.mark.fast
 def test_info_says_why_not(capsys):
     assert cli.main(["info", "--head-dim", "64,40"]) == 0
-    said = capsys.readouterr().out
-    assert torch.__version__ in said
+    printed = capsys.readouterr().out
+    assert torch.__version__ in printed
     for name in kernels.KERNELS:
-        assert said.count(f" {name} ") >= 2
+        assert printed.count(f" {name} ") >= 2
     if not torch.cuda.is_available():
-        assert "* cpu" in said
-        assert "no: it runs on GPUs, these tensors are on cpu" in said
-    assert max(map(len, said.splitlines())) <= 120
+        assert "* cpu" in printed
+        assert "no: it runs on GPUs, these tensors are on cpu" in printed
+    assert max(map(len, printed.splitlines())) <= 120
 
 
 def test_as_a_module_and_version():
@@ -161,12 +161,14 @@ def test_demo(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(demo.subprocess, "run", run)
     assert cli.main(["demo", "--ranks", "1,2", "--out", str(out)]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     names = [next(word for word in words if word != "ringx") for words in asked]
     assert names == ["verify", "bench", "plot", "apps.gpt.train", "apps.gpt.train"]
-    assert "The loss fell from 5.500 to 4.000; on 1, 2 ranks it differs by at most 9.1e-13." in said
+    assert (
+        "The loss fell from 5.500 to 4.000; on 1, 2 ranks it differs by at most 9.1e-13." in printed
+    )
     assert all(
-        str(out / name) in said
+        str(out / name) in printed
         for name in ("verify.json", "gpt_cp1/metrics.jsonl", "gpt_cp2/metrics.jsonl")
     )
     status["bench"], asked[:] = 3, []

@@ -41,11 +41,11 @@ def test_interface(nproc):
     ranks = ringx.launch.run(interface, nproc, BLOCKS[0])
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 64, heads, 16) for heads in (8, 2, 2))
-    want = full_attention(Problem(q, k, v, q, torch.zeros(1, 8, 64)), causal=True)
+    expected = full_attention(Problem(q, k, v, q, torch.zeros(1, 8, 64)), causal=True)
     assert sum(r["tokens"] for r in ranks) == 61
     for r in ranks:
-        assert relative(r["whole"], want["out"]) < 1e-5
-        assert relative(r["lse"], want["lse"][:, :, r["where"]]) < 1e-5
+        assert relative(r["whole"], expected["out"]) < 1e-5
+        assert relative(r["lse"], expected["lse"][:, :, r["where"]]) < 1e-5
 
 
 def test_model():

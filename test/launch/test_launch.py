@@ -107,7 +107,7 @@ def facts(env):
 
 @pytest.mark.fast
 @pytest.mark.parametrize(
-    ("env", "want"),
+    ("env", "expected"),
     [
         ({}, ("plain", 0, 1, 0, 1, "")),
         (TORCHRUN, ("torchrun", 5, 8, 1, 4, "n1")),
@@ -161,8 +161,8 @@ def facts(env):
         ({"PMIX_RANK": "1"}, ("mpirun", 1, 0, -1, 0, "")),
     ],
 )
-def test_variables(env, want):
-    assert facts(env) == want
+def test_variables(env, expected):
+    assert facts(env) == expected
 
 
 @pytest.mark.fast
@@ -223,11 +223,14 @@ def test_ports_tell_jobs_and_steps_apart():
 def test_ranks_have_their_own_gpu_or_say_why_not(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     local = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    for count, want in ((1, 0), (2, 1), (4, 1)):  # 1: the scheduler shows each rank its own
+    for count, expected in ((1, 0), (2, 1), (4, 1)):  # 1: the scheduler shows each rank its own
         # called in this round
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)  # noqa: B023
         world = launch.detect(local)
-        assert (world.device, world.backend) == (torch.device("cuda", want), "cpu:gloo,cuda:nccl")
+        assert (world.device, world.backend) == (
+            torch.device("cuda", expected),
+            "cpu:gloo,cuda:nccl",
+        )
         assert launch.detect(local, device="cpu").backend == "gloo"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="4 ranks on this host would share 2 GPUs"):
@@ -264,11 +267,11 @@ def test_run_gives_results_by_rank(nproc, capfd):
     results = launch.run(rank_functions.describe_rank, nproc, "hello")
     n = nproc or 1
     launcher = "plain" if n == 1 else "ringx"
-    got = [
+    gathered = [
         (w.rank, w.world, w.local_rank, w.local_world, w.launcher, w.backend, threads)
         for w, threads, *_ in results
     ]
-    assert got == [(r, n, r, n, launcher, "gloo", 1) for r in range(n)]
+    assert gathered == [(r, n, r, n, launcher, "gloo", 1) for r in range(n)]
     assert [x.tolist() for *_, x in results] == [list(range(r + 1)) for r in range(n)]
     assert sorted(re.findall(r"hello from rank \d\n", capfd.readouterr().out)) == [
         f"hello from rank {r}\n" for r in range(n)
@@ -458,12 +461,13 @@ def test_absent_ranks_and_a_wrong_host_are_named_within_the_timeout():
         **step(1, 2, job=2, MASTER_ADDR="no-such-host.invalid"),
     )
     for process in absent:
-        said = finish(process)
+        printed = finish(process)
         assert (
-            f"not all of 4 ranks came to 127.0.0.1:{port} within 3 s. Missing: rank 1, 3." in said
+            f"not all of 4 ranks came to 127.0.0.1:{port} within 3 s. Missing: rank 1, 3."
+            in printed
         )
-    said = finish(nowhere).splitlines()
-    (line,) = (text for text in said if "could not meet" in text)
+    printed = finish(nowhere).splitlines()
+    (line,) = (text for text in printed if "could not meet" in text)
     assert "rank 1 of 2 (srun) could not meet the others at no-such-host.invalid:" in line
     assert float(line.split()[0]) < 5
 
@@ -557,13 +561,13 @@ def test_thousands_of_hosts_are_not_all_listed():
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize(("visible", "local_rank", "want"), [(1, 3, 0), (4, 3, 3)])
-def test_both_habits_bind_the_right_gpu(monkeypatch, visible, local_rank, want):
+@pytest.mark.parametrize(("visible", "local_rank", "expected"), [(1, 3, 0), (4, 3, 3)])
+def test_both_habits_bind_the_right_gpu(monkeypatch, visible, local_rank, expected):
     """The scheduler shows each rank one GPU, or all of them: rank 3 of 4 takes the only one, or the
     fourth."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
-    assert launch.bind_device("auto", local_rank, 4, "srun") == torch.device("cuda", want)
+    assert launch.bind_device("auto", local_rank, 4, "srun") == torch.device("cuda", expected)
 
 
 def decide_refused(world, path):

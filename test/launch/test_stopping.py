@@ -144,11 +144,11 @@ def test_bench_keeps_what_it_has_and_says_to_come_again(tmp_path, number, nproc)
         assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
         time.sleep(0.05)
     process.send_signal(number)
-    said, _ = process.communicate(timeout=30)
-    assert process.returncode == stopping.AGAIN, said
+    printed, _ = process.communicate(timeout=30)
+    assert process.returncode == stopping.AGAIN, printed
     assert (
-        f"interrupted by {signal.Signals(number).name}: 1 of 2 cases" in said
-        and "Traceback" not in said
+        f"interrupted by {signal.Signals(number).name}: 1 of 2 cases" in printed
+        and "Traceback" not in printed
     )
     (r,) = records.read_all(tmp_path)[0]
     assert r["case"]["seqlen"] == 64
@@ -178,9 +178,9 @@ def test_without_any_progress_it_does_not_ask_to_come_again(tmp_path):
     while process.poll() is None:
         os.kill(process.pid, signal.SIGUSR1)  # ignored until it listens, as in a batch job
         time.sleep(0.2)
-    said = process.communicate()[0]
+    printed = process.communicate()[0]
     assert (
         process.returncode == 1
-        and "not one size was finished" in said
+        and "not one size was finished" in printed
         and not list(tmp_path.glob("*.json"))
-    ), said
+    ), printed

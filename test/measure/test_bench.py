@@ -50,20 +50,20 @@ def record(tmp_path):
 
 @pytest.mark.fast
 def test_the_slowest_rank_of_each_repetition_counts():
-    got = bench_attention.slowest(
+    result = bench_attention.slowest(
         [[(1.0, 3.0), (2.0, 9.0), (1.0, 4.0)], [(2.0, 4.0), (1.0, 5.0), (3.0, 5.0)]]
     )
-    assert got["forward"]["raw"] == [2.0, 2.0, 3.0]
-    assert got["total"]["raw"] == [4.0, 9.0, 5.0]
-    assert got["backward"]["raw"] == [2.0, 7.0, 2.0]
-    assert got["total"]["median"] == 5.0 and got["total"]["min"] == 4.0
+    assert result["forward"]["raw"] == [2.0, 2.0, 3.0]
+    assert result["total"]["raw"] == [4.0, 9.0, 5.0]
+    assert result["backward"]["raw"] == [2.0, 7.0, 2.0]
+    assert result["total"]["median"] == 5.0 and result["total"]["min"] == 4.0
 
 
 @pytest.mark.fast
 def test_median_and_quartiles():
-    got = records.stats([5.0, 1.0, 3.0, 2.0, 4.0])
-    assert (got["min"], got["q1"], got["median"], got["q3"]) == (1.0, 2.0, 3.0, 4.0)
-    assert got["raw"] == [5.0, 1.0, 3.0, 2.0, 4.0]
+    result = records.stats([5.0, 1.0, 3.0, 2.0, 4.0])
+    assert (result["min"], result["q1"], result["median"], result["q3"]) == (1.0, 2.0, 3.0, 4.0)
+    assert result["raw"] == [5.0, 1.0, 3.0, 2.0, 4.0]
     assert records.stats([7.0]) == {"median": 7.0, "min": 7.0, "q1": 7.0, "q3": 7.0, "raw": [7.0]}
 
 
@@ -112,11 +112,11 @@ def seconds(forward, total):
 @pytest.mark.fast
 def test_derived_numbers():
     against = {"kernel": "cpu", "workers": 2, "seconds": seconds(1.0, 4.0), "missing": None}
-    got = bench_attention.derived(case(world=4), seconds(0.5, 2.5), 4, against)
-    assert got["efficiency_percent"]["forward"] == pytest.approx(100 * 1.0 * 2 / (4 * 0.5))
-    assert got["efficiency_percent"]["total"] == pytest.approx(100 * 4.0 * 2 / (4 * 2.5))
-    assert got["tokens_per_second"] == pytest.approx(3 * 48 / 2.5)
-    assert got["tflops_per_rank"]["total"] == pytest.approx(
+    result = bench_attention.derived(case(world=4), seconds(0.5, 2.5), 4, against)
+    assert result["efficiency_percent"]["forward"] == pytest.approx(100 * 1.0 * 2 / (4 * 0.5))
+    assert result["efficiency_percent"]["total"] == pytest.approx(100 * 4.0 * 2 / (4 * 2.5))
+    assert result["tokens_per_second"] == pytest.approx(3 * 48 / 2.5)
+    assert result["tflops_per_rank"]["total"] == pytest.approx(
         case().flops()["total"] / 4 / 2.5 / 1e12
     )
     alone = bench_attention.derived(case(), seconds(1.0, 2.0), 2, None)
@@ -240,8 +240,8 @@ def test_read_all_names_every_broken_file(record, tmp_path):
     (tmp_path / "half.json").write_text(good.read_text()[:500])
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "other-name.json").write_text(good.read_text())
-    found, broken = records.read_all(tmp_path)
-    assert found == [record]
+    valid, broken = records.read_all(tmp_path)
+    assert valid == [record]
     assert len(broken) == 3 and all(
         any(n in b for b in broken) for n in ("half.json", "list.json", "other-name.json")
     )
@@ -318,9 +318,9 @@ def test_weak_scaling_and_no_baseline(tmp_path):
     args = options(tmp_path, "--nproc", "1,2", "--algorithms", "ringx4", "--no-baseline")
     args.seqlens, args.seqlens_per_rank = None, "32"
     assert bench_attention.main(args) == 0
-    found, _ = records.read_all(tmp_path)
-    assert sorted((r["case"]["world"], r["case"]["seqlen"]) for r in found) == [(1, 32), (2, 64)]
-    assert all(r["baseline"] is None and r["efficiency_percent"] is None for r in found)
+    valid, _ = records.read_all(tmp_path)
+    assert sorted((r["case"]["world"], r["case"]["seqlen"]) for r in valid) == [(1, 32), (2, 64)]
+    assert all(r["baseline"] is None and r["efficiency_percent"] is None for r in valid)
 
 
 @pytest.mark.fast
@@ -378,8 +378,8 @@ def test_an_interruption_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
     argv = ("--nproc", "1", "--seqlens", "16,32,48", "--algorithms", "ringx1,ringx3")
     assert bench_attention.main(options(tmp_path, *argv)) == 130
     assert "interrupted: 4 of 6 cases" in capsys.readouterr().out
-    found, broken = records.read_all(tmp_path)
-    assert len(found) == 4 and not broken
+    valid, broken = records.read_all(tmp_path)
+    assert len(valid) == 4 and not broken
     monkeypatch.setattr(bench_attention, "measure_size", real)
     assert bench_attention.main(options(tmp_path, *argv, "--resume")) == 0
     assert len(records.read_all(tmp_path)[0]) == 6

@@ -83,8 +83,8 @@ def test_wrong_elements_are_counted(on_threads, tmp_path, monkeypatch, capsys):
     """A broadcast that delivers one element wrong on every rank."""
     real = dist.broadcast
 
-    def broken(x, src, **how):
-        real(x, src, **how)
+    def broken(x, src, **options_of_call):
+        real(x, src, **options_of_call)
         if x.dtype == bench_collectives.DTYPE:  # not the control messages
             x[5] += 1
 
@@ -240,7 +240,7 @@ def test_mistakes_are_named_at_once(capsys, tmp_path):
         "3,x",
     ]
     assert cli.main([*argv, "--factor", "1", "--nproc", "1", "--seconds", "0", "--label", "a"]) == 2
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     for word in (
         "Did you mean 'broadcast'",
         "'4X' is no size",
@@ -248,9 +248,9 @@ def test_mistakes_are_named_at_once(capsys, tmp_path):
         "--factor 1",
         "--nproc 1: it takes two",
     ):
-        assert word in said
+        assert word in printed
     for word in ("--seconds 0", "--label 'a'"):
-        assert word in said
+        assert word in printed
     assert not (tmp_path / "new").exists()
 
 
@@ -278,11 +278,11 @@ def test_a_broken_record_is_refused(tmp_path, says, edit):
 @pytest.mark.fast
 def test_the_fit_finds_alpha_and_beta():
     points = [(2**k, 3e-5 + 2e-9 * 2**k) for k in range(10, 28, 2)]
-    got = machine.fit(points)
+    fitted = machine.fit(points)
     assert (
-        got["alpha_s"] == pytest.approx(3e-5)
-        and got["beta_s_per_byte"] == pytest.approx(2e-9)
-        and got["relative_error"] < 1e-9
+        fitted["alpha_s"] == pytest.approx(3e-5)
+        and fitted["beta_s_per_byte"] == pytest.approx(2e-9)
+        and fitted["relative_error"] < 1e-9
     )
 
 

@@ -200,11 +200,11 @@ def test_committed_results_are_valid_records_or_tables():
         p for p in results.iterdir() if p.is_dir() and p.name[:4] not in ("gpt_", "vit_", "note")
     ):
         written = list(folder.glob("*.parquet"))
-        found, broken, _ = collect.gather([folder])
+        entries, broken, _ = collect.gather([folder])
         assert not broken
-        assert written or found, folder
+        assert written or entries, folder
         for table in written:
             rows = tables.read_table(table)
             assert rows and len(tables.read_table(table.with_suffix(".csv"))) == len(rows)
-        seen += len(found) + len(written)
+        seen += len(entries) + len(written)
     assert seen > 30

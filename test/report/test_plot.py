@@ -44,14 +44,14 @@ def many(tmp_path_factory):
     for r in made:
         records.write(folder, r)
     (folder / "broken.json").write_text("{")
-    with contextlib.redirect_stderr(io.StringIO()) as said:
+    with contextlib.redirect_stderr(io.StringIO()) as messages:
         assert run(folder, "--out", str(folder / "figures")) == 0
-    return made, folder / "figures", said.getvalue()
+    return made, folder / "figures", messages.getvalue()
 
 
 def test_all_figures_are_drawn(many):
-    _, folder, said = many
-    assert "broken.json" in said
+    _, folder, messages = many
+    assert "broken.json" in messages
     assert {p.name for p in folder.iterdir()} == {
         f"{name}.{ending}" for name in FIGURES for ending in ("png", "svg", "csv")
     }

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slurm
 
 
 def test_eight_nodes_with_addresses_of_their_own(cluster):
-    said = cluster(
+    printed = cluster(
         "exec",
         "srun",
         "-N8",
@@ -20,7 +20,7 @@ def test_eight_nodes_with_addresses_of_their_own(cluster):
         "-c",
         "echo $(hostname) $(ip -4 -o addr show eth0 | awk '{print $4}')",
     )
-    assert sorted(said.split("\n")[:-1]) == [f"n{i} 10.77.0.{10 + i}/24" for i in range(1, 9)]
+    assert sorted(printed.split("\n")[:-1]) == [f"n{i} 10.77.0.{10 + i}/24" for i in range(1, 9)]
 
 
 @pytest.mark.parametrize(
@@ -36,8 +36,8 @@ def test_eight_nodes_with_addresses_of_their_own(cluster):
     ],
 )
 def test_mistakes_are_named(cluster, words, message):
-    said = cluster(*words, check=False)
-    assert cluster.status and message in said
+    printed = cluster(*words, check=False)
+    assert cluster.status and message in printed
 
 
 def test_a_shaped_link_carries_so_much_and_no_more(cluster):
@@ -79,8 +79,8 @@ def test_a_node_that_crashes_comes_back(healthy):
     knock = ("node", 7, "timeout", "1", "bash", "-c", "echo > /dev/tcp/10.77.0.18/6818")
     healthy(*knock)
     healthy("crash", 8)
-    said = healthy("crash", 8, check=False)
-    assert "n8 is down already" in said
+    printed = healthy("crash", 8, check=False)
+    assert "n8 is down already" in printed
     healthy("boot", 8)
     healthy(*knock)
     healthy("wait", 30)

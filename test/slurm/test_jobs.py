@@ -22,13 +22,13 @@ pytestmark = pytest.mark.slurm
 SMALL = ("--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--dtypes", "fp32", "--no-baseline")
 
 
-def submit(cluster, out, *words, **how):
+def submit(cluster, out, *words, **keywords):
     """(job ids, output) of `ringx submit`."""
-    said = cluster.ringx("submit", "--site", "generic-cpu", "--out", out, *words, **how)
-    return re.findall(r"\d+", " ".join(re.findall(r"submitted ([\d, ]+):", said))), said
+    printed = cluster.ringx("submit", "--site", "generic-cpu", "--out", out, *words, **keywords)
+    return re.findall(r"\d+", " ".join(re.findall(r"submitted ([\d, ]+):", printed))), printed
 
 
-def found(out):
+def records_in(out):
     good, broken = records.read_all(out)
     assert not broken
     return good
@@ -68,7 +68,7 @@ def test_submit_collect_plot(cluster, limited, tmp_path):
     assert "8 of 8 records are there" in printed
     assert not list(tmp_path.rglob("oops"))
     assert not (ROOT / "oops").exists()
-    measured = found(out)
+    measured = records_in(out)
     assert {record["labels"]["note"] for record in measured} == {label.removeprefix("note=")}
     check_places(measured, first_ids={int(ids[0]), int(ids[2])})
     logs = [log.read_text() for log in (out / "jobs").glob("*.out")]
@@ -130,12 +130,12 @@ def test_results_that_cannot_be_written_fail_before_the_first_case(cluster):
                 "--out",
                 out,
             )
-            said = cluster("exec", "srun", "-N2", "-n2", *bench, check=False)
+            printed = cluster("exec", "srun", "-N2", "-n2", *bench, check=False)
             assert (
                 cluster.status
-                and said.count(f"{out} cannot take the results ({room} bytes): {reason}") == 2
-            ), said
-            assert "Traceback" not in said and not list(out.iterdir())
+                and printed.count(f"{out} cannot take the results ({room} bytes): {reason}") == 2
+            ), printed
+            assert "Traceback" not in printed and not list(out.iterdir())
             assert cluster("node", 1, "ls", "-A", out) == ""
         finally:
             cluster("node", 1, "umount", out)
@@ -186,13 +186,13 @@ def test_an_environment_is_staged_to_every_node(cluster, tmp_path):
     )
     job = cluster.sbatch(script)
     assert cluster.await_job(job, 60)["JobState"] == "COMPLETED", log.read_text()
-    said = [
+    printed = [
         line.split()
         for line in log.read_text().splitlines()
         if "ringx-env" in line and not line.startswith("stage_env")
     ]
-    assert len(said) == 4 and {words[1] for words in said} == {f"{local}/ringx-env-{job}"}
-    assert len({words[0] for words in said}) == 2 and {words[2] for words in said} == {
+    assert len(printed) == 4 and {words[1] for words in printed} == {f"{local}/ringx-env-{job}"}
+    assert len({words[0] for words in printed}) == 2 and {words[2] for words in printed} == {
         "0"
     }  # the archive is gone
     assert "on 2 nodes" in log.read_text()
@@ -241,8 +241,8 @@ def test_a_real_time_limit_reaches_the_ranks(cluster, limited):
     """It was submitted before the tests above; it is warned within its minute and starts again."""
     job, out = limited
     assert cluster.await_job(job, 120)["JobState"] == "COMPLETED", out.read_text()
-    said = out.read_text()
-    first, again = said.split("back into the queue")
+    printed = out.read_text()
+    first, again = printed.split("back into the queue")
     assert (
         len(set(re.findall(r"up (n\d) 0", first))) == 2
         and len(set(re.findall(r"received (n\d)", first))) == 2
@@ -284,7 +284,7 @@ def test_a_warning_ends_the_job_between_cases_and_it_requeues_itself(healthy, tm
     assert (
         stamps(out).items() >= before.items() and len(stamps(out)) == 3
     )  # nothing twice, nothing lost
-    restarts = {r["case"]["seqlen"]: r["launch"]["job"]["restart"] for r in found(out)}
+    restarts = {r["case"]["seqlen"]: r["launch"]["job"]["restart"] for r in records_in(out)}
     assert restarts[64] == 0 and restarts[4096] == 1
     assert "interrupted by SIGUSR1: " in logs(out) and "back into the queue" in logs(out)
     assert "task 1: Terminated" not in logs(out)  # rank 0, whose status is the job's, leaves last
@@ -326,8 +326,8 @@ def test_a_job_that_loses_a_node_is_restarted_on_others(healthy, tmp_path, what)
         wait_for(have_ended, 60, lambda: logs(tmp_path))
     ended = healthy.await_job(f"{job}_1")
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), logs(tmp_path)
-    got = {r["case"]["seqlen"]: r["launch"]["job"]["restart"] for r in found(tmp_path)}
-    assert got == {64: 0, 2048: 1}
+    restarts = {r["case"]["seqlen"]: r["launch"]["job"]["restart"] for r in records_in(tmp_path)}
+    assert restarts == {64: 0, 2048: 1}
     assert stamps(tmp_path).items() >= before.items()
     if what == "cable":
         assert "failed on rank 0 of 2" in logs(tmp_path)  # what the cut-off rank said

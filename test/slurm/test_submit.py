@@ -184,7 +184,7 @@ def test_everything_wrong_is_named_at_once(capsys):
         )
         == 2
     )
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     for word in (
         "site='frntier' is unknown. Did you mean 'frontier'",
         "'two,3' is no comma-separated list of integers",
@@ -197,8 +197,8 @@ def test_everything_wrong_is_named_at_once(capsys):
         "--sbatch '--x y'",
         "--label 'x' must be NAME=TEXT",
     ):
-        assert word in said
-    assert "Traceback" not in said
+        assert word in printed
+    assert "Traceback" not in printed
 
 
 @pytest.mark.fast
@@ -279,10 +279,13 @@ def test_node_hours(capsys, tmp_path):
         "2",
     ]
     assert cli.main([*argv, "--out", str(tmp_path / "out"), "--dry-run"]) == 0
-    said = capsys.readouterr().out
-    assert "asks for 36.00 node-hours at most" in said  # (2 + 4) nodes x 1.5 h x 2 sizes x 2 jobs
-    assert said.count("#!/bin/bash") == 2 and not (tmp_path / "out").exists()
-    assert all(len(line) <= 100 for line in said.splitlines() if line.startswith(("job", "ringx-")))
+    printed = capsys.readouterr().out
+    # (2 + 4) nodes x 1.5 h x 2 sizes x 2 jobs
+    assert "asks for 36.00 node-hours at most" in printed
+    assert printed.count("#!/bin/bash") == 2 and not (tmp_path / "out").exists()
+    assert all(
+        len(line) <= 100 for line in printed.splitlines() if line.startswith(("job", "ringx-"))
+    )
 
 
 @pytest.mark.fast
@@ -340,8 +343,8 @@ def test_a_refusal_half_way_says_what_was_submitted(capsys, tmp_path, monkeypatc
         )
         == 1
     )
-    said = capsys.readouterr().err
-    assert "Invalid partition; submitted before: 17 (scancel 17 ends them)" in said
+    printed = capsys.readouterr().err
+    assert "Invalid partition; submitted before: 17 (scancel 17 ends them)" in printed
 
 
 def test_least_memory_is_below_what_is_measured(tmp_path):
