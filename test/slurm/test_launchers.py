@@ -103,7 +103,9 @@ def test_torchrun_on_two_nodes(cluster):
 
 def test_setup_dist_vars_from_the_script_folder(cluster):
     show = 'echo "vars $RANK $LOCAL_RANK $LOCAL_WORLD_SIZE $WORLD_SIZE $MASTER_ADDR $MASTER_PORT"'
-    command = f"cd {ROOT}/script; source setup_dist_vars.sh; {show}; {PYTHON} ../test/test_ringx1.py"
+    command = (
+        f"cd {ROOT}/script; source setup_dist_vars.sh; {show}; {PYTHON} ../test/test_ringx1.py"
+    )
     # the nodes are named, for a job that is still ending may hold them
     printed = cluster("exec", "srun", "-w", "n1,n2", "-N2", "-n3", "bash", "-c", command)
     assert "ringx1: 24 cases on 3 ranks equal full attention in fp64" in printed
