@@ -22,6 +22,11 @@ def check_consistency(group: Group, signature: dict[str, object], error: Excepti
     Raises:
         Disagreement: names the rank, and what differs."""
     if group.world_size > 1:
+        if group.pg is None:
+            raise ValueError(
+                "check=True compares the call with the other ranks through torch.distributed, "
+                "but these ranks have no process group; pass check=False."
+            )
         local = _encode(signature, error)
         received = _gather(local, group)
         if error is None and not bool((received == local).all()):

@@ -19,7 +19,7 @@ def positions(
 
     `seqlen` is the global length.  Local, no communication.  Raises ValueError if the layout cannot
     hold the sequence."""
-    own_group = Group.of(group)
+    own_group = comm.connect(group).group
     return _resolve(layout, own_group, seqlen).positions(own_group.rank)
 
 
@@ -34,7 +34,7 @@ def shard(
 
     Local, no communication.  Its gradient is that of indexing: zero at the tokens of other ranks,
     so the sum over ranks of the gradients is the gradient of the sum of the ranks' losses."""
-    own_group = Group.of(group)
+    own_group = comm.connect(group).group
     dim = _check(x, dim)
     index = _resolve(layout, own_group, x.shape[dim]).positions(own_group.rank)
     return x.index_select(dim, index.to(x.device))

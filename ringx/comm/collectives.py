@@ -1,20 +1,19 @@
 """The table of what ranks can say to each other: names, how torch calls them, and how many bytes
 each sends.
 
-Whatever counts, measures, plans or plots communication iterates over COLLECTIVES, so that a new
-kind of message is one row here and one method of ``Transport``.
+Whatever counts, measures, plans or plots communication iterates over COLLECTIVES.  A new kind of
+message is a row here, a method of ``Transport`` with its hook, and a measurement in ``ringx
+bench-comm``.  reduce_scatter, which trainers use and no pattern does, has no method.
 
 Bytes.  `sent(N)` is what a rank sends under a bandwidth-optimal implementation on N ranks, the mean
 over ranks, per byte of the collective's *size* as nccl-tests defines it (its doc/PERFORMANCE.md):
 the message for broadcast, reduce, all_reduce and send_recv; the result for all_gather; what each
 rank hands over for reduce_scatter and all_to_all.
 
-    broadcast, reduce            (N-1)/N     a pipeline in which N-1 of the N ranks send the message
-                                 once
+    broadcast, reduce            (N-1)/N     a pipeline in which N-1 of the N ranks send it once
     all_reduce                   2 (N-1)/N   reduce-scatter + all-gather
     all_gather                   (N-1)/N     each rank's N-th of the result reaches the N-1 others
-    reduce_scatter, all_to_all   (N-1)/N     all but the own part; with unequal parts exactly what
-                                 is meant for others
+    reduce_scatter, all_to_all   (N-1)/N     all but the own part (of unequal parts: exactly that)
     send_recv                    1           one message to one rank
 
 `bus(N)` is nccl-tests' factor from size / time to "bus bandwidth", which is comparable with a
@@ -33,11 +32,12 @@ Share = Fraction | int  # int where it does not depend on N: files then hold a w
 class Collective:
     """One row of the table; send_recv, a message from rank to rank, is one of them."""
 
-    name: str  # in records and in what ``comm.traffic`` counts; also the method of Transport
+    name: str  # in records and in what ``comm.traffic`` counts
     title: str  # for people and profiles
     operators: tuple[str, ...]  # parts of the names of torch's operators, without underscores
     sent_share: Callable[[int], Share]  # N -> bytes that a rank sends / size
     bus_factor: Callable[[int], Share]  # N -> bus bandwidth / (size / time)
+    size_is_result: bool = False  # its size is that of the result, N times the message
     benchmark: str = ""  # its name in ``ringx bench-comm``, where it differs
 
     @property
@@ -54,11 +54,13 @@ class Collective:
 
     def size(self, message: int, world_size: int) -> int:
         """The size, of what one rank hands over in bytes."""
-        return message * world_size if self.name == "all_gather" else message
+        return message * world_size if self.size_is_result else message
 
     def sent_bytes(self, message: int, world_size: int) -> float:
-        """Bytes that a rank sends (mean over ranks) when each hands over `message` bytes."""
-        return float(self.size(message, world_size) * self.sent_share(world_size))
+        """Bytes that a rank sends (mean over ranks) when each hands over `message` bytes; an int
+        where it is a whole number."""
+        sent = self.size(message, world_size) * self.sent_share(world_size)
+        return int(sent) if sent.denominator == 1 else float(sent)
 
 
 def _as_number(share: Share) -> float:
@@ -102,6 +104,7 @@ _ROWS = (
     Collective(
         name="all_gather",
         title="all-gather",
+        size_is_result=True,
         operators=("allgather",),
         sent_share=_share_of_others,
         bus_factor=_share_of_others,
@@ -126,7 +129,8 @@ _ROWS = (
         operators=("send", "recv"),
         sent_share=_one,
         bus_factor=_one,
-        benchmark="ring",  # every rank sends to the next one and receives from the one before
+        # every rank sends to the next one and receives from the one before, as the pattern `ring`
+        benchmark="ring",
     ),
 )
 COLLECTIVES = {row.name: row for row in _ROWS}

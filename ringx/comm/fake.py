@@ -1,7 +1,8 @@
-"""A rank without peers: messages are counted and checked for their shapes, and nothing arrives.
+"""A rank without peers: messages are counted, and nothing arrives.
 
 The schedule of any rank of any number of ranks runs in one process: what it posts, what it sends,
-what it costs the host. Received tensors hold whatever their memory held.
+what it costs the host.  Received tensors hold whatever their memory held.  Pass it to
+``attention(group=...)`` with check=False, since there is nobody to compare the call with.
 """
 
 from dataclasses import dataclass

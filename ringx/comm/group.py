@@ -56,9 +56,10 @@ class Group:
 
     @classmethod
     def without_peers(cls, rank: int, world_size: int) -> "Group":
-        """Rank `rank` of a group that exists on paper, or whose ranks are threads of this
-        process."""
-        return cls(None, rank, world_size, tuple(range(world_size)))
+        """Rank `rank` of a group that exists on paper, or whose ranks are threads of this process:
+        globally all of them are this process's rank, whose ``traffic`` counts them."""
+        own_rank = cls.of(None).global_rank
+        return cls(None, rank, world_size, (own_rank,) * world_size)
 
     @property
     def global_rank(self) -> int:

@@ -82,10 +82,16 @@ class Pending:
             ) from error
 
 
+# gloo's words, in a RuntimeError of no other kind, for what it cannot do
+_NOT_SUPPORTED = ("Invalid scalar type", "No backend type associated with device type")
+
+
 def _is_transport_error(error: RuntimeError) -> bool:
     """gloo raises RuntimeError itself, NCCL a DistError.  Other kinds of RuntimeError
     (NotImplementedError, out of memory, a fault of the accelerator) are not about a peer."""
-    return type(error) is RuntimeError or isinstance(error, dist.DistError)
+    if isinstance(error, dist.DistError):
+        return True
+    return type(error) is RuntimeError and not str(error).startswith(_NOT_SUPPORTED)
 
 
 class Done(Pending):

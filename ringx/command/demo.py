@@ -1,5 +1,5 @@
-"""ringx demo: the main job in minutes.  The four algorithms are checked on 1, 2 and 4 ranks,
-measured, plotted, and train a small Llama whose sequence is cut over the ranks.  Run it from a
+"""ringx demo: the main job in minutes.  The algorithms are checked on 1, 2 and 4 ranks, measured,
+plotted, and train a small Llama whose sequence is cut over the ranks.  Run it from a
 checkout (it uses apps/gpt):
 
     ringx demo --out demo_out

@@ -95,7 +95,7 @@ def _stream(k: torch.Tensor, v: torch.Tensor, plan: Plan) -> Iterator[tuple[int,
 
 
 def bytes_sent(s: Sizes) -> PerDirection:
-    sent_elements = s.others * (s.N - 1) / s.N * s.kv_elements
+    sent_elements = s.needed_elsewhere * (s.N - 1) / s.N * s.kv_elements
     return PerDirection(sent_elements * s.itemsize, sent_elements * (s.itemsize + s.acc))
 
 

@@ -146,7 +146,7 @@ class _ReductionPipeline:
 
 def bytes_sent(s: Sizes) -> PerDirection:
     per_token = s.q_row + s.B * s.H * ((s.D + 1) + 2) * s.acc
-    forward_bytes = s.others * (s.N - 1) / s.N * per_token
+    forward_bytes = s.needed_elsewhere * (s.N - 1) / s.N * per_token
     return PerDirection(forward_bytes, broadcast_kv.bytes_sent(s).backward)
 
 

@@ -161,7 +161,7 @@ def _incoming_elements(k: torch.Tensor, plan: Plan) -> list[int]:
 
 def bytes_sent(s: Sizes) -> PerDirection:
     gathered = (s.N - 1) * s.block * s.kv_elements * s.itemsize
-    return PerDirection(gathered, gathered + s.pairs * s.kv_elements * s.itemsize)
+    return PerDirection(gathered, gathered + s.remote_keys_seen * s.kv_elements * s.itemsize)
 
 
 def messages(s: Sizes) -> Messages:

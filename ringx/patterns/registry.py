@@ -55,16 +55,16 @@ class Algorithm:
     """One named algorithm: a communication pattern with the layout it is at its best with."""
 
     name: str
-    module: Pattern
+    pattern: str  # the file in ringx/patterns
     paper: str
     recommended_layout: str
     memory: str  # remote blocks held at once, a rank
     doc: str
 
     @property
-    def pattern(self) -> str:
-        """The file in ringx/patterns."""
-        return self.module.__name__.rpartition(".")[2]
+    def module(self) -> Pattern:
+        """The file of the pattern."""
+        return PATTERNS[self.pattern]
 
     def bytes(
         self,
@@ -84,7 +84,8 @@ class Algorithm:
         S is the global length, in equal shards (S a multiple of N, of 2N for zigzag; for other
         lengths count with ``ringx.comm.traffic``); `itemsize` is in bytes; `layout` defaults to the
         recommended one."""
-        s = self._sizes(B, S, H, Hkv, D, N, itemsize, causal, layout)
+        s = Sizes(B, S, H, Hkv, D, N, itemsize, bool(causal), self._layout(layout))
+        s.check("bytes")
         return self.module.bytes_sent(s)
 
     def messages(
@@ -101,7 +102,9 @@ class Algorithm:
     ) -> Messages:
         """({collective: count} of the forward, of the backward) that a rank takes part in;
         arguments as of ``bytes``."""
-        return self.module.messages(self._sizes(B, S, H, Hkv, D, N, itemsize, causal, layout))
+        s = Sizes(B, S, H, Hkv, D, N, itemsize, bool(causal), self._layout(layout))
+        s.check("messages")
+        return self.module.messages(s)
 
     def received_bytes(
         self,
@@ -118,43 +121,24 @@ class Algorithm:
     ) -> PerDirection:
         """(forward, backward): most bytes of the buffers, at once, that a rank receives other
         ranks' blocks into; arguments as of ``bytes`` and of ``ringx.attention``."""
-        s = self._sizes(B, S, H, Hkv, D, N, itemsize, causal, layout)
+        s = Sizes(B, S, H, Hkv, D, N, itemsize, bool(causal), self._layout(layout))
+        s.check("received_bytes")
         return self.module.received_bytes(s, overlap)
 
-    def _sizes(
-        self,
-        B: int,
-        S: int,
-        H: int,
-        Hkv: int,
-        D: int,
-        N: int,
-        itemsize: int,
-        causal: bool,
-        layout: str | None,
-    ) -> Sizes:
-        """The checked arguments of ``bytes``."""
+    def _layout(self, layout: str | None) -> str:
         if layout is None:
-            layout = self.recommended_layout
-        require_name(layout, LAYOUTS, "layout")
-        integers = {"B": B, "S": S, "H": H, "Hkv": Hkv, "D": D, "N": N, "itemsize": itemsize}
-        for name, value in integers.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"bytes: {name}={value!r} must be a positive integer.")
-        parts = 2 * N if layout == "zigzag" and N > 1 else N
-        if S % parts:
-            raise ValueError(
-                f"bytes: S={S} does not give {N} equal {layout} shards; "
-                "count uneven ones with ringx.comm.traffic()."
-            )
-        return Sizes(**integers, causal=bool(causal), layout=layout)
+            return self.recommended_layout
+        return require_name(layout, LAYOUTS, "layout")
 
+
+_FILES = (broadcast_kv, broadcast_q, gather_kv, ring)
+PATTERNS: dict[str, Pattern] = {file.__name__.rpartition(".")[2]: file for file in _FILES}
 
 _RINGX = "Yin et al., RingX, SC25"
 _ROWS = (
     Algorithm(
         name="ringx1",
-        module=broadcast_q,
+        pattern="broadcast_q",
         paper=f"{_RINGX}: X1",
         recommended_layout="contiguous",
         memory="2 blocks of q",
@@ -163,7 +147,7 @@ _ROWS = (
     ),
     Algorithm(
         name="ringx2",
-        module=broadcast_q,
+        pattern="broadcast_q",
         paper=f"{_RINGX}: X2",
         recommended_layout="zigzag",
         memory="2 blocks of q",
@@ -172,7 +156,7 @@ _ROWS = (
     ),
     Algorithm(
         name="ringx3",
-        module=gather_kv,
+        pattern="gather_kv",
         paper=f"{_RINGX}: X3",
         recommended_layout="zigzag",
         memory="N blocks of kv, twice",
@@ -181,7 +165,7 @@ _ROWS = (
     ),
     Algorithm(
         name="ringx4",
-        module=broadcast_kv,
+        pattern="broadcast_kv",
         paper=f"{_RINGX}: X4",
         recommended_layout="zigzag",
         memory="2 blocks of kv",
@@ -190,7 +174,7 @@ _ROWS = (
     ),
     Algorithm(
         name="ring",
-        module=ring,
+        pattern="ring",
         paper="Liu et al., Ring Attention, arXiv 2310.01889",
         recommended_layout="zigzag",
         memory="2 blocks of kv",

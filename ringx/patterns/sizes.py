@@ -33,6 +33,20 @@ class Sizes:
     causal: bool
     layout: str
 
+    def check(self, caller: str) -> None:
+        """ValueError, with the name of what was called, for sizes that are no positive integers or
+        give no equal shards."""
+        for name in ("B", "S", "H", "Hkv", "D", "N", "itemsize"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{caller}: {name}={value!r} must be a positive integer.")
+        parts = 2 * self.N if self.layout == "zigzag" and self.N > 1 else self.N
+        if self.S % parts:
+            raise ValueError(
+                f"{caller}: S={self.S} does not give {self.N} equal {self.layout} shards; "
+                "count uneven ones with ringx.comm.traffic()."
+            )
+
     @property
     def acc(self) -> int:
         """Bytes of an accumulated element: fp32, or fp64 for fp64."""
@@ -72,7 +86,7 @@ class Sizes:
         return {"contiguous": self.block, "zigzag": self.block / 2, "striped": 1}[self.layout]
 
     @property
-    def others(self) -> float:
+    def needed_elsewhere(self) -> float:
         """Tokens of all ranks that some other rank needs."""
         return 0 if self.N == 1 else self.S - self.kept_at_home
 
@@ -84,14 +98,14 @@ class Sizes:
         return self.N - 1 if self.kept_at_home >= self.block else self.N
 
     @property
-    def pairs(self) -> float:
+    def remote_keys_seen(self) -> float:
         """Tokens of other ranks' keys that a rank sees, mean over ranks."""
-        others = self.N - 1
+        other_ranks = self.N - 1
         if not self.causal:
-            return others * self.block
+            return other_ranks * self.block
         seen_of_a_block = {
             "contiguous": self.block / 2,
             "zigzag": self.block * 3 / 4,
             "striped": self.block - 0.5,
         }
-        return others * seen_of_a_block[self.layout]
+        return other_ranks * seen_of_a_block[self.layout]

@@ -45,6 +45,8 @@ class C10dBytes(SeesInside):
             splits = args[4]  # (output, input, group, output splits, input splits)
             mine = splits[torch.distributed.get_rank()] * args[1].element_size()
             self.sent["all_to_all"] += size(args[1]) - mine
+        elif "reduce_scatter" in name:
+            self.sent["reduce_scatter"] += size(args[1]) * (n - 1) / n
         elif name == "send":
             self.sent["send_recv"] += size(args[0])
         elif name != "recv_":  # what a peer's send has counted

@@ -4,7 +4,10 @@ and explains its failure.
 Launch: python -m pytest test/core/test_comm.py
 """
 
+import copy
+import dataclasses
 import itertools
+import pickle
 import threading
 
 import pytest
@@ -24,6 +27,7 @@ from ringx.comm import (
     RecordingTransport,
     ThreadExchange,
     ThreadTransport,
+    Transport,
     connect,
     phase,
     traffic,
@@ -173,7 +177,7 @@ def test_messages_of_any_number_of_ranks_are_those_of_the_registry(algorithm, ov
 
 def counted_alone(rank, n, algorithm, overlap, layout, causal):
     """What rank `rank` of n sends in a forward and a backward, by its own account."""
-    transport = FakeTransport(Group(None, rank, n, (0,) * n))  # global rank 0: this process
+    transport = FakeTransport.of_rank(rank, n)
     q, k, v = (torch.zeros(1, 4, 2, 8) for _ in range(3))
     plan = plan_call(
         q.clone().requires_grad_(),
@@ -196,6 +200,37 @@ def counted_alone(rank, n, algorithm, overlap, layout, causal):
             lse = torch.zeros(1, 2, 4)
             module.backward(q, q, k, v, q, lse, plan)
     return counted
+
+
+def test_every_message_of_a_pattern_is_a_row_and_a_row_without_a_method_is_named():
+    rows = set(COLLECTIVES)
+    methods = {name for name in rows if hasattr(Transport, name)} | {"all_reduce"}
+    assert hasattr(Transport, "all_reduce_max")
+    assert rows - methods == {"reduce_scatter"}  # trainers use it, no pattern does
+    for algorithm in ALGORITHMS.values():
+        messages = algorithm.messages(1, 8, 2, 2, 8, 2, 4, False)
+        assert set(messages.forward) | set(messages.backward) <= methods
+
+
+def test_bytes_that_are_whole_are_integers():
+    assert isinstance(COLLECTIVES["all_gather"].sent_bytes(1024, 3), int)
+    assert COLLECTIVES["broadcast"].sent_bytes(1024, 3) == 1024 * 2 / 3
+
+
+def test_ranks_without_a_process_group_cannot_be_compared():
+    q = torch.ones(1, 4, 2, 8)
+    with pytest.raises(ValueError, match="pass check=False"):
+        ringx.attention(q, q, q, group=FakeTransport.of_rank(1, 4))
+    assert ringx.attention(q, q, q, group=FakeTransport.of_rank(1, 4), check=False).shape == q.shape
+    where = ringx.positions(16, group=FakeTransport.of_rank(1, 4))
+    assert where.tolist() == ringx.Sharding(16, 4).positions(1).tolist()
+
+
+def test_an_algorithm_is_data():
+    """It can be sent to another process, copied, and turned into a dictionary."""
+    for algorithm in ALGORITHMS.values():
+        assert pickle.loads(pickle.dumps(algorithm)) == algorithm == copy.deepcopy(algorithm)
+        assert dataclasses.asdict(algorithm)["pattern"] == algorithm.pattern
 
 
 def test_the_table_knows_torchs_operators():
@@ -227,6 +262,7 @@ def test_the_table_knows_torchs_operators():
         (NotImplementedError("this backend has no such operation"), False),
         (torch.OutOfMemoryError("out of memory"), False),
         (ValueError("a wrong argument"), False),
+        (RuntimeError("Invalid scalar type"), False),  # what gloo says of float8
     ],
 )
 def test_only_errors_of_the_transport_blame_a_peer(where, raised, explained):
@@ -247,3 +283,13 @@ def test_only_errors_of_the_transport_blame_a_peer(where, raised, explained):
         with pytest.raises(type(raised), match=str(raised)) as error:
             attempt()
         assert error.value is raised
+
+
+def test_what_gloo_cannot_do_is_no_dead_peer():
+    def reduce_float8(rank):
+        x = torch.ones(4).to(torch.float8_e4m3fn)
+        with pytest.raises(RuntimeError, match="Invalid scalar type") as error:
+            connect(None).reduce(x, 0).wait()
+        return isinstance(error.value, PeerError)
+
+    assert run(2, reduce_float8) == [False, False]

@@ -1,10 +1,9 @@
-"""The known faults of such systems, each by the number it has in the project's notes, with a test
-that shows it absent here.
+"""Faults that such systems are known for, each with a test that shows it absent here.
 
-Elsewhere: 1 (half-written reduce buffers), 3 (fp32 aliases of a reused buffer), 5 (N = 1), 9
-(group=None): test_exact.py and test_ringx*.py, which run in fp32 and fp64 with fresh memory full of
-NaN; 6 (arguments swallowed): test_errors.py; 8 (a backend's lse): test_kernels.py; 10 (gradients,
-labels and positions over cp): test_gpt.py; 11 and 12 concern trainers and scripts.
+Others have their tests elsewhere: half-written reduce buffers, fp32 aliases of a reused buffer, one
+rank, and no group in test_exact.py and test_ringx*.py, which run in fp32 and fp64 with fresh memory
+full of NaN; swallowed arguments in test_errors.py; a backend's lse in test_kernels.py; gradients,
+labels and positions over cp in test_gpt.py.
 """
 
 from functools import partial
@@ -24,7 +23,7 @@ ALGORITHMS = tuple(ringx.algorithms())
 
 @pytest.mark.fast
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_2_no_mask_is_taken_and_ignored(algorithm):
+def test_no_mask_is_taken_and_ignored(algorithm):
     """X1 took causal=True and returned wrong gradients, X2o took causal=False: both masks differ
     here, and both are right."""
     p = problem(24)
@@ -36,7 +35,7 @@ def test_2_no_mask_is_taken_and_ignored(algorithm):
 
 @pytest.mark.fast
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_4_kernels_that_read_a_bare_pointer_get_what_they_expect(algorithm, monkeypatch):
+def test_kernels_that_read_a_bare_pointer_get_what_they_expect(algorithm, monkeypatch):
     """The CPU backward reads lse as if it were contiguous."""
     original = cpu._aten_backward
 
@@ -55,7 +54,7 @@ def test_4_kernels_that_read_a_bare_pointer_get_what_they_expect(algorithm, monk
 @pytest.mark.fast
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_7_gradients_have_their_inputs_dtype(algorithm, dtype):
+def test_gradients_have_their_inputs_dtype(algorithm, dtype):
     p = problem(16, dtype=dtype)
     got = run(2, lambda rank: outputs(rank, p, algorithm=algorithm))[0]
     assert {n: x.dtype for n, x in got.items()} == {
@@ -64,7 +63,7 @@ def test_7_gradients_have_their_inputs_dtype(algorithm, dtype):
     }
 
 
-def test_7_errors_do_not_grow_with_ranks():
+def test_errors_do_not_grow_with_ranks():
     """dkv rounded to bf16 at every hop of a ring grows with N; here 8 ranks err as one does."""
     p = problem(256, dtype=torch.bfloat16, D=32)
     want = full_attention(p)
@@ -77,9 +76,10 @@ def test_7_errors_do_not_grow_with_ranks():
 
 @pytest.mark.fast
 @pytest.mark.parametrize("algorithm", ringx.algorithms())
-def test_13_what_a_reduce_leaves_elsewhere_is_not_used(algorithm, monkeypatch):
+def test_what_a_reduce_leaves_elsewhere_is_not_used(algorithm, monkeypatch):
     """A backend may write anything to the buffers of ranks that are not the destination."""
     original = ringx.comm.Pending.wait
+    poisoned = []
 
     def wait(self):
         was_flying, result = self._work is not None, original(self)
@@ -89,6 +89,7 @@ def test_13_what_a_reduce_leaves_elsewhere_is_not_used(algorithm, monkeypatch):
             and not self._step.endswith(f" {dist.get_rank()}")
         ):
             result.fill_(torch.nan)
+            poisoned.append(self._step)
         return result
 
     monkeypatch.setattr(ringx.comm.Pending, "wait", wait)
@@ -97,3 +98,5 @@ def test_13_what_a_reduce_leaves_elsewhere_is_not_used(algorithm, monkeypatch):
         attend = partial(outputs, p=p, algorithm=algorithm, causal=True, overlap=overlap)
         got = run(3, attend)[0]
         assert max(errors(got, full_attention(p, causal=True)).values()) < 1e-10
+    messages = ringx.algorithms()[algorithm].messages(1, 33, 1, 1, 8, 3, 8, True, "contiguous")
+    assert bool(poisoned) == ("reduce" in messages.backward)

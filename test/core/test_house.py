@@ -26,11 +26,18 @@ def test_no_import_runs_up_and_modules_import_each_other_in_no_circle(house):
     assert imports == {"upwards": [], "circles": []}
 
 
-def test_every_room_of_ringx_is_on_a_floor(house):
+def test_every_room_is_on_a_floor(house):
     """A room that no contract names would be free to import anything."""
-    (floors, _) = house.floors_of(ROOT)
+    ringx_floors, apps_floors = house.floors_of(ROOT)
     rooms = {path.stem for path in (ROOT / "ringx").iterdir() if not path.name.startswith("_")}
-    assert {f"ringx.{room}" for room in rooms} == set(floors)
+    assert {f"ringx.{room}" for room in rooms} == set(ringx_floors)
+    apps = {path.parent.name for path in (ROOT / "apps").glob("*/__init__.py")}
+    assert {f"apps.{app}" for app in apps} | {"ringx"} == set(apps_floors)
+
+
+def test_no_function_is_complex(house):
+    files = house.python_files(ROOT)
+    assert house.complex_functions(ROOT, files) == []
 
 
 def test_the_measure_sees_what_it_is_made_for(house, tmp_path):

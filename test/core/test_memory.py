@@ -13,6 +13,7 @@ import ringx
 from ringx.api import SeesInside
 from ringx.measure.peak import peak_bytes
 
+RESULT_FIRST = ("allgather", "alltoall", "reduce_scatter")  # operators whose first operand it is
 BLOCK = 16  # tokens a rank
 
 
@@ -29,7 +30,7 @@ class RemoteBytes(SeesInside):
         name = func._schema.name.removeprefix("c10d::")
         if (name == "broadcast_" and args[2] != rank) or name == "recv_":
             self._see(args[0][0])
-        elif func.namespace == "c10d" and "allgather" in name:
+        elif func.namespace == "c10d" and any(part in name for part in RESULT_FIRST):
             self._see(args[0])
         return func(*args, **kwargs)
 
@@ -67,7 +68,8 @@ def received_bytes(rank, p, algorithm, overlap):
 def gathers(algorithm):
     """Does the pattern hold the blocks of all ranks at once?"""
     row = ringx.algorithms()[algorithm]
-    return "all_gather" in row.messages(1, 4, 1, 1, 8, 2, 8, True).forward
+    four, eight = (row.received_bytes(1, 8 * n, 1, 1, 8, n, 8, True) for n in (4, 8))
+    return eight.forward == 2 * four.forward
 
 
 @pytest.mark.parametrize("algorithm", ringx.algorithms())

@@ -19,7 +19,8 @@ def profiled(world):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             rank_functions.attend(world, algorithm, backward=True)
         names = {event.key for event in profile.key_averages()}
-        ranges[algorithm] = {name for name in names if name.startswith("ring")}
+        prefixes = tuple(f"{name} " for name in ALGORITHMS)
+        ranges[algorithm] = {name for name in names if name.startswith(prefixes)}
     return ranges
 
 

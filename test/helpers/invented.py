@@ -69,7 +69,7 @@ def attention(
         "seconds": bench_attention.slowest([[(0.25, 1.0)] * 3]),
         "missing": None,
     }
-    sent = ALGORITHMS[algorithm].bytes(
+    sizes = dict(
         B=1,
         S=seqlen,
         H=8,
@@ -80,7 +80,8 @@ def attention(
         causal=mask == "causal",
         layout=case.layout,
     )
-    name = "all_gather" if algorithm == "ringx3" else "broadcast"
+    sent = ALGORITHMS[algorithm].bytes(**sizes)
+    name = next(iter(ALGORITHMS[algorithm].messages(**sizes).forward))
     on_wire = None
     if wire is not None:
         on_wire = {
