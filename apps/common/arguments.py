@@ -34,6 +34,24 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def add_rank_flags(parser: argparse.ArgumentParser) -> None:
+    """How many ranks are started, on which devices, and how long they wait for each other."""
+    parser.add_argument(
+        "--nproc",
+        type=int,
+        help="ranks to start here (default: 1, or the ranks of torchrun, srun or mpirun)",
+    )
+    parser.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=600.0,
+        help="seconds that ranks wait for each other (default: 600)",
+    )
+
+
 def run_command(
     parser: argparse.ArgumentParser,
     argv: Sequence[str] | None,

@@ -11,7 +11,7 @@ import torch
 import ringx
 from ringx.launch.mesh import Shape
 
-from .arguments import Parser, run_on_ranks
+from .arguments import Parser, add_rank_flags, run_on_ranks
 from .config import TORCH_DTYPES, MeshConfig, RunConfig, Training, add_flags
 from .log import expect_loggers, read_sessions
 from .run import RunOptions
@@ -37,20 +37,7 @@ def add_run_flags(parser: Parser, *, preset: str, data: str, out: str) -> None:
     parser.add_argument(
         "--resume", metavar="DIR", help="go on with the run in DIR from its newest whole checkpoint"
     )
-    parser.add_argument(
-        "--nproc",
-        type=int,
-        help="ranks to start here (default: 1, or the ranks of torchrun, srun or mpirun)",
-    )
-    parser.add_argument(
-        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto"
-    )
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=600.0,
-        help="seconds that ranks wait for each other (default: 600)",
-    )
+    add_rank_flags(parser)
     parser.add_argument(
         "--tensorboard",
         action=argparse.BooleanOptionalAction,

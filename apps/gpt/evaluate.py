@@ -32,7 +32,7 @@ if __package__ in (None, ""):  # run as a file, not as a module
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import ringx
-from apps.common.arguments import Parser, run_on_ranks
+from apps.common.arguments import Parser, add_rank_flags, run_on_ranks
 from apps.common.config import SHORT_DTYPES, TORCH_DTYPES
 from apps.gpt.data.dataset import Tokens, expect_window, open_dataset, shard_rows
 from apps.gpt.data.tokenizer import load_tokenizer
@@ -451,20 +451,7 @@ def parser() -> Parser:
     p.add_argument(
         "--out", metavar="DIR", help="folder for evaluation.json and perplexity.png, .svg, .csv"
     )
-    p.add_argument(
-        "--nproc",
-        type=int,
-        help="ranks to start here (default: 1, or the ranks of torchrun, srun or mpirun)",
-    )
-    p.add_argument(
-        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto"
-    )
-    p.add_argument(
-        "--timeout",
-        type=float,
-        default=600.0,
-        help="seconds that ranks wait for each other (default: 600)",
-    )
+    add_rank_flags(p)
     p.add_argument(
         "--dtype",
         metavar="D",

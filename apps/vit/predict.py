@@ -32,7 +32,7 @@ if __package__ in (None, ""):  # run as a file, not as a module
 
 import ringx
 from apps.common import command
-from apps.common.arguments import Parser, run_on_ranks
+from apps.common.arguments import Parser, add_rank_flags, run_on_ranks
 from apps.common.checkpoint import MANIFEST, Checkpoints
 from apps.common.config import SHORT_DTYPES, TORCH_DTYPES, from_dict
 from apps.common.weights import CheckpointWeights
@@ -473,20 +473,7 @@ def parser() -> Parser:
         default=True,
         help="draw maps and curves (default: yes)",
     )
-    p.add_argument(
-        "--nproc",
-        type=int,
-        help="ranks to start here (default: 1, or the ranks of torchrun, srun or mpirun)",
-    )
-    p.add_argument(
-        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto"
-    )
-    p.add_argument(
-        "--timeout",
-        type=float,
-        default=600.0,
-        help="seconds that ranks wait for each other (default: 600)",
-    )
+    add_rank_flags(p)
     return p
 
 
