@@ -108,7 +108,8 @@ def write_dataset(dataset: "xr.Dataset", out: Path, kind: str) -> Path:
     def write_zarr(target: Path) -> None:
         dataset.to_zarr(target, encoding=encoding, zarr_format=2, consolidated=True)
 
-    _remove(out / "forecasts.zarr.partial")  # of a process that was killed
+    for killed in (out / "forecasts.zarr.partial", *out.glob(".forecasts.nc.*")):
+        _remove(killed)  # what a killed process left
     for old_kind in FORMATS:
         _remove(out / f"forecasts.{old_kind}")
     if kind == "nc":

@@ -34,7 +34,7 @@ netCDF4 = pytest.importorskip("netCDF4")
 import ringx  # noqa: E402
 from apps.common.checkpoint import MANIFEST  # noqa: E402
 from apps.common.config import from_dict  # noqa: E402
-from apps.vit import predict, scores, train  # noqa: E402
+from apps.vit import forecast_files, predict, scores, train  # noqa: E402
 from apps.vit.config import Config  # noqa: E402
 from apps.vit.data.dataset import open_fields, splits  # noqa: E402
 from apps.vit.data.samples import INPUTS, Samples  # noqa: E402
@@ -853,3 +853,18 @@ def test_a_checkpoint_of_another_app(trained_run, tmp_path, capsys):
     assert (
         f"{checkpoint} was not written by this version of apps.vit.train" in err and "vocab" in err
     )
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("kind", ["nc", "zarr"])
+def test_what_a_killed_process_left_is_removed(kind, tmp_path):
+    (tmp_path / ".forecasts.nc.0123abcd").write_text("half")
+    (tmp_path / "forecasts.zarr.partial").mkdir()
+    (tmp_path / "forecasts.zarr.partial" / "half").write_text("half")
+    hours = np.array([6, 12], dtype="timedelta64[h]").astype("timedelta64[ns]")
+    times = np.array(["2001-01-01"], dtype="datetime64[ns]")
+    places = {"latitude": [0.0, 1.0], "longitude": [0.0, 1.0]}
+    valid = ("time", "lead_time"), times[:, None] + hours
+    dataset = xr.Dataset(coords={"time": times, "lead_time": hours, **places, "valid_time": valid})
+    path = forecast_files.write_dataset(dataset, tmp_path, kind)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name] == [f"forecasts.{kind}"]
