@@ -21,12 +21,13 @@ def check_consistency(group: Group, signature: dict[str, object], error: Excepti
 
     Raises:
         Disagreement: names the rank, and what differs."""
-    if group.world_size > 1:
-        if group.pg is None:
-            raise ValueError(
-                "check=True compares the call with the other ranks through torch.distributed, "
-                "but these ranks have no process group; pass check=False."
-            )
+    has_peers = group.world_size > 1
+    if has_peers and group.pg is None and error is None:
+        error = ValueError(
+            "check=True compares the call with the other ranks through torch.distributed, "
+            "but these ranks have no process group; pass check=False."
+        )
+    if has_peers and group.pg is not None:
         local = _encode(signature, error)
         received = _gather(local, group)
         if error is None and not bool((received == local).all()):

@@ -136,7 +136,7 @@ def collect(tree: Path) -> Results:
         return {
             "attention": attention_results(),
             "apps": app_results(scratch),
-            "estimates": estimate_results(tree),
+            "estimates": estimate_results(),
             "scripts": script_results(tree),
             "records": record_results(scratch),
             "tables": table_results(tree, scratch),
@@ -214,7 +214,7 @@ def app_results(scratch: Path) -> Results:
     return results
 
 
-def estimate_results(tree: Path) -> Results:
+def estimate_results() -> Results:
     runs = {
         "gpt tiny": "apps.gpt.train --preset tiny --cp 4 --dp 2",
         "gpt tiny tp": "apps.gpt.train --preset tiny --cp 2 --tp 2 --algorithm ringx1",
@@ -290,10 +290,13 @@ SPEED_SEQLEN = 4096
 def compare_speed(old: Path, new: Path, rounds: int) -> Results:
     """Medians of both trees, which take turns."""
     seconds: dict[str, dict[str, list[float]]] = {"old": {}, "new": {}}
-    for number, (name, tree) in itertools.product(range(rounds), (("old", old), ("new", new))):
-        print(f"round {number + 1} of {rounds}, {name}", file=sys.stderr, flush=True)
-        for case, values in run_in(tree, speed=True).items():
-            seconds[name].setdefault(case, []).extend(values)
+    trees = [("old", old), ("new", new)]
+    for number in range(rounds):
+        for name, tree in trees:
+            print(f"round {number + 1} of {rounds}, {name}", file=sys.stderr, flush=True)
+            for case, values in run_in(tree, speed=True).items():
+                seconds[name].setdefault(case, []).extend(values)
+        trees.reverse()  # neither is always the first
     print(f"{'case':<32} {'old s':>9} {'new s':>9} {'new/old':>8} {'spread of old':>14}")
     report = {}
     for case, old_values in seconds["old"].items():

@@ -77,7 +77,7 @@ def measure(tree: Path) -> dict[str, Any]:
         "imports": imports_of(tree),
         "long_lines": {room: n for room, n in long_lines.items() if n},
         "complex_functions": complex_functions(tree, files),
-        "density": {scope: density(rooms, scope) for scope in ("ringx", "apps", "")},
+        "density": {scope: density(rooms, scope) for scope in scopes_of(rooms)},
         "lines": {room: numbers["lines"] for room, numbers in sorted(rooms.items())},
         "total_lines": total["lines"],
     }
@@ -109,6 +109,7 @@ def count(file: Path) -> Counter:
             "names": len(names),
             "letters": sum(len(name) for name in names),
             "conditionals": sum(isinstance(n, ast.IfExp) for n in nodes),
+            "functions": sum(isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)) for n in nodes),
         }
     )
 
@@ -140,9 +141,18 @@ def is_text(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
+def scopes_of(rooms: dict[str, Counter]) -> list[str]:
+    """The folders at the top that hold code, and "" for all together."""
+    return [*sorted({room.split("/")[0] for room in rooms if rooms[room]["names"]} - {"."}), ""]
+
+
 def density(rooms: dict[str, Counter], scope: str) -> dict[str, float]:
-    numbers: Counter = sum((c for room, c in rooms.items() if room.startswith(scope)), Counter())
+    numbers: Counter = Counter()
+    for room, counted in rooms.items():
+        if scope in ("", room.split("/")[0]):
+            numbers.update(counted)
     return {
+        "functions": numbers["functions"],
         "nodes_per_line": round(numbers["nodes"] / numbers["code lines"], 2),
         "name_length": round(numbers["letters"] / numbers["names"], 2),
         "conditionals_per_1000_lines": round(
@@ -169,20 +179,28 @@ def complex_functions(tree: Path, files: list[Path]) -> list[str]:
 
 def imports_of(tree: Path) -> dict[str, Any]:
     """Imports that run upwards, and circles, of the packages of a checkout."""
-    listing = subprocess.run(
-        [sys.executable, "-c", LIST_IMPORTS, *PACKAGES],
-        cwd=tree,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    imports = [tuple(pair) for pair in json.loads(listing.stdout)]
+    packages = [name for name in PACKAGES if (tree / name / "__init__.py").exists()]
+    if not packages:  # another project's checkout
+        return {"upwards": None, "circles": []}
+    imports = list_imports(tree, packages)
     houses = floors_of(tree)
     upwards = [f"{a} -> {b}" for floors in houses for a, b in imports if goes_up(a, b, floors)]
     graph = networkx.DiGraph(imports)
     components = networkx.strongly_connected_components(graph)
     circles = sorted(sorted(modules) for modules in components if len(modules) > 1)
     return {"upwards": upwards if houses else None, "circles": circles}
+
+
+def list_imports(tree: Path, packages: list[str]) -> list[tuple[str, str]]:
+    """(importer, imported) of all modules of these packages."""
+    listing = subprocess.run(
+        [sys.executable, "-c", LIST_IMPORTS, *packages],
+        cwd=tree,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [(importer, imported) for importer, imported in json.loads(listing.stdout)]
 
 
 # in a process of its own: it imports the packages of the tree that is its current folder
@@ -235,7 +253,8 @@ def as_text(report: dict[str, Any]) -> str:
     lines += section("long lines", *by_room(report["long_lines"]))
     complex_ones = report["complex_functions"]
     lines += section("complex functions", len(complex_ones), complex_ones)
-    lines.append(f"{'':<19}{'nodes a line':>13}{'name length':>13}{'conditionals':>14}")
+    heads = ("functions", "nodes a line", "name length", "conditionals")
+    lines.append(f"{'':<19}" + "".join(f"{head:>13}" for head in heads))
     for scope, numbers in report["density"].items():
         values = "".join(f"{value:>13}" for value in numbers.values())
         lines.append(f"{scope or 'all':<19}{values}")

@@ -45,7 +45,8 @@ class Phase(NamedTuple):
     direction: str  # "forward", "backward" or "check"
 
 
-_open_blocks: list[Traffic] = []  # of all ranks of this process: tests run ranks as threads
+_open_blocks: list[Traffic] = []  # of all ranks of this process, which may be threads
+_counting = threading.Lock()
 _thread = threading.local()
 
 
@@ -90,6 +91,7 @@ def count(group: Group, collective: str, sent: float) -> None:
     phase it is a forward's."""
     now = current_phase()
     direction = now.direction if now else "forward"
-    for block in _open_blocks:
-        if block.rank == group.global_rank:
-            block.count(direction, collective, sent)
+    with _counting:
+        for block in _open_blocks:
+            if block.rank == group.global_rank:
+                block.count(direction, collective, sent)

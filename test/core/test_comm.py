@@ -226,6 +226,26 @@ def test_ranks_without_a_process_group_cannot_be_compared():
     assert where.tolist() == ringx.Sharding(16, 4).positions(1).tolist()
 
 
+def test_a_rank_without_a_process_group_is_told_its_own_mistake_first():
+    q = torch.ones(1, 4, 2, 8)
+    with pytest.raises(ValueError, match="algorithm='rings' is unknown"):
+        ringx.attention(q, q, q, group=FakeTransport.of_rank(1, 4), algorithm="rings")
+
+
+def test_ranks_that_are_threads_are_counted_together():
+    """Every message of every thread is in the one block that is open: none is lost."""
+    world_size, messages = 4, 50
+
+    def send_many(transport):
+        for _ in range(messages):
+            transport.all_gather(torch.zeros(8)).wait()
+
+    with traffic() as counted:
+        on_threads(world_size, send_many)
+    assert counted.forward_messages == {"all_gather": world_size * messages}
+    assert counted.forward == {"all_gather": world_size * messages * 32 * (world_size - 1)}
+
+
 def test_an_algorithm_is_data():
     """It can be sent to another process, copied, and turned into a dictionary."""
     for algorithm in ALGORITHMS.values():
